@@ -1,0 +1,10 @@
+"""Images and labels from any fsspec URL, as the kernels see them.
+
+:func:`load_dataset` reads what a job's ``data`` section names, :func:`load_images` treats new images the same way, and
+:func:`fingerprint` tells whether the sources are still those that were read.
+"""
+
+from equigram.data.dataset import Dataset, Split, fingerprint, load_dataset, load_images
+from equigram.data.preprocessing import Preprocessing
+
+__all__ = ["Dataset", "Preprocessing", "Split", "fingerprint", "load_dataset", "load_images"]

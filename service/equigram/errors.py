@@ -1,0 +1,72 @@
+"""The errors of :mod:`equigram`: one root, leaves that are also the builtin a caller expects.
+
+Every message states what is wrong, the offending value beside the expected one, where, and the remedy. Errors
+survive pickling, so a worker's error reaches the driver as it was raised.
+"""
+
+from __future__ import annotations
+
+
+class EquigramError(Exception):
+    """Root of the errors raised on purpose by this package."""
+
+    exit_code = 1
+    """Exit status of a command that ends with this error: 2 a wrong request, 1 a failed run."""
+
+
+class SpecError(EquigramError, ValueError):
+    """The job file, or an argument, asks for something that does not exist or does not fit together."""
+
+    exit_code = 2
+
+
+class DataError(EquigramError, ValueError):
+    """The images or labels cannot be used."""
+
+    exit_code = 2
+
+
+class DataNotFoundError(DataError, FileNotFoundError):
+    """Nothing is found where the images or labels should be."""
+
+
+class StoreError(EquigramError, OSError):
+    """The run store cannot be read or written."""
+
+
+class StoreNotFoundError(StoreError, FileNotFoundError):
+    """There is no run store at this URL."""
+
+    exit_code = 2
+
+
+class StoreMismatchError(StoreError, ValueError):
+    """The run store belongs to another job."""
+
+    exit_code = 2
+
+
+class IncompleteRunError(StoreError):
+    """A stage needs tiles that are not computed yet."""
+
+
+class DamagedTileError(StoreError):
+    """A stored tile does not match its checksum, or holds values that are not finite."""
+
+
+class ResourceError(EquigramError, MemoryError):
+    """The job needs more memory or disk than there is."""
+
+    exit_code = 2
+
+
+class ClusterError(EquigramError, ConnectionError):
+    """No Ray cluster answers, or it has nothing to run the workers on."""
+
+
+class TileFailedError(EquigramError, RuntimeError):
+    """A tile failed again and again; the finished ones are kept."""
+
+
+class SolverError(EquigramError, ArithmeticError):
+    """The regression has no usable solution."""

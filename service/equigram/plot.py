@@ -1,0 +1,318 @@
+"""Pictures of a run as PNG files: Gram matrices, spectra, confusion matrices, learning curves.
+
+Every function writes one PNG to a local path, creating its folder, whole or not at all, and returns the path. Raises
+StoreError where the path cannot be written and SpecError where arrays do not fit together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import textwrap
+import uuid
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from equigram.errors import SpecError, StoreError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_DPI = 200
+_FONT = 9
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow that paper swallows."""
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LINES = ("-", "--", ":", "-.")
+
+
+def gram_heatmap(
+    gram: NDArray[np.floating[Any]],
+    labels: NDArray[np.integer[Any]] | None,
+    classes: Sequence[str] | None,
+    title: str,
+    path: str | Path,
+) -> Path:
+    """A Gram matrix in colours, images sorted by class; above 2,000 images a pixel is the mean of a block.
+
+    Colours span the 0.5th to 99.5th percentile of the pixels; entries that are not finite stay grey.
+
+    Args:
+      gram: (n, n) floats.
+      labels: (n,) integers, or None for the stored order without class names.
+      classes: names of the classes 0, 1, …; without them labels are named by their number.
+      title: written above.
+      path: the PNG.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    n = len(gram)
+    if gram.ndim != 2 or gram.shape != (n, n) or n == 0:
+        raise SpecError(f"the Gram matrix to draw has shape {gram.shape}; it must be (n, n) with n of 1 or more")
+    if labels is not None and labels.shape != (n,):
+        raise SpecError(f"labels {labels.shape} do not fit a Gram matrix {gram.shape}; pass one label per row")
+    order = np.arange(n) if labels is None else np.argsort(labels, kind="stable")
+    pixels = _block_means(gram, order, most=1000 if n > 2000 else n)
+    finite = pixels[np.isfinite(pixels)]
+    low, high = (
+        (np.percentile(finite, 0.5, method="lower"), np.percentile(finite, 99.5, method="higher"))
+        if finite.size
+        else (0.0, 1.0)
+    )
+    outside = (finite.min(initial=low) < low, finite.max(initial=high) > high)
+
+    figure, axes = _axes(4.5, 4.5)
+    colors = _color_map("viridis")
+    image = axes.imshow(
+        np.ma.masked_invalid(pixels),
+        cmap=colors,
+        vmin=low,
+        vmax=high,
+        extent=(-0.5, n - 0.5, n - 0.5, -0.5),
+        interpolation="auto",
+    )
+    _color_bar(figure, image, extend={(1, 1): "both", (1, 0): "min", (0, 1): "max"}.get(outside, "neither"))
+    if labels is None:
+        _label(axes, x="image", y="image", title=title)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+        return _write(figure, path)
+    present, counts = np.unique(labels, return_counts=True)
+    ends = np.cumsum(counts)
+    for end in ends[:-1]:
+        axes.axhline(end - 0.5, color="white", linewidth=0.6)
+        axes.axvline(end - 0.5, color="white", linewidth=0.6)
+    middles = ends - counts / 2 - 0.5
+    shown = _apart(middles / n * 4.5 * 72, 1.6 * _FONT)
+    names = [_class_name(int(label), classes) for label in present[shown]]
+    _name_ticks(axes, middles[shown], names)
+    _label(axes, title=title)
+    return _write(figure, path)
+
+
+def spectrum(eigenvalues: Mapping[str, NDArray[np.floating[Any]]], path: str | Path) -> Path:
+    """Eigenvalues over the mean diagonal (their mean) against their index from the largest, both logarithmic.
+
+    Eigenvalues of 0 or below have no logarithm; the legend counts them.
+
+    Args:
+      eigenvalues: (n,) floats in any order by name of the curve, for example ``"C4 ntk"``.
+      path: the PNG.
+    """
+    figure, axes = _axes(4.5, 3.4)
+    for number, (name, values) in enumerate(_some(eigenvalues).items()):
+        if values.ndim != 1 or not values.size or not np.isfinite(values).all() or values.mean() <= 0:
+            raise SpecError(
+                f"the eigenvalues of {name!r}, shape {values.shape}, must be (n,) finite numbers with a mean above 0; "
+                "pass those of a Gram matrix"
+            )
+        descending = np.sort(values.astype(np.float64))[::-1] / values.mean(dtype=np.float64)
+        positive = descending[descending > 0]
+        left_out = f" ({values.size - positive.size} of {values.size} ≤ 0)" if positive.size < values.size else ""
+        axes.plot(np.arange(1, positive.size + 1), positive, label=name + left_out, **_style(number, positive.size))
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _label(axes, x="index", y="eigenvalue / mean diagonal")
+    _legend(axes)
+    return _write(figure, path)
+
+
+def confusion(matrix: NDArray[np.integer[Any]], classes: Sequence[str] | None, title: str, path: str | Path) -> Path:
+    """A confusion matrix: counts (up to 30 classes) in cells coloured by the share of the true class.
+
+    Args:
+      matrix: (k, k) counts, rows the true and columns the predicted class.
+      classes: names of the k classes; without them their numbers.
+      title: written above.
+      path: the PNG.
+    """
+    k = len(matrix)
+    if matrix.shape != (k, k) or k == 0 or (classes is not None and len(classes) != k):
+        raise SpecError(
+            f"the confusion matrix has shape {matrix.shape} and {k if classes is None else len(classes)} class names; "
+            "pass (k, k) counts and k names"
+        )
+    totals = matrix.sum(axis=1, keepdims=True)
+    shares = matrix / np.maximum(totals, 1)
+    cell = 0.5 if k <= 20 else 10 / k  # inches
+    figure, axes = _axes(max(1.5, k * cell), max(1.5, k * cell))
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    _color_bar(figure, image, name="share of the true class")
+    digits = len(str(matrix.max()))
+    font = min(_FONT, cell * 72 * 1.2 / max(digits, 2))
+    if k <= 30 and font >= 4:
+        for row, column in np.ndindex(k, k):
+            dark = shares[row, column] > 0.55
+            zero = matrix[row, column] == 0
+            axes.text(
+                column,
+                row,
+                str(matrix[row, column]),
+                ha="center",
+                va="center",
+                fontsize=font,
+                color="white" if dark else "#999999" if zero else "black",
+            )
+    shown = _apart(np.arange(k) * cell * 72, 1.6 * _FONT)
+    _name_ticks(axes, np.arange(k)[shown], [_class_name(int(label), classes) for label in np.arange(k)[shown]])
+    _label(axes, x="predicted class", y="true class", title=title)
+    return _write(figure, path)
+
+
+def learning_curves(accuracy: Mapping[str, Sequence[tuple[int, float]]], path: str | Path) -> Path:
+    """Accuracy in percent against training images per class, one line per network.
+
+    Args:
+      accuracy: by name of the network, for example ``"C4 ntk"``: pairs (training images per class, share in 0 … 1).
+      path: the PNG.
+    """
+    figure, axes = _axes(4.5, 3.4)
+    for number, (name, points) in enumerate(_some(accuracy).items()):
+        if not points or not all(size >= 1 and 0 <= share <= 1 for size, share in points):
+            raise SpecError(
+                f"the learning curve of {name!r} is {list(points)!r}; it must be pairs of training images per class, "
+                "1 or more, and accuracy, 0 to 1"
+            )
+        sizes, shares = zip(*sorted(points), strict=True)
+        axes.plot(sizes, [100 * share for share in shares], label=name, **_style(number, len(sizes)))
+    axes.set_xscale("log")
+    all_sizes = np.unique([size for points in accuracy.values() for size, _ in points])
+    low, high = np.log(axes.get_xlim())
+    places = (np.log(all_sizes) - low) / (high - low) * 4.5 * 72
+    names = np.array([f"{size:,}" for size in all_sizes.tolist()])
+    shown = _apart(places, 0.65 * _FONT * np.char.str_len(names) + 4)
+    axes.set_xticks(all_sizes[shown], names[shown])
+    axes.set_xticks(all_sizes, minor=True)
+    axes.tick_params(axis="x", which="minor", labelbottom=False)
+    _label(axes, x="training images per class", y="accuracy (%)")
+    _legend(axes)
+    return _write(figure, path)
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure with one plot of ``width x height`` inches; saving adds the margins that its names need."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.tick_params(labelsize=_FONT)
+    return figure, axes
+
+
+def _color_map(name: str) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps[name].with_extremes(bad="#BBBBBB")
+
+
+def _color_bar(figure: Figure, image: Any, name: str = "", extend: str = "neither") -> None:
+    width = figure.get_figwidth()
+    bar = figure.colorbar(image, cax=figure.add_axes((1 + 0.12 / width, 0, 0.15 / width, 1)), extend=extend)
+    bar.ax.tick_params(labelsize=_FONT)
+    bar.set_label(name, fontsize=_FONT)
+    bar.outline.set_linewidth(0.5)
+
+
+def _label(axes: Axes, x: str = "", y: str = "", title: str = "") -> None:
+    axes.set_xlabel(x, fontsize=_FONT + 1)
+    axes.set_ylabel(y, fontsize=_FONT + 1)
+    axes.set_title(textwrap.fill(title, 60), fontsize=_FONT + 2, parse_math=False)
+
+
+def _name_ticks(axes: Axes, places: NDArray[Any], names: Sequence[str]) -> None:
+    """Class names along both axes; they stand upright along x where they are long."""
+    wrapped = [textwrap.fill(name, 24) or name for name in names]
+    axes.set_yticks(places, wrapped, fontsize=_FONT, parse_math=False)
+    upright = max(map(len, names)) > 3
+    axes.set_xticks(places, wrapped, fontsize=_FONT, parse_math=False, rotation=90 if upright else 0)
+    axes.tick_params(length=2)
+
+
+def _legend(axes: Axes) -> None:
+    """Beside the plot, where it hides no curve."""
+    legend = axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, fontsize=_FONT, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    axes.grid(which="major", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _style(number: int, points: int) -> dict[str, Any]:
+    """Colour, line and marker of a curve; few points are marked each, many at their ends only."""
+    return {
+        "color": _COLORS[number % len(_COLORS)],
+        "linestyle": _LINES[number // len(_COLORS) % len(_LINES)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "markersize": 4,
+        "markevery": 1 if points <= 30 else (0.0, 0.12),
+        "linewidth": 1.3,
+    }
+
+
+def _some(curves: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not curves:
+        raise SpecError("there is no curve to draw; pass at least one")
+    return curves
+
+
+def _class_name(label: int, classes: Sequence[str] | None) -> str:
+    if classes is None:
+        return str(label)
+    if not 0 <= label < len(classes):
+        raise SpecError(f"label {label} has no name among {len(classes)} classes; name its class")
+    return classes[label]
+
+
+def _apart(places: NDArray[Any], widths: float | NDArray[Any]) -> list[int]:
+    """Indices of the increasing ``places`` (points) where texts of these ``widths`` do not overlap the one before."""
+    widths = np.broadcast_to(widths, places.shape)
+    shown: list[int] = []
+    for index, place in enumerate(places):
+        if not shown or place - places[shown[-1]] >= (widths[index] + widths[shown[-1]]) / 2:
+            shown.append(index)
+    return shown
+
+
+def _block_means(gram: NDArray[np.floating[Any]], order: NDArray[np.intp], most: int) -> NDArray[np.float64]:
+    """``gram`` in ``order`` of rows and columns, as (p, p) means of blocks of nearly equal size, p at most ``most``."""
+    edges = np.linspace(0, len(order), min(most, len(order)) + 1).astype(int)
+    sizes = np.diff(edges)
+    pixels = np.empty((len(sizes), len(sizes)))
+    with np.errstate(invalid="ignore", over="ignore"):
+        for row, (start, stop) in enumerate(itertools.pairwise(edges)):
+            column_means = gram[order[start:stop]].mean(axis=0, dtype=np.float64)
+            pixels[row] = np.add.reduceat(column_means[order], edges[:-1]) / sizes
+    return pixels
+
+
+def _write(figure: Figure, path: str | Path) -> Path:
+    """Write ``figure`` beside ``path`` and rename it, so that ``path`` is never a torn file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    path = Path(path)
+    picture = io.BytesIO()
+    with warnings.catch_warnings():
+        # A class name in a script that the font lacks is drawn as boxes, which no caller can change.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        FigureCanvasAgg(figure)
+        figure.savefig(picture, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.08, facecolor="white")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(picture.getvalue())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise StoreError(
+            f"{path}: cannot write the picture: {error.strerror or error}; choose a file in a folder you can write to"
+        ) from None
+    return path

@@ -1,0 +1,199 @@
+"""The job file: one validated value that says everything about a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from equigram.errors import SpecError
+from equikernel.errors import describe
+from equikernel.groups import GroupName
+from equikernel.network import Architecture, GroupCNN
+
+KernelName = Literal["nngp", "ntk"]
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError("the list is empty; name at least one")
+    if len(set(values)) < len(values):
+        raise ValueError(f"{list(values)} names one twice; name each once")
+    return values
+
+
+def _path_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+Distinct = AfterValidator(_distinct)
+Url = Annotated[str, BeforeValidator(_path_as_text), Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class DataSpec(_Section):
+    """Which images, and what is done to them before the kernels see them."""
+
+    train: Url
+    """Training images: a folder of class folders, an .npz, .npy or zarr; any fsspec URL."""
+    test: Url | None = None
+    """Test images, in the same forms. Without it and ``test_fraction``, an .npz's or zarr's own test images, if any."""
+    test_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Share of each class of ``train`` (of all images without classes) held out as test images."""
+    train_labels: Url | None = None
+    """Labels of ``train`` when it is an .npy: (n,) integers for classes, (n,) or (n, k) floats for regression."""
+    test_labels: Url | None = None
+    """Labels of ``test`` when it is an .npy."""
+    size: int | None = Field(default=None, ge=1, le=4096, strict=True)
+    """Resize to ``size x size`` pixels, with anti-aliasing. Without it all images must have one size."""
+    crop: Literal["center"] | None = None
+    """``center``: cut non-square images to their central square; otherwise they are refused where a square is needed."""
+    color: Literal["auto", "gray", "rgb"] = "auto"
+    """Channels: ``auto`` is rgb if any image file has colour, else gray. Arrays keep the channels they have."""
+    normalize: Literal["per_channel", "none"] = "per_channel"
+    """``per_channel``: subtract the mean and divide by the standard deviation of the training images' channels."""
+    per_class: int | None = Field(default=None, ge=1, strict=True)
+    """Training images per class, chosen by ``seed``; all without it."""
+    test_per_class: int | None = Field(default=None, ge=1, strict=True)
+    """Test images per class, chosen by ``seed``; all without it."""
+    seed: int = Field(default=0, ge=0, strict=True)
+    """Seed of every random choice."""
+
+    @model_validator(mode="after")
+    def _one_source_of_test_images(self) -> Self:
+        if self.test is not None and self.test_fraction is not None:
+            raise ValueError(
+                f"test = {self.test!r} and test_fraction = {self.test_fraction} both name the test images; keep one"
+            )
+        if self.test_labels is not None and self.test is None:
+            raise ValueError(f"test_labels = {self.test_labels!r} has no test images to label; set test")
+        return self
+
+
+class GramSpec(_Section):
+    """Which Gram matrices, and how they are computed."""
+
+    groups: Annotated[tuple[GroupName, ...], Distinct] = ("C4",)
+    """Symmetry groups; all of them come from one pass at the cost of the largest."""
+    kernels: Annotated[tuple[KernelName, ...], Distinct] = ("nngp", "ntk")
+    """Kernels to store."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the engine and of the stored matrices."""
+    tile: Literal["auto"] | Annotated[int, Field(ge=1, le=65536, strict=True)] = "auto"
+    """Edge of a tile in images; ``auto`` chooses it from the measured cost of a pair."""
+    engine: Literal["auto", "cpu", "reference"] = "auto"
+    """How the kernels are computed: ``cpu`` is fast and exact, ``reference`` the slow literal recursion."""
+
+
+class WorkerSpec(_Section):
+    """The Ray workers that compute tiles."""
+
+    count: Literal["auto"] | Annotated[int, Field(ge=1, le=100_000, strict=True)] = "auto"
+    """Workers; ``auto`` is as many as the cluster's CPUs (and GPUs, if asked for) hold."""
+    cpus: int = Field(default=1, ge=1, le=1024, strict=True)
+    """CPU cores, and threads, of one worker."""
+    gpus: float = Field(default=0, ge=0, le=64)
+    """GPUs of one worker; a fraction shares one."""
+    address: str | None = None
+    """Ray cluster, ``host:port``, ``ray://host:port`` or ``auto``; without it a local one is started for the run."""
+
+
+class SolveSpec(_Section):
+    """Kernel regression on the finished matrices."""
+
+    ridge: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Distinct] = (1e-6, 1e-4, 1e-2)
+    """Ridge values λ in units of the mean diagonal of the train Gram matrix."""
+    kernels: Annotated[tuple[KernelName, ...], Distinct] | None = None
+    """Kernels to predict with; without it all of ``gram.kernels``."""
+    train_sizes: Annotated[tuple[Annotated[int, Field(ge=1, strict=True)], ...], Distinct] | None = None
+    """Learning curve: also solve with only so many training images per class (of all images in regression)."""
+
+    @field_validator("ridge", mode="before")
+    @classmethod
+    def _one_value_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, (int, float, str)) and not isinstance(value, bool) else value
+
+
+class JobSpec(_Section):
+    """A whole run: images to Gram matrices to predictions. Only ``store`` and ``data.train`` have no default.
+
+    >>> spec = JobSpec.load("job.yaml")
+    """
+
+    store: Url
+    """Where the run lives: a folder or any fsspec URL."""
+    data: DataSpec
+    network: Architecture = Architecture()
+    gram: GramSpec = GramSpec()
+    workers: WorkerSpec = WorkerSpec()
+    solve: SolveSpec | None = SolveSpec()
+    """``null`` computes the Gram matrices only."""
+
+    @model_validator(mode="after")
+    def _solve_only_what_is_stored(self) -> Self:
+        missing = [kernel for kernel in self.solved_kernels if kernel not in self.gram.kernels]
+        if missing:
+            raise ValueError(
+                f"solve.kernels = {list(self.solved_kernels)} needs {missing[0]!r}, but gram.kernels = "
+                f"{list(self.gram.kernels)} does not store it; add it to gram.kernels"
+            )
+        return self
+
+    @property
+    def solved_kernels(self) -> tuple[KernelName, ...]:
+        """The kernels that the solver stage uses; empty without one."""
+        if self.solve is None:
+            return ()
+        return self.solve.kernels or self.gram.kernels
+
+    def network_for(self, group: GroupName) -> GroupCNN:
+        """The network of this job with symmetry ``group``."""
+        return GroupCNN(group=group, **self.network.model_dump())
+
+    @classmethod
+    def parse(cls, fields: Any, source: str = "job") -> Self:
+        """Validate plain data, for example parsed YAML.
+
+        Raises:
+          SpecError: one line per wrong or unknown field, with its value and what is allowed.
+        """
+        if not isinstance(fields, dict):
+            raise SpecError(f"{source}: a job is a mapping with the fields {', '.join(cls.model_fields)}")
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise SpecError(f"{source}: " + describe(error, cls).replace("\n", f"\n{source}: ")) from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a YAML job file.
+
+        Raises:
+          SpecError: the file is missing, is not YAML, or has wrong fields.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
+            raise SpecError(f"{path}: cannot read the job file: {reason}") from None
+        try:
+            fields = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            raise SpecError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        return cls.parse(fields, source=str(path))

@@ -1,0 +1,1 @@
+"""Engines: the same kernels, computed on different hardware."""

@@ -1,0 +1,174 @@
+"""The CPU engine: orbit reduction and offset decoupling, in Numba, on all cores.
+
+Orbit reduction: the pooled kernel of ``C_n`` is the mean of plain CNN kernels over rotated images,
+``K_{C_n}(f, f') = 1/n Σ_d K_{C_1}(f, ρ(d) f')``, and likewise Θ, because square filters are mapped to themselves. So
+one pass over the quarter turns of the largest group holds the kernels of all its subgroups.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from equikernel import groups as grid
+from equikernel.activations import DUALS
+from equikernel.engines import planes
+from equikernel.errors import ImageError
+from equikernel.recursion import Pooled
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from equikernel.network import Architecture
+
+PADDINGS = {"SAME": planes.SAME, "VALID": planes.VALID, "CIRCULAR": planes.CIRCULAR}
+ACTIVATIONS = {"relu": (planes.RELU, 1 / (2 * np.pi)), "erf": (planes.ERF, 2 / np.pi)}
+
+LONGEST_ROW = 640
+"""Entries of a long row at most, so that the planes and images of one block of offsets stay in the L2 cache."""
+
+ROW_OVERHEAD = 64
+"""Cost of starting a row, in entries."""
+
+TASKS_PER_THREAD = 8
+"""Pieces that the work of a call is cut into, per thread, so that all threads end together."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Images and their turned copies, packed for the inner loops.
+
+    ``packed[turn]``: ``(n, C + 2 depth, H, W)`` in the dtype of the engine: the pixels, then for each convolution the
+    roots and inverse roots of its preactivation variances.
+    """
+
+    packed: dict[int, NDArray[Any]]
+    channels: int
+
+
+class CpuEngine:
+    """Pooled kernels of ``groups`` in ``dtype``, with ``threads`` threads."""
+
+    def __init__(self, network: Architecture, groups: tuple[str, ...], dtype: np.dtype[Any], threads: int) -> None:
+        self.network = network
+        self.groups = groups
+        self.dtype = dtype
+        self.threads = threads
+
+    def prepare(self, images: NDArray[Any]) -> Prepared:
+        """Compute the preactivation variances of ``(n, H, W, C)`` images and pack all turned copies."""
+        pixels = images.transpose(0, 3, 1, 2)
+        factors = [pixels]
+        q = np.square(images, dtype=np.float64).sum(axis=3) / images.shape[3]
+        dual = DUALS[self.network.activation]
+        for _ in range(self.network.depth):
+            q = self.network.w_std**2 * self._box_mean(q) + self.network.b_std**2
+            root = np.sqrt(q)
+            if self.network.activation == "erf":
+                inverse = 1 / np.sqrt(1 + 2 * q)
+            else:
+                inverse = np.divide(1, root, out=np.zeros_like(root), where=root > 0)
+            factors += [root[:, None].astype(self.dtype), inverse[:, None].astype(self.dtype)]
+            q = dual(q, q, q)[0]
+        packed = np.concatenate(factors, axis=1)
+        if not np.isfinite(packed).all():
+            index = int(np.argmin(np.isfinite(packed).all(axis=(1, 2, 3))))
+            raise ImageError(
+                f"the kernel of image {index} with itself overflows {self.dtype.name}; rescale the images, lower "
+                "w_std or depth, or use float64"
+            )
+        turned = {
+            turn: np.ascontiguousarray(np.rot90(packed, turn, axes=(2, 3))) for turn in grid.common_turns(self.groups)
+        }
+        return Prepared(turned, images.shape[3])
+
+    def pairs(
+        self, block1: Prepared, block2: Prepared, rows: NDArray[np.intp], cols: NDArray[np.intp]
+    ) -> dict[str, Pooled]:
+        """Pooled kernels ``(p,)`` float64 of the pairs ``(block1[rows[p]], block2[cols[p]])``, by group."""
+        turns = grid.common_turns(self.groups)
+        k = np.empty((len(turns), len(rows)))
+        theta = np.empty_like(k)
+        pieces = self._pieces(rows, len(turns))
+
+        def run(piece: tuple[int, int, int]) -> None:
+            which, start, stop = piece
+            result = self._one_against(
+                block1.packed[0], int(rows[start]), block2.packed[turns[which]], cols[start:stop], block1.channels
+            )
+            k[which, start:stop], theta[which, start:stop] = result
+
+        if self.threads == 1 or len(pieces) <= 1:
+            for piece in pieces:
+                run(piece)
+        else:
+            with ThreadPoolExecutor(min(self.threads, len(pieces)), "equikernel") as pool:
+                list(pool.map(run, pieces))
+        results = {}
+        for group in self.groups:
+            members = [turns.index(turn) for turn in grid.quarter_turns(group)]
+            results[group] = Pooled(k[members].mean(axis=0), theta[members].mean(axis=0))
+        return results
+
+    def _pieces(self, rows: NDArray[np.intp], turns: int) -> list[tuple[int, int, int]]:
+        """Cut the pairs into ``(turn index, start, stop)`` with one first image each, in a few pieces per thread."""
+        most = max(1, -(-len(rows) * turns // (self.threads * TASKS_PER_THREAD)))
+        bounds = [0, *(np.flatnonzero(np.diff(rows)) + 1).tolist(), len(rows)]
+        return [
+            (which, start, min(start + most, end))
+            for begin, end in zip(bounds[:-1], bounds[1:], strict=True)
+            for start in range(begin, end, most)
+            for which in range(turns)
+        ]
+
+    def _one_against(
+        self, packed1: NDArray[Any], index: int, packed2: NDArray[Any], others: NDArray[np.intp], channels: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Plain CNN kernels after pooling of one image against several: ``(len(others),)`` each."""
+        network, u = self.network, np.uint64
+        height, width = packed1.shape[2:]
+        activation, factor = ACTIVATIONS[network.activation]
+        scalar = self.dtype.type
+        offsets_x = _useful_offsets(width, network.margin)
+        sums_k, sums_theta = np.empty(len(others)), np.empty(len(others))
+        planes.pooled_pairs(
+            packed1.reshape(-1), u(index), packed2.reshape(-1), others.astype(u), u(height), u(width), u(channels),
+            u(network.depth), u(network.radius), PADDINGS[network.padding], activation,
+            _useful_offsets(height, network.margin), offsets_x,
+            u(offsets_per_block(len(offsets_x), width + 2 * network.radius)), u(network.margin),
+            scalar(network.w_std**2), scalar(network.b_std**2), scalar(factor), scalar(np.finfo(self.dtype).eps),
+            sums_k, sums_theta,
+        )  # fmt: skip
+        pixel_pairs = ((height - 2 * network.margin) * (width - 2 * network.margin)) ** 2
+        return sums_k / pixel_pairs, sums_theta / pixel_pairs
+
+    def _box_mean(self, q: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The mean of ``(n, H, W)`` over the filter support, beyond the border zeros or the opposite side.
+
+        For VALID padding the border keeps the zero-padded values, which no surviving pixel reads.
+        """
+        radius = self.network.radius
+        mode = "wrap" if self.network.padding == "CIRCULAR" else "constant"
+        padded = np.pad(q, ((0, 0), (radius, radius), (radius, radius)), mode=mode)  # type: ignore[call-overload]
+        side = self.network.filter_size
+        rows = sum(padded[:, v : v + q.shape[1]] for v in range(side))
+        total: NDArray[np.float64] = sum(rows[:, :, v : v + q.shape[2]] for v in range(side))
+        return total / side**2
+
+
+def offsets_per_block(offsets: int, row: int) -> int:
+    """How many of ``offsets`` horizontal offsets, of ``row`` entries each, share a long row at the lowest cost."""
+
+    def cost(block: int) -> int:
+        padded = -(-block * row // planes.LANES) * planes.LANES
+        return -(-offsets // block) * (padded + ROW_OVERHEAD)
+
+    return min(range(1, max(1, min(offsets, LONGEST_ROW // row)) + 1), key=cost)
+
+
+def _useful_offsets(side: int, margin: int) -> NDArray[np.uint64]:
+    """Offsets modulo ``side`` with a segment longer than ``2 margin``: those with pixel pairs left by VALID padding."""
+    return np.array([d for d in range(side) if max(side - d, d) > 2 * margin], dtype=np.uint64)

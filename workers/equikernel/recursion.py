@@ -1,0 +1,172 @@
+r"""The literal recursions of arXiv 2406.06504 over ``(r, r', t, t')``: the judge of every fast engine.
+
+Notation: ``K[p, r, r', y, x, y', x']`` is the kernel of image pair ``p`` between the group elements ``(t, r)`` and
+``(t', r')`` with ``t = (y, x)``; ``q[p, r, y, x]`` its diagonal for one image of the pair. ``S`` is the square filter
+support, ``ρ(r)`` the rotation by ``r``. Everything is float64 and slow on purpose: ``O(n² (HW)² |S|)`` per layer.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from equikernel.activations import DUALS
+from equikernel.groups import quarter_turns, rotate_offset
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from equikernel.network import Architecture
+
+    Array = NDArray[np.float64]
+
+PAIRS_BYTES = 2**27
+"""Largest covariance array, in bytes, of the pairs that are computed at once."""
+
+
+class Pooled(NamedTuple):
+    """Kernels after group pooling, ``(n1, n2)`` float64 each, before any dense layer."""
+
+    nngp: Array
+    ntk: Array
+
+
+def _pad(k: Array, radius: int, padding: str, axes: Sequence[int]) -> Array:
+    """Zeros (SAME), the opposite border (CIRCULAR) or nothing (VALID) around the pixel axes."""
+    if padding == "VALID":
+        return k
+    widths = [(radius, radius) if axis in axes else (0, 0) for axis in range(k.ndim)]
+    return np.pad(k, widths, mode="wrap" if padding == "CIRCULAR" else "constant")
+
+
+def _support(radius: int) -> list[tuple[int, int]]:
+    """The filter taps ``v ∈ S`` as pixel offsets from the centre."""
+    side = range(-radius, radius + 1)
+    return list(product(side, side))
+
+
+def _window(offset: tuple[int, int], radius: int, height: int, width: int) -> tuple[slice, slice]:
+    """The pixels ``t + offset`` of a padded image, for every output pixel ``t``."""
+    top, left = offset[0] + radius, offset[1] + radius
+    return slice(top, top + height), slice(left, left + width)
+
+
+def input_kernel(x1: Array, x2: Array) -> Array:
+    """``K⁰(t, t') = f(t)·f'(t') / C`` for pairs of images ``(p, H, W, C)``, as ``(p, H, W, H, W)``."""
+    return np.einsum("pijc,pklc->pijkl", x1, x2, optimize=True) / x1.shape[-1]
+
+
+def input_diagonal(x: Array) -> Array:
+    """``K⁰(t, t)``: ``(p, H, W)``."""
+    return np.einsum("pijc,pijc->pij", x, x) / x.shape[-1]
+
+
+def lifting(k: Array, turns: Sequence[int], radius: int, padding: str) -> Array:
+    """``A(K)(tr, t'r') = 1/|S| Σ_v K⁰(t + ρ(r)v, t' + ρ(r')v)``: from ``(p, H, W, H, W)`` to all ``(r, r')``."""
+    return _average(np.broadcast_to(k[:, None, None], (len(k), len(turns), len(turns), *k.shape[1:])), turns, radius, padding)
+
+
+def group_convolution(k: Array, turns: Sequence[int], radius: int, padding: str) -> Array:
+    """``A(K)(tr, t'r') = 1/(n|S|) Σ_q Σ_v K[rq, r'q](t + ρ(r)v, t' + ρ(r')v)``."""
+    n = len(turns)
+    over_rotations = np.zeros_like(k)
+    for q in range(n):
+        rq = (np.arange(n) + q) % n
+        over_rotations += k[:, rq[:, None], rq[None, :]]
+    return _average(over_rotations / n, turns, radius, padding)
+
+
+def _average(k: Array, turns: Sequence[int], radius: int, padding: str) -> Array:
+    """``1/|S| Σ_v K[r, r'](t + ρ(r)v, t' + ρ(r')v)``."""
+    padded = _pad(k, radius, padding, axes=(3, 4, 5, 6))
+    height, width = padded.shape[3] - 2 * radius, padded.shape[4] - 2 * radius
+    out = np.zeros((*k.shape[:3], height, width, height, width))
+    taps = _support(radius)
+    for (i, r), (j, s) in product(enumerate(turns), enumerate(turns)):
+        for v in taps:
+            here = _window(rotate_offset(v, r), radius, height, width)
+            there = _window(rotate_offset(v, s), radius, height, width)
+            out[:, i, j] += padded[(slice(None), i, j, *here, *there)]
+    return out / len(taps)
+
+
+def diagonal_convolution(q: Array, turns: Sequence[int], radius: int, padding: str) -> Array:
+    """The convolutions above on the diagonal ``g = g'``: ``1/(n|S|) Σ_q Σ_v q[rq](t + ρ(r)v)``, ``(p, n, H, W)``.
+
+    For the lifting layer pass ``K⁰(t, t)`` repeated over the rotations.
+    """
+    padded = _pad(np.broadcast_to(q.mean(axis=1, keepdims=True), q.shape), radius, padding, axes=(2, 3))
+    height, width = padded.shape[2] - 2 * radius, padded.shape[3] - 2 * radius
+    out = np.zeros((*q.shape[:2], height, width))
+    taps = _support(radius)
+    for i, r in enumerate(turns):
+        for v in taps:
+            out[:, i] += padded[(slice(None), i, *_window(rotate_offset(v, r), radius, height, width))]
+    return out / len(taps)
+
+
+def group_pooling(k: Array) -> Array:
+    """The mean over all ``g, g'``: ``(p,)``."""
+    return k.mean(axis=(1, 2, 3, 4, 5, 6))
+
+
+def preactivation_variances(network: Architecture, turns: Sequence[int], x: Array) -> list[Array]:
+    """``K_{g,g}(f, f)`` before each activation, one ``(p, n, H, W)`` array per convolution."""
+    dual = DUALS[network.activation]
+    w2, b2 = network.w_std**2, network.b_std**2
+    q = np.repeat(input_diagonal(x)[:, None], len(turns), axis=1)
+    variances = []
+    for _ in range(network.depth):
+        q = w2 * diagonal_convolution(q, turns, network.radius, network.padding) + b2
+        variances.append(q)
+        q = dual(q, q, q)[0]
+    return variances
+
+
+def pooled_pairs(network: Architecture, group: str, x1: Array, x2: Array) -> tuple[Array, Array]:
+    """Pooled NNGP and NTK, ``(p,)`` each, of the pairs ``(x1[p], x2[p])``; images ``(p, H, W, C)`` float64."""
+    turns = quarter_turns(group)
+    dual = DUALS[network.activation]
+    w2, b2 = network.w_std**2, network.b_std**2
+    variances1 = preactivation_variances(network, turns, x1)
+    variances2 = preactivation_variances(network, turns, x2)
+    k = input_kernel(x1, x2)
+    theta = np.zeros_like(k)
+    convolution = lifting
+    for q1, q2 in zip(variances1, variances2, strict=True):
+        k = w2 * convolution(k, turns, network.radius, network.padding) + b2
+        theta = k + w2 * convolution(theta, turns, network.radius, network.padding)
+        k, derivative = dual(k, q1[:, :, None, :, :, None, None], q2[:, None, :, None, None, :, :])
+        theta = derivative * theta
+        convolution = group_convolution
+    return group_pooling(k), group_pooling(theta)
+
+
+class ReferenceEngine:
+    """The literal recursion as an engine: any group, any images, float64, for judging the others."""
+
+    def __init__(self, network: Architecture, groups: tuple[str, ...]) -> None:
+        self.network = network
+        self.groups = groups
+
+    def prepare(self, images: NDArray[np.floating]) -> Array:
+        """Images ``(n, H, W, C)`` as the engine wants them."""
+        return np.asarray(images, dtype=np.float64)
+
+    def pairs(self, block1: Array, block2: Array, rows: NDArray[np.intp], cols: NDArray[np.intp]) -> dict[str, Pooled]:
+        """Pooled kernels of the pairs ``(block1[rows[p]], block2[cols[p]])``: ``(p,)`` float64 per group."""
+        results = {}
+        for group in self.groups:
+            covariance = 8 * len(quarter_turns(group)) ** 2 * (block1.shape[1] * block1.shape[2]) ** 2
+            step = max(1, PAIRS_BYTES // covariance)
+            parts = [
+                pooled_pairs(self.network, group, block1[rows[p : p + step]], block2[cols[p : p + step]])
+                for p in range(0, len(rows), step)
+            ]
+            nngp, ntk = (np.concatenate(values) if parts else np.empty(0) for values in zip(*parts, strict=True))
+            results[group] = Pooled(nngp, ntk)
+        return results
