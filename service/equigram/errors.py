@@ -6,6 +6,11 @@ survive pickling, so a worker's error reaches the driver as it was raised.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from equigram.plan import Tile
+
 
 class EquigramError(Exception):
     """Root of the errors raised on purpose by this package."""
@@ -51,7 +56,18 @@ class IncompleteRunError(StoreError):
 
 
 class DamagedTileError(StoreError):
-    """A stored tile does not match its checksum, or holds values that are not finite."""
+    """A stored tile does not match its checksum, or holds values that are not finite.
+
+    Attributes:
+      tile: the :class:`equigram.plan.Tile` to compute again.
+    """
+
+    def __init__(self, message: str, tile: Tile) -> None:
+        super().__init__(message)
+        self.tile = tile
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, Tile]]:
+        return type(self), (str(self), self.tile)
 
 
 class ResourceError(EquigramError, MemoryError):

@@ -90,9 +90,7 @@ def gram_heatmap(
         axes.axhline(end - 0.5, color="white", linewidth=0.6)
         axes.axvline(end - 0.5, color="white", linewidth=0.6)
     middles = ends - counts / 2 - 0.5
-    shown = _apart(middles / n * 4.5 * 72, 1.6 * _FONT)
-    names = [_class_name(int(label), classes) for label in present[shown]]
-    _name_ticks(axes, middles[shown], names)
+    _name_ticks(axes, middles, [_class_name(int(label), classes) for label in present], 4.5 * 72 / n)
     _label(axes, title=title)
     return _write(figure, path)
 
@@ -160,8 +158,7 @@ def confusion(matrix: NDArray[np.integer[Any]], classes: Sequence[str] | None, t
                 fontsize=font,
                 color="white" if dark else "#999999" if zero else "black",
             )
-    shown = _apart(np.arange(k) * cell * 72, 1.6 * _FONT)
-    _name_ticks(axes, np.arange(k)[shown], [_class_name(int(label), classes) for label in np.arange(k)[shown]])
+    _name_ticks(axes, np.arange(k), [_class_name(label, classes) for label in range(k)], cell * 72)
     _label(axes, x="predicted class", y="true class", title=title)
     return _write(figure, path)
 
@@ -226,12 +223,17 @@ def _label(axes: Axes, x: str = "", y: str = "", title: str = "") -> None:
     axes.set_title(textwrap.fill(title, 60), fontsize=_FONT + 2, parse_math=False)
 
 
-def _name_ticks(axes: Axes, places: NDArray[Any], names: Sequence[str]) -> None:
-    """Class names along both axes; they stand upright along x where they are long."""
-    wrapped = [textwrap.fill(name, 24) or name for name in names]
-    axes.set_yticks(places, wrapped, fontsize=_FONT, parse_math=False)
-    upright = max(map(len, names)) > 3
-    axes.set_xticks(places, wrapped, fontsize=_FONT, parse_math=False, rotation=90 if upright else 0)
+def _name_ticks(axes: Axes, places: NDArray[Any], names: Sequence[str], unit: float) -> None:
+    """Class names along both axes, ``unit`` points per data unit, but none that would overlap the one before.
+
+    Along x they stand upright where one is long.
+    """
+    wrapped = np.array([textwrap.fill(name, 24, max_lines=3, placeholder=" …") for name in names])
+    shown = _apart(places * unit, 1.2 * _FONT * (1 + np.char.count(wrapped, "\n")) + 4)
+    axes.set_yticks(places[shown], wrapped[shown], fontsize=_FONT, parse_math=False)
+    axes.set_xticks(
+        places[shown], wrapped[shown], fontsize=_FONT, parse_math=False, rotation=90 if max(map(len, names)) > 3 else 0
+    )
     axes.tick_params(length=2)
 
 

@@ -20,7 +20,7 @@ from PIL import (
     UnidentifiedImageError,
 )
 
-from equigram.errors import DataError, DataNotFoundError, EquigramError
+from equigram.errors import DataError, EquigramError
 
 Pixels: TypeAlias = NDArray[np.float32]
 
@@ -58,6 +58,8 @@ class Header:
     """Whether the pixels are stored as integers, which are scaled to 0..1; floats are used as they are."""
     reduced: bool = False
     """Whether 16 bits per colour channel are read as 8, the most that Pillow keeps."""
+    partial: bool = False
+    """Whether the file has further channels without a meaning, such as infrared, which are left out."""
 
 
 def read_header(file: IO[bytes], where: str) -> Header:
@@ -118,10 +120,6 @@ def _decoding(where: str) -> Iterator[None]:
         yield
     except EquigramError:
         raise
-    except FileNotFoundError:
-        raise DataNotFoundError(f"{where} is not there any more; check the file, or the link") from None
-    except PermissionError:
-        raise DataError(f"{where} may not be read: permission denied; change its permissions") from None
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise DataError(f"{where} has more than {most} pixels, Pillow's limit for one image; shrink it first") from None
@@ -150,9 +148,15 @@ def _header(image: Image.Image, where: str) -> Header:
     width, height = image.size
     if _orientation(image) >= 5:
         width, height = height, width
-    grey = image.mode in _GREY_MODES or (image.mode in _PALETTE_MODES and _has_grey_palette(image))
-    reduced = not image.mode.startswith("I") and any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
-    return Header(height, width, 1 if grey else 3, reduced=reduced)
+    layouts = [str(tile.args) for tile in getattr(image, "tile", ())]
+    grey = (
+        image.mode in _GREY_MODES
+        or (image.mode in _PALETTE_MODES and _has_grey_palette(image))
+        or any("LA;16" in layout for layout in layouts)
+    )
+    reduced = not image.mode.startswith("I") and any(";16" in layout for layout in layouts)
+    partial = any("X" in layout for layout in layouts)
+    return Header(height, width, 1 if grey else 3, reduced=reduced, partial=partial)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -201,4 +205,3 @@ def _eight_bits(image: Image.Image, *, grey: bool) -> tuple[Pixels, Pixels | Non
         return values("L" if grey else "RGB"), None
     both = values("RGBA")
     return both[:, :, : 1 if grey else 3], both[:, :, 3:]
-

@@ -82,14 +82,16 @@ def reaching(url: str) -> Iterator[None]:
     except FileNotFoundError:
         raise _nothing_at(url) from None
     except PermissionError:
-        raise DataError(f"{url} may not be read: permission denied; check its permissions or your credentials") from None
+        raise DataError(
+            f"{url} may not be read: permission denied; check its permissions or your credentials"
+        ) from None
     except ImportError as error:
         raise DataError(f"{url} needs a package that is not installed ({error}); install it with pip") from None
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else ""
         raise DataError(
-            f"{url} cannot be read ({type(error).__name__}{': ' if reason else ''}{reason}); check the URL, the network "
-            "and your credentials"
+            f"{url} cannot be read ({type(error).__name__}{': ' if reason else ''}{reason}); check the URL, the "
+            "network and your credentials"
         ) from None
 
 

@@ -82,8 +82,8 @@ class Preprocessing:
         height, width = (side, side) if self.crop else (header.height, header.width)
         if self.size is not None and height != width:
             raise DataError(
-                f"{where} is {_dimensions(header)} and cannot be resized to {self.size} x {self.size} without distortion; "
-                "set data.crop: center to cut the central square, or crop the images"
+                f"{where} is {_dimensions(header)} and cannot be resized to {self.size} x {self.size} without "
+                "distortion; set data.crop: center to cut the central square, or crop the images"
             )
         if self.size is None and (height, width) != (self.height, self.width):
             raise DataError(
@@ -191,7 +191,8 @@ class Preprocessing:
                 f"the stored preprocessing has the fields {sorted(fields)}, which differ from those of this version in "
                 f"{different}; use the version of equigram that wrote it"
             )
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**values)
 
 
 def scaled(pixels: NDArray[Any], where: str) -> Pixels:
@@ -218,7 +219,8 @@ def to_channels(pixels: Pixels, channels: int) -> Pixels:
     if pixels.shape[2] == channels:
         return pixels
     if channels == 1:
-        return (pixels @ np.array(LUMA)).astype(np.float32)[:, :, None]
+        grey: Pixels = (pixels @ np.array(LUMA)).astype(np.float32)
+        return grey[:, :, None]
     return np.repeat(pixels, channels, axis=2)
 
 

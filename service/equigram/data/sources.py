@@ -5,21 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from equigram.data.arrays import ArrayFile, Indices, StoredArray, open_arrays
+from equigram.data.arrays import ArrayFile, Indices, Labels, StoredArray, image_header, open_arrays, read_labels
 from equigram.data.files import Header, Pixels, quiet_pillow, read_header, read_pixels
-from equigram.data.locations import ImageFile, Listing, Location, list_images, locate
+from equigram.data.locations import ImageFile, Listing, Location, list_images, locate, reaching
 from equigram.data.preprocessing import Preprocessing, scaled
 from equigram.errors import DataError
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 Role: TypeAlias = Literal["train", "test", "new"]
-Labels: TypeAlias = NDArray[Any]
-"""``(n,)`` class values (integers, booleans or text), or ``(n, k)`` float64 targets."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,9 +29,6 @@ NAMES: dict[Role, tuple[tuple[str, str], ...]] = {
     "new": (*PLAIN_NAMES, *TEST_NAMES),
 }
 """Names of the images and labels in an .npz or zarr group; the first that is there is used."""
-
-MAX_CHANNELS = 16
-"""Arrays with more are taken for a wrong layout."""
 
 
 class Source(Protocol):
@@ -51,9 +45,6 @@ class Source(Protocol):
 
     def labels(self) -> Labels | None:
         """One label per image; none if the source has none."""
-
-    def notes(self) -> list[str]:
-        """What a person should be told about the source."""
 
     def headers(self, indices: Indices, what: str, progress: Progress | None) -> list[Header]:
         """What is known of the images without reading their pixels."""
@@ -73,40 +64,46 @@ class FolderSource:
         self.url = location.url
         self._location = location
         self._files = files
-        self._ignored = ignored
+        self.ignored = ignored
         self._labelled = labelled
 
     def __len__(self) -> int:
         return len(self._files)
 
     def name(self, index: int) -> str:
+        """The path of an image within the folder."""
         return self._files[index].name
 
     def labels(self) -> Labels | None:
+        """The class folder of each image."""
         return np.array([file.label for file in self._files], dtype=np.str_) if self._labelled else None
 
-    def notes(self) -> list[str]:
-        if not self._ignored:
-            return []
-        return [f"ignored {len(self._ignored)} files of {self.url} that are not PNG, JPEG or TIFF: {some(self._ignored)}"]
-
     def headers(self, indices: Indices, what: str, progress: Progress | None) -> list[Header]:
+        """Read the header of each file."""
+
         def header(index: int) -> Header:
             file = self._files[index]
-            with self._location.open(file.path) as stream:
-                return read_header(stream, self._where(file))
+            where = self._where(file)
+            with reaching(where):
+                stream = self._location.open(file.path)
+            with stream:
+                return read_header(stream, where)
 
         return _in_threads(header, indices.tolist(), what, progress)
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing, what: str, progress: Progress | None
     ) -> tuple[Pixels, int]:
+        """Decode each file."""
         images = _empty(len(indices), preprocessing)
 
         def read(place: int) -> bool:
             file = self._files[indices[place]]
-            pixels, transparent = read_pixels(self._location.fs.cat_file(file.path), self._where(file))
-            images[place] = preprocessing.apply(pixels, self._where(file))
+            where = self._where(file)
+            with reaching(where):
+                content = self._location.fs.cat_file(file.path)
+            pixels, transparent = read_pixels(content, where)
+            images[place] = preprocessing.apply(pixels, where)
             return transparent
 
         return images, sum(_in_threads(read, range(len(indices)), what, progress))
@@ -120,43 +117,44 @@ class ArraySource:
 
     is_files = False
 
-    def __init__(self, file: ArrayFile, name: str, labels: StoredArray | None, unused: Sequence[str]):
+    def __init__(self, file: ArrayFile, name: str, labels: StoredArray | None, labels_name: str):
         self.url = file.location.url
         self.array_name = name
         self.file = file
         self._images = file.arrays[name]
         self._labels = labels
-        self._unused = unused
-        self._header = _array_header(self._images)
+        self.used = {name, labels_name}
+        self._header = image_header(self._images)
 
     def __len__(self) -> int:
         return self._images.shape[0]
 
     def name(self, index: int) -> str:
+        """The array and the place of an image in it."""
         return f"{self.array_name or self.file.location.name}[{index}]"
 
     def labels(self) -> Labels | None:
-        return None if self._labels is None else _read_labels(self._labels, self._images)
-
-    def notes(self) -> list[str]:
-        return [f"arrays of {self.url} that are not used: {some(self._unused)}"] if self._unused else []
+        """The rows of the array of labels, checked."""
+        return None if self._labels is None else read_labels(self._labels, self._images)
 
     def headers(self, indices: Indices, what: str, progress: Progress | None) -> list[Header]:
+        """The same for each image: that of the array."""
         return [self._header] * len(indices)
 
     def read(
         self, indices: Indices, preprocessing: Preprocessing, what: str, progress: Progress | None
     ) -> tuple[Pixels, int]:
+        """Read the chosen rows and treat each."""
         images = _empty(len(indices), preprocessing)
         stored = self._images.rows(indices)
         if stored.ndim == 3:
             stored = stored[..., None]
 
-        def read(place: int) -> None:
-            where = f"{self.name(int(indices[place]))} in {self.url}"
+        for place, index in enumerate(indices.tolist()):
+            where = f"{self.name(index)} in {self.url}"
             images[place] = preprocessing.apply(scaled(stored[place], where), where)
-
-        _in_threads(read, range(len(indices)), what, progress)
+            if progress is not None:
+                progress(what, place + 1, len(indices))
         return images, 0
 
 
@@ -193,8 +191,23 @@ def own_test_source(source: Source) -> ArraySource | None:
         return None
     for images, labels in TEST_NAMES:
         if images in source.file.arrays:
-            return ArraySource(source.file, images, source.file.arrays.get(labels), ())
+            return ArraySource(source.file, images, source.file.arrays.get(labels), labels)
     return None
+
+
+def source_notes(sources: Sequence[Source]) -> list[str]:
+    """What is in ``sources`` and was not used, for a person to know."""
+    notes = {}
+    for source in sources:
+        if isinstance(source, FolderSource) and source.ignored:
+            what = f"{len(source.ignored)} files of {source.url} that are not PNG, JPEG or TIFF"
+            notes[source.url] = f"ignored {what}: {some(source.ignored)}"
+        if isinstance(source, ArraySource):
+            same = [other for other in sources if isinstance(other, ArraySource) and other.url == source.url]
+            unused = set(source.file.arrays).difference(*(other.used for other in same))
+            if unused:
+                notes[source.url] = f"not used of {source.url}: {some(sorted(unused))}"
+    return list(notes.values())
 
 
 def some(names: Iterable[object], most: int = 5) -> str:
@@ -212,7 +225,7 @@ def _check_class_folders(listing: Listing, url: str) -> None:
         )
     if beside:
         raise DataError(
-            f"{url} holds {len(beside)} images but no class folders; put the images of each class in a folder of its name"
+            f"{url} holds {len(beside)} images but no class folders; put those of each class in a folder of its name"
         )
     filled = {file.label for file in listing.files}
     for name in listing.classes:
@@ -243,72 +256,11 @@ def _array_source(file: ArrayFile, role: Role, labels_url: str | None) -> ArrayS
                 f"{url} holds labels, {labels_name}, and data.{role}_labels = {labels_url} names others; "
                 f"remove data.{role}_labels"
             )
-        labels = open_arrays(locate(labels_url)).arrays.get("") if _is_array(labels_url) else None
+        location = locate(labels_url)
+        labels = open_arrays(location).arrays.get("") if location.kind in ("npy", "zarr") else None
         if labels is None:
             raise DataError(f"{labels_url} is not a single array of labels; save them as .npy")
-    used = {images, labels_name}
-    return ArraySource(file, images, labels, sorted(set(file.arrays) - used))
-
-
-def _is_array(url: str) -> bool:
-    return locate(url).kind in ("npy", "zarr")
-
-
-def _array_header(images: StoredArray) -> Header:
-    shape, dtype = images.shape, images.dtype
-    if len(shape) not in (3, 4):
-        raise DataError(
-            f"{images.where} has shape {shape}, but images are (n, height, width) or (n, height, width, channels); "
-            "reshape it, for one image with x[None]"
-        )
-    if 0 in shape:
-        raise DataError(f"{images.where} has shape {shape}: it holds no pixels; save at least one image")
-    if len(shape) == 4 and shape[1] in (1, 3, 4) and shape[3] > 4:
-        raise DataError(
-            f"{images.where} has shape {shape}, which looks like (n, channels, height, width), but images are "
-            "(n, height, width, channels); save x.transpose(0, 2, 3, 1)"
-        )
-    channels = shape[3] if len(shape) == 4 else 1
-    if channels > MAX_CHANNELS:
-        raise DataError(
-            f"{images.where} has shape {shape}: {channels} channels, and at most {MAX_CHANNELS} are taken; save the "
-            "images as (n, height, width, channels)"
-        )
-    if dtype.kind != "f" and not (dtype.kind == "u" and dtype.itemsize <= 2):
-        raise DataError(
-            f"{images.where} has dtype {dtype}, but images are uint8 (0..255), uint16 (0..65535) or floats; convert it "
-            "with astype"
-        )
-    return Header(shape[1], shape[2], channels, integer=dtype.kind == "u")
-
-
-def _read_labels(labels: StoredArray, images: StoredArray) -> Labels:
-    shape, kind = labels.shape, labels.dtype.kind
-    if not shape or shape[0] != images.shape[0]:
-        raise DataError(
-            f"{labels.where} holds {shape[0] if shape else 1} labels, but {images.where} holds {images.shape[0]} images; "
-            "there must be one label per image"
-        )
-    if kind not in "biuUf":
-        raise DataError(
-            f"{labels.where} has dtype {labels.dtype}, but labels are integers or text for classes, floats for regression"
-        )
-    if len(shape) > 2 or (kind != "f" and shape[1:] not in ((), (1,))) or 0 in shape:
-        raise DataError(
-            f"{labels.where} has dtype {labels.dtype} and shape {shape}, but class labels are (n,) or (n, 1) and "
-            "regression targets float (n,) or (n, k); of one-hot labels save argmax(axis=1), of several targets floats"
-        )
-    values = labels.rows(np.arange(shape[0]))
-    if kind != "f":
-        return values.reshape(-1)
-    targets = values.reshape(shape[0], -1).astype(np.float64)
-    if not np.isfinite(targets).all():
-        row = int(np.argwhere(~np.isfinite(targets))[0, 0])
-        raise DataError(
-            f"{labels.where} holds {targets[row].tolist()} for image {row}; every target must be a finite number: remove "
-            "the image or fill the target in"
-        )
-    return targets
+    return ArraySource(file, images, labels, labels_name)
 
 
 def _empty(count: int, preprocessing: Preprocessing) -> Pixels:

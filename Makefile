@@ -1,0 +1,58 @@
+# Everything runs in .venv, installed by uv from a lock with hashes. `make demo` and `make test` need only
+# Python 3.11 to 3.13 with pip, and make. Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
+STAMP := $(VENV)/.installed
+SOURCES := service workers tests benchmarks examples
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test soak bench lint format lock clean
+
+help:           ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## make .venv from requirements-dev.txt
+
+demo: $(STAMP)  ## real photographs, CNN against C4, from images to predictions and plots
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)  ## every test but the soaks
+	$(BIN)/python -m pytest
+
+soak: $(STAMP)  ## the long tests: workers and drivers killed over and over
+	$(BIN)/python -m pytest -m soak
+
+bench: $(STAMP)  ## speed against neural-tangents, as ratios in one run
+	$(BIN)/python benchmarks/bench.py
+
+lint: $(STAMP)  ## ruff and mypy --strict
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+lock: $(UV)  ## renew the locks; excludes.txt keeps TensorFlow out
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	  --excludes excludes.txt pyproject.toml --extra s3 --upgrade -o requirements.txt
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	  --excludes excludes.txt pyproject.toml --extra s3 --group dev -c requirements.txt --upgrade -o requirements-dev.txt
+
+clean:          ## remove the environment and everything generated
+	rm -rf $(VENV) .uv runs plots examples/data .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(STAMP): requirements-dev.txt pyproject.toml | $(UV)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Python 3.11 to 3.13 is needed; $(PYTHON) is $$($(PYTHON) --version). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(UV) venv --quiet --clear --python $(PYTHON) $(VENV)
+	$(UV) pip install --quiet --python $(BIN)/python --require-hashes --no-deps -r requirements-dev.txt
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+.uv/bin/uv:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv uv

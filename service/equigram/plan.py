@@ -1,0 +1,161 @@
+"""Tiles: how the Gram matrices are cut, which tiles are missing, and what a run will cost. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Part = Literal["gram", "cross"]
+
+TILE_SECONDS = 15.0
+"""Time that one tile takes at most, as predicted from the cost of a pair."""
+
+TILES_PER_WORKER = 8
+"""Tiles per worker at least, so that all workers end together."""
+
+LARGEST_TILE = 1024
+"""Edge of a tile at most: 4 MiB per chunk in float32."""
+
+
+@dataclass(frozen=True, order=True)
+class Tile:
+    """A block of one of the two matrices, the unit of work, of writing and of resuming; its only identity.
+
+    Attributes:
+      part: ``"gram"``, the ``(n, n)`` train matrix, of which ``row <= col`` are computed, or ``"cross"``, ``(m, n)``.
+      row, col: block indices; the tile holds images ``row · edge`` to ``(row + 1) · edge`` against likewise ``col``.
+    """
+
+    part: Part
+    row: int
+    col: int
+
+    def __str__(self) -> str:
+        return f"{self.part}[{self.row}, {self.col}]"
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The tiles of ``n`` training and ``m`` test images with tiles of ``edge`` images.
+
+    >>> [str(tile) for tile in Tiling(train=3, test=1, edge=2).tiles()]
+    ['gram[0, 0]', 'gram[0, 1]', 'gram[1, 1]', 'cross[0, 0]', 'cross[0, 1]']
+    """
+
+    train: int
+    test: int
+    edge: int
+
+    @property
+    def train_blocks(self) -> int:
+        """Blocks along the training images."""
+        return -(-self.train // self.edge)
+
+    @property
+    def test_blocks(self) -> int:
+        """Blocks along the test images."""
+        return -(-self.test // self.edge)
+
+    def tiles(self) -> Iterator[Tile]:
+        """All tiles, lazily: the upper triangle of the train matrix row by row, then the test matrix."""
+        for row in range(self.train_blocks):
+            for col in range(row, self.train_blocks):
+                yield Tile("gram", row, col)
+        for row in range(self.test_blocks):
+            for col in range(self.train_blocks):
+                yield Tile("cross", row, col)
+
+    def __len__(self) -> int:
+        return self.train_blocks * (self.train_blocks + 1) // 2 + self.test_blocks * self.train_blocks
+
+    def rows(self, tile: Tile) -> range:
+        """The images along the rows of a tile: test images for ``cross``, else training images."""
+        return _block(tile.row, self.edge, self.test if tile.part == "cross" else self.train)
+
+    def cols(self, tile: Tile) -> range:
+        """The training images along the columns of a tile."""
+        return _block(tile.col, self.edge, self.train)
+
+    def pairs(self, tile: Tile) -> int:
+        """Image pairs that are computed for a tile; on the diagonal each pair once."""
+        rows, cols = len(self.rows(tile)), len(self.cols(tile))
+        return rows * (rows + 1) // 2 if is_diagonal(tile) else rows * cols
+
+    @property
+    def total_pairs(self) -> int:
+        """Image pairs of all tiles together."""
+        return self.train * (self.train + 1) // 2 + self.test * self.train
+
+    def chunks(self, tile: Tile) -> tuple[tuple[int, int], ...]:
+        """The chunks of its matrix that a tile fills: itself and, off the diagonal of ``gram``, its transpose."""
+        if tile.part == "cross" or is_diagonal(tile):
+            return ((tile.row, tile.col),)
+        return (tile.row, tile.col), (tile.col, tile.row)
+
+    def missing(self, done: Collection[Tile]) -> Iterator[Tile]:
+        """The tiles that are not in ``done``, lazily and in order."""
+        return (tile for tile in self.tiles() if tile not in done)
+
+
+def is_diagonal(tile: Tile) -> bool:
+    """Whether a tile lies on the diagonal of the train matrix."""
+    return tile.part == "gram" and tile.row == tile.col
+
+
+def _block(index: int, edge: int, count: int) -> range:
+    return range(index * edge, min((index + 1) * edge, count))
+
+
+def choose_edge(train: int, test: int, seconds_per_pair: float, workers: int) -> int:
+    """The edge of a tile: at most :data:`TILE_SECONDS` of work, and :data:`TILES_PER_WORKER` tiles for each worker.
+
+    Args:
+      train, test: numbers of images.
+      seconds_per_pair: measured cost of one pair on one worker, for all groups and kernels together.
+      workers: workers that share the tiles.
+
+    Returns:
+      A multiple of 8 between 8 and :data:`LARGEST_TILE`, or ``max(train, test)`` where that is smaller.
+    """
+    by_time = (TILE_SECONDS / max(seconds_per_pair, 1e-9)) ** 0.5
+    pairs = Tiling(train, test, edge=1).total_pairs
+    by_balance = (pairs / (workers * TILES_PER_WORKER)) ** 0.5
+    edge = max(8, min(LARGEST_TILE, int(min(by_time, by_balance)) // 8 * 8))
+    return min(edge, max(train, test))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost, worked out before anything starts. Bytes and seconds are predictions."""
+
+    tiling: Tiling
+    missing: int
+    missing_pairs: int
+    matrices: int
+    dtype: str
+    workers: int
+    seconds_per_pair: float
+    store_bytes: int
+    worker_bytes: int
+    solver_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time for the missing tiles on all workers."""
+        return self.missing_pairs * self.seconds_per_pair / self.workers
+
+
+def store_bytes(tiling: Tiling, matrices: int, itemsize: int, image_values: int) -> int:
+    """Bytes of a finished run: ``matrices`` chunked train and test matrices, and the float32 images.
+
+    Every chunk has its full size, edge chunks too, and four bytes of checksum.
+    """
+    chunk = tiling.edge**2 * itemsize + 4
+    chunks = tiling.train_blocks**2 + tiling.test_blocks * tiling.train_blocks
+    return matrices * chunks * chunk + 4 * image_values * (tiling.train + tiling.test)
+
+
+def worker_bytes(tiling: Tiling, matrices: int, itemsize: int, block_bytes: int, cached_blocks: int) -> int:
+    """Bytes a worker holds at most: cached image blocks, a tile of every matrix and its transpose."""
+    return cached_blocks * block_bytes + 2 * matrices * tiling.edge**2 * itemsize
