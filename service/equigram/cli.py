@@ -29,6 +29,7 @@ app = typer.Typer(
     name="equigram",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Gram matrices of infinitely wide equivariant networks, tile by tile, and predictions with them.
@@ -58,7 +59,7 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         begin = task.fields["begin"]
         done = task.completed - begin
-        elapsed = time.monotonic() - task.fields["start"]
+        elapsed = time.monotonic() - task.fields["since"]
         if done <= 0 or elapsed <= 0 or task.total is None:
             return Text("")
         rate = done / elapsed
@@ -91,7 +92,7 @@ class _Screen:
 
     def progress(self, what: str, done: int, total: int) -> None:
         if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(what, total=total, start=time.monotonic(), begin=done)
+            self._tasks[what] = self._bars.add_task(what, total=total, since=time.monotonic(), begin=done)
         self._bars.update(self._tasks[what], completed=done, total=total)
 
 
@@ -227,7 +228,7 @@ def plot(
         out.print(str(path), soft_wrap=True)
 
 
-def _version(show: bool) -> None:  # noqa: FBT001
+def _version(show: bool) -> None:
     if show:
         out.print(f"equigram {__version__}")
         raise typer.Exit
@@ -235,7 +236,7 @@ def _version(show: bool) -> None:  # noqa: FBT001
 
 @app.callback()
 def _common(
-    version: Annotated[  # noqa: FBT002
+    version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
@@ -279,6 +280,7 @@ def _print_plan(spec: JobSpec, plan: Plan) -> None:
     from equigram.memory import available_memory, format_bytes
 
     tiling = plan.tiling
+    free = format_bytes(available_memory())
     table = Table(show_header=False, box=None)
     table.add_row("images", f"{tiling.train:,} training, {tiling.test:,} test")
     table.add_row(
@@ -292,7 +294,7 @@ def _print_plan(spec: JobSpec, plan: Plan) -> None:
     table.add_row("store", f"{format_bytes(plan.store_bytes)} when finished, at {spec.store}")
     table.add_row("workers", f"{plan.workers} with {spec.workers.cpus} CPU and {spec.workers.gpus:g} GPU each")
     table.add_row("memory per worker", f"{format_bytes(plan.worker_bytes)}")
-    table.add_row("memory to solve", f"{format_bytes(plan.solver_bytes)} of {format_bytes(available_memory())} available")
+    table.add_row("memory to solve", f"{format_bytes(plan.solver_bytes)} of {free} available")
     table.add_row("cost of a pair", f"{plan.seconds_per_pair * 1e3:.3g} ms on one worker, measured on this machine")
     table.add_row("predicted time", f"{_duration(plan.seconds)} for the missing tiles")
     out.print(table)
@@ -340,7 +342,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _map(tiling: Tiling, done: set[tuple[int, int]], most: int = 48) -> str:
-    """The train matrix in characters: ``#`` all tiles of a cell done, ``+`` some, ``.`` none; blank below the diagonal."""
+    """The upper triangle in characters: ``#`` all tiles of a cell done, ``+`` some, ``.`` none."""
     blocks = tiling.train_blocks
     step = -(-blocks // most)
     lines = []

@@ -83,11 +83,14 @@ def ray_session(workers: WorkerSpec) -> Iterator[None]:
     try:
         ray.init(**options)
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = "a local Ray cluster does not start" if workers.address is None else (
-            f"no Ray cluster answers at workers.address = {workers.address!r}"
+        where = (
+            "a local Ray cluster does not start"
+            if workers.address is None
+            else f"no Ray cluster answers at workers.address = {workers.address!r}"
         )
-        raise ClusterError(f"{where}: {first}; check `ray status`, or leave the address out to start a local one") from None
+        raise ClusterError(
+            f"{where}: {_first_line(error)}; check `ray status`, or leave the address out to start a local one"
+        ) from None
     try:
         yield
     finally:

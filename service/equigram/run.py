@@ -158,6 +158,12 @@ def look_at_images(spec: JobSpec) -> Survey:
     return found
 
 
+def stored_survey(store: GramStore) -> Survey:
+    """The number and shape of the images in a store."""
+    info = store.info
+    return Survey(info.train, info.test, *info.image_shape)
+
+
 def needs_square(spec: JobSpec) -> bool:
     """Whether a group of the job turns images by quarter turns."""
     return any(needs_square_images(group) for group in spec.gram.groups)
@@ -197,12 +203,13 @@ def make_plan(spec: JobSpec, found: Survey, store: GramStore | None, listener: L
     """
     gram = spec.gram
     shape = (found.height, found.width, found.channels)
-    listener.note("measuring the cost of a pair on this machine (the first time on a machine, the kernels are compiled)")
+    listener.note(
+        "measuring the cost of a pair on this machine (the first time on a machine, the kernels are compiled)"
+    )
     images = np.random.default_rng(0).normal(size=(2, *shape)).astype(gram.dtype)
     pair = measure_pair_seconds(spec.network, gram.groups, gram.engine, gram.dtype, spec.workers.cpus, images)
-    workers = spec.workers.count
-    if workers == "auto":
-        workers = max(1, available_cores() // spec.workers.cpus)
+    asked = spec.workers.count
+    workers = max(1, available_cores() // spec.workers.cpus) if asked == "auto" else asked
     if store is not None:
         edge = store.info.tile
     elif gram.tile == "auto":
@@ -295,7 +302,8 @@ def predict(
     ridges = arrays["ridge"].tolist()
     chosen = 0 if ridge is None else next((i for i, value in enumerate(ridges) if np.isclose(value, ridge)), None)
     if chosen is None:
-        raise SpecError(f"the run was not solved with ridge {ridge:g}; choose one of {', '.join(f'{r:g}' for r in ridges)}")
+        choices = ", ".join(f"{value:g}" for value in ridges)
+        raise SpecError(f"the run has no solution for ridge {ridge:g}; choose one of {choices}")
     new = load_images(images, info.preprocessing)
     function = KernelFunction(spec.network, (group,), spec.gram.engine, spec.gram.dtype)
     train = function.prepare(store.images("train"), "the training images")

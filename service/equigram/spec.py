@@ -55,13 +55,13 @@ class DataSpec(_Section):
     test_fraction: float | None = Field(default=None, gt=0, lt=1)
     """Share of each class of ``train`` (of all images without classes) held out as test images."""
     train_labels: Url | None = None
-    """Labels of ``train`` when it is an .npy: (n,) integers for classes, (n,) or (n, k) floats for regression."""
+    """Labels of ``train`` when it is an array without any: (n,) integers for classes, (n,) or (n, k) float targets."""
     test_labels: Url | None = None
-    """Labels of ``test`` when it is an .npy."""
+    """Labels of ``test`` when it is an array without any."""
     size: int | None = Field(default=None, ge=1, le=4096, strict=True)
     """Resize to ``size x size`` pixels, with anti-aliasing. Without it all images must have one size."""
     crop: Literal["center"] | None = None
-    """``center``: cut non-square images to their central square; otherwise they are refused where a square is needed."""
+    """``center``: cut images to their central square; without it, non-square ones are refused where needed."""
     color: Literal["auto", "gray", "rgb"] = "auto"
     """Channels: ``auto`` is rgb if any image file has colour, else gray. Arrays keep the channels they have."""
     normalize: Literal["per_channel", "none"] = "per_channel"
@@ -116,7 +116,7 @@ class SolveSpec(_Section):
     """Kernel regression on the finished matrices."""
 
     ridge: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Distinct] = (1e-6, 1e-4, 1e-2)
-    """Ridge values λ in units of the mean diagonal of the train Gram matrix."""
+    """Ridge values λ in units of the mean diagonal of the train Gram matrix; the first is the one to predict with."""
     kernels: Annotated[tuple[KernelName, ...], Distinct] | None = None
     """Kernels to predict with; without it all of ``gram.kernels``."""
     train_sizes: Annotated[tuple[Annotated[int, Field(ge=1, strict=True)], ...], Distinct] | None = None

@@ -282,11 +282,7 @@ class GramStore:
         for part in ("gram", "cross") if tiling.test else ("gram",):
             listings = [self._whole_chunks(f"{part}/{g}/{k}") for g in spec.groups for k in spec.kernels]
             present[part] = set.intersection(*listings)
-        return {
-            tile
-            for tile in tiling.tiles()
-            if all(chunk in present[tile.part] for chunk in tiling.chunks(tile))
-        }
+        return {tile for tile in tiling.tiles() if all(chunk in present[tile.part] for chunk in tiling.chunks(tile))}
 
     def discard_tile(self, tile: Tile) -> None:
         """Delete a tile, so that the next run computes it again."""
@@ -486,7 +482,8 @@ def _identity(spec: JobSpec, tile: int) -> list[tuple[str, Any]]:
     gram = spec.gram.model_dump(mode="json")
     gram["groups"], gram["kernels"] = sorted(gram["groups"]), sorted(gram["kernels"])
     gram["tile"] = tile if spec.gram.tile == "auto" else spec.gram.tile
-    sections = {"data": spec.data.model_dump(mode="json"), "network": spec.network.model_dump(mode="json"), "gram": gram}
+    data, network = spec.data.model_dump(mode="json"), spec.network.model_dump(mode="json")
+    sections = {"data": data, "network": network, "gram": gram}
     return [(f"{section}.{field}", value) for section, fields in sections.items() for field, value in fields.items()]
 
 

@@ -29,7 +29,8 @@ def correlation(k: Array, q1: Array, q2: Array, eps: float) -> Array:
     """
     scale = np.sqrt(q1) * np.sqrt(q2)
     c = np.divide(k, scale, out=np.zeros(np.broadcast_shapes(k.shape, scale.shape)), where=scale > 0)
-    return np.where(1 - np.abs(c) < BRANCH_POINT * eps, np.sign(c), c)
+    snapped: Array = np.where(1 - np.abs(c) < BRANCH_POINT * eps, np.sign(c), c)
+    return snapped
 
 
 def relu(k: Array, q1: Array, q2: Array, eps: float = np.finfo(np.float64).eps) -> tuple[Array, Array]:

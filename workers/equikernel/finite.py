@@ -1,7 +1,7 @@
 r"""Finite-width group CNNs in JAX, and their empirical NNGP and NTK: the networks whose limit the kernels are.
 
-``z_r(t)`` are the features at pixel ``t`` and rotation ``r``, ``x = σ(z)``; ``S`` is the square filter support, ``ρ(r)``
-the rotation by ``r``; the parameters ``κ`` and ``β`` are standard normal.
+``z_r(t)`` are the features at pixel ``t`` and rotation ``r``, and ``x = σ(z)``; ``S`` is the square filter support;
+``ρ(r)`` is the rotation by ``r``; the parameters ``κ`` and ``β`` are standard normal.
 
 
 - lifting: ``z_r(t) = w / √(|S| C) Σ_v Σ_c κ[v, c] f_c(t + ρ(r)v) + b β``

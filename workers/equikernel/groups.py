@@ -55,5 +55,3 @@ def rotate_images(images: NDArray[Scalar], turns: int) -> NDArray[Scalar]:
 def needs_square_images(group: str) -> bool:
     """Whether ``group`` holds a quarter turn, which maps only square images to the same grid."""
     return any(turn % 2 for turn in quarter_turns(group))
-
-

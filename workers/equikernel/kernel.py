@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -75,7 +76,8 @@ class KernelFunction:
         threads: int | None = None,
     ) -> None:
         if engine not in ENGINES:
-            raise EngineError(f"engine {engine!r} does not exist; choose {_listing(ENGINES)}{suggestion(engine, ENGINES)}")
+            hint = suggestion(engine, ENGINES)
+            raise EngineError(f"engine {engine!r} does not exist; choose {_listing(ENGINES)}{hint}")
         self.network = network
         self.groups = groups
         self.dtype = np.dtype(np.float64) if engine == "reference" else _checked_dtype(dtype)
@@ -199,14 +201,11 @@ def available_cores() -> int:
 
 
 def _checked_dtype(dtype: Any) -> np.dtype[Any]:
-    try:
-        checked = np.dtype(dtype)
-    except TypeError:
-        checked = None
-    if checked is None or checked.name not in DTYPES:
-        given = dtype if checked is None else checked.name
-        raise EngineError(f"dtype {given!r} does not exist for kernels; choose {_listing(DTYPES)}") from None
-    return checked
+    for name in DTYPES:
+        with contextlib.suppress(TypeError):
+            if np.dtype(dtype) == name:
+                return np.dtype(name)
+    raise EngineError(f"dtype {dtype!r} does not exist for kernels; choose {_listing(DTYPES)}")
 
 
 def _checked_images(images: ArrayLike, dtype: np.dtype[Any], name: str) -> NDArray[Any]:

@@ -57,17 +57,20 @@ def _window(offset: tuple[int, int], radius: int, height: int, width: int) -> tu
 
 def input_kernel(x1: Array, x2: Array) -> Array:
     """``K⁰(t, t') = f(t)·f'(t') / C`` for pairs of images ``(p, H, W, C)``, as ``(p, H, W, H, W)``."""
-    return np.einsum("pijc,pklc->pijkl", x1, x2, optimize=True) / x1.shape[-1]
+    products: Array = np.einsum("pijc,pklc->pijkl", x1, x2, optimize=True)
+    return products / x1.shape[-1]
 
 
 def input_diagonal(x: Array) -> Array:
     """``K⁰(t, t)``: ``(p, H, W)``."""
-    return np.einsum("pijc,pijc->pij", x, x) / x.shape[-1]
+    squares: Array = np.einsum("pijc,pijc->pij", x, x)
+    return squares / x.shape[-1]
 
 
 def lifting(k: Array, turns: Sequence[int], radius: int, padding: str) -> Array:
     """``A(K)(tr, t'r') = 1/|S| Σ_v K⁰(t + ρ(r)v, t' + ρ(r')v)``: from ``(p, H, W, H, W)`` to all ``(r, r')``."""
-    return _average(np.broadcast_to(k[:, None, None], (len(k), len(turns), len(turns), *k.shape[1:])), turns, radius, padding)
+    everywhere = np.broadcast_to(k[:, None, None], (len(k), len(turns), len(turns), *k.shape[1:]))
+    return _average(everywhere, turns, radius, padding)
 
 
 def group_convolution(k: Array, turns: Sequence[int], radius: int, padding: str) -> Array:
@@ -84,7 +87,7 @@ def _average(k: Array, turns: Sequence[int], radius: int, padding: str) -> Array
     """``1/|S| Σ_v K[r, r'](t + ρ(r)v, t' + ρ(r')v)``."""
     padded = _pad(k, radius, padding, axes=(3, 4, 5, 6))
     height, width = padded.shape[3] - 2 * radius, padded.shape[4] - 2 * radius
-    out = np.zeros((*k.shape[:3], height, width, height, width))
+    out: Array = np.zeros((*k.shape[:3], height, width, height, width))
     taps = _support(radius)
     for (i, r), (j, s) in product(enumerate(turns), enumerate(turns)):
         for v in taps:
@@ -111,7 +114,8 @@ def diagonal_convolution(q: Array, turns: Sequence[int], radius: int, padding: s
 
 def group_pooling(k: Array) -> Array:
     """The mean over all ``g, g'``: ``(p,)``."""
-    return k.mean(axis=(1, 2, 3, 4, 5, 6))
+    pooled: Array = k.mean(axis=(1, 2, 3, 4, 5, 6))
+    return pooled
 
 
 def preactivation_variances(network: Architecture, turns: Sequence[int], x: Array) -> list[Array]:

@@ -112,7 +112,7 @@ def input_line(x, x_row, y, y_row, channels, plane, length, radius, line):
     """``K⁰``, not yet divided by the number of channels, of one row into ``line``."""
     for p in range(length):
         line[radius + U(p)] = x[x_row + U(p)] * y[y_row + U(p)]
-    for c in range(ONE, channels):
+    for _ in range(ONE, channels):
         x_row += plane
         y_row += plane
         for p in range(length):
@@ -402,14 +402,24 @@ def pooled_plane(
                 copy(line, radius, NTK_LINE + radius, length)
             else:
                 vertical(knl, zeros, here, length, below, above, length, radius, scale, b2, line, radius)
-                vertical(
-                    ntk, zeros, here, length, below, above, length, radius, scale, b2 * 0, line, NTK_LINE + radius
-                )
+                vertical(ntk, zeros, here, length, below, above, length, radius, scale, b2 * 0, line, NTK_LINE + radius)
                 add(line, radius, NTK_LINE + radius, length)
             x_row, y_row = row * length, other * length
             chosen = last_mask if last else mask
             if activation == RELU:
-                relu_row(line, radius, length, x, root + x_row, inverse + x_row, y, root + y_row, inverse + y_row, chosen, eps)  # noqa: E501
+                relu_row(
+                    line,
+                    radius,
+                    length,
+                    x,
+                    root + x_row,
+                    inverse + x_row,
+                    y,
+                    root + y_row,
+                    inverse + y_row,
+                    chosen,
+                    eps,
+                )
             else:
                 erf_row(line, radius, length, x, inverse + x_row, y, inverse + y_row, chosen)
             if last:
@@ -464,7 +474,9 @@ def pooled_pairs(
         length = padded(count * (width + radius + radius))
         line[:] = 0
         zeros = (rows - ONE) * longest
-        expand(packed1, index * image, planes * height, width, radius, offsets_x, begin, count, circular, False, length, x)
+        expand(
+            packed1, index * image, planes * height, width, radius, offsets_x, begin, count, circular, False, length, x
+        )
         column_mask(width, radius, offsets_x, begin, count, circular, ZERO, factor, mask)
         column_mask(width, radius, offsets_x, begin, count, circular, margin, factor, last_mask)
         for j in range(len(others)):
