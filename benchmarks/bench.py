@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 from numpy.typing import NDArray
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -137,9 +138,12 @@ def machine() -> str:
 def table(rows: list[Competitor]) -> Table:
     """Medians, and the ratio to neural-tangents' plain CNN on the same images."""
     title = f"NNGP and NTK, {BLOCK}x{BLOCK} pairs of RGB images, 3x3 filters, SAME, ReLU"
-    out = Table(title=title, title_justify="left", caption="faster: than neural-tangents' plain CNN (C1) on a pair")
-    for name in ("images", "depth", "program", "group", "precision"):
-        out.add_column(name)
+    caption = "faster: than neural-tangents' plain CNN (C1) on one pair"
+    out = Table(
+        title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE, pad_edge=False
+    )
+    for name in ("size", "depth", "program", "group", "dtype"):
+        out.add_column(name, no_wrap=True)
     for name in ("ms/pair", "pairs/s", "faster"):
         out.add_column(name, justify="right")
     for row in rows:

@@ -36,7 +36,7 @@ class DataNotFoundError(DataError, FileNotFoundError):
 
 
 class StoreError(EquigramError, OSError):
-    """The run store cannot be read or written."""
+    """The run store, or a file with results, cannot be read or written."""
 
 
 class StoreNotFoundError(StoreError, FileNotFoundError):
@@ -52,7 +52,9 @@ class StoreMismatchError(StoreError, ValueError):
 
 
 class IncompleteRunError(StoreError):
-    """A stage needs tiles that are not computed yet."""
+    """What is asked for needs tiles, or a solution, that are not computed yet."""
+
+    exit_code = 2
 
 
 class DamagedTileError(StoreError):

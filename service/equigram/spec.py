@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from equigram.errors import SpecError
-from equikernel.errors import describe
+from equigram.yamlfile import read_yaml
+from equikernel.fields import describe
 from equikernel.groups import GroupName
 from equikernel.network import Architecture, GroupCNN
 
 KernelName = Literal["nngp", "ntk"]
 
 
+def _one_is_a_list(value: Any) -> Any:
+    return [value] if isinstance(value, (int, float, str)) else value
+
+
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if not values:
         raise ValueError("the list is empty; name at least one")
-    if len(set(values)) < len(values):
-        raise ValueError(f"{list(values)} names one twice; name each once")
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise ValueError(f"{value!r} is named twice; name each once")
     return values
 
 
@@ -37,8 +33,10 @@ def _path_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-Distinct = AfterValidator(_distinct)
-Url = Annotated[str, BeforeValidator(_path_as_text), Field(min_length=1)]
+Item = TypeVar("Item")
+Several = Annotated[tuple[Item, ...], BeforeValidator(_one_is_a_list), AfterValidator(_distinct)]
+Url = Annotated[str, BeforeValidator(_path_as_text), Field(min_length=1), "a path or URL"]
+Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 class _Section(BaseModel):
@@ -52,7 +50,7 @@ class DataSpec(_Section):
     """Training images: a folder of class folders, an .npz, .npy or zarr; any fsspec URL."""
     test: Url | None = None
     """Test images, in the same forms. Without it and ``test_fraction``, an .npz's or zarr's own test images, if any."""
-    test_fraction: float | None = Field(default=None, gt=0, lt=1)
+    test_fraction: float | None = Field(default=None, gt=0, lt=1, strict=True)
     """Share of each class of ``train`` (of all images without classes) held out as test images."""
     train_labels: Url | None = None
     """Labels of ``train`` when it is an array without any: (n,) integers for classes, (n,) or (n, k) float targets."""
@@ -66,9 +64,9 @@ class DataSpec(_Section):
     """Channels: ``auto`` is rgb if any image file has colour, else gray. Arrays keep the channels they have."""
     normalize: Literal["per_channel", "none"] = "per_channel"
     """``per_channel``: subtract the mean and divide by the standard deviation of the training images' channels."""
-    per_class: int | None = Field(default=None, ge=1, strict=True)
+    per_class: Count | None = None
     """Training images per class, chosen by ``seed``; all without it."""
-    test_per_class: int | None = Field(default=None, ge=1, strict=True)
+    test_per_class: Count | None = None
     """Test images per class, chosen by ``seed``; all without it."""
     seed: int = Field(default=0, ge=0, strict=True)
     """Seed of every random choice."""
@@ -87,9 +85,9 @@ class DataSpec(_Section):
 class GramSpec(_Section):
     """Which Gram matrices, and how they are computed."""
 
-    groups: Annotated[tuple[GroupName, ...], Distinct] = ("C4",)
+    groups: Several[GroupName] = ("C4",)
     """Symmetry groups; all of them come from one pass at the cost of the largest."""
-    kernels: Annotated[tuple[KernelName, ...], Distinct] = ("nngp", "ntk")
+    kernels: Several[KernelName] = ("nngp", "ntk")
     """Kernels to store."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the engine and of the stored matrices."""
@@ -106,26 +104,21 @@ class WorkerSpec(_Section):
     """Workers; ``auto`` is as many as the cluster's CPUs (and GPUs, if asked for) hold."""
     cpus: int = Field(default=1, ge=1, le=1024, strict=True)
     """CPU cores, and threads, of one worker."""
-    gpus: float = Field(default=0, ge=0, le=64)
+    gpus: float = Field(default=0, ge=0, le=64, strict=True)
     """GPUs of one worker; a fraction shares one."""
-    address: str | None = None
+    address: Annotated[str, "host:port, ray://host:port, auto"] | None = None
     """Ray cluster, ``host:port``, ``ray://host:port`` or ``auto``; without it a local one is started for the run."""
 
 
 class SolveSpec(_Section):
     """Kernel regression on the finished matrices."""
 
-    ridge: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Distinct] = (1e-6, 1e-4, 1e-2)
+    ridge: Several[Annotated[float, Field(ge=0, strict=True)]] = (1e-6, 1e-4, 1e-2)
     """Ridge values λ in units of the mean diagonal of the train Gram matrix; the first is the one to predict with."""
-    kernels: Annotated[tuple[KernelName, ...], Distinct] | None = None
+    kernels: Several[KernelName] | None = None
     """Kernels to predict with; without it all of ``gram.kernels``."""
-    train_sizes: Annotated[tuple[Annotated[int, Field(ge=1, strict=True)], ...], Distinct] | None = None
+    train_sizes: Several[Count] | None = None
     """Learning curve: also solve with only so many training images per class (of all images in regression)."""
-
-    @field_validator("ridge", mode="before")
-    @classmethod
-    def _one_value_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, (int, float, str)) and not isinstance(value, bool) else value
 
 
 class JobSpec(_Section):
@@ -148,8 +141,8 @@ class JobSpec(_Section):
         missing = [kernel for kernel in self.solved_kernels if kernel not in self.gram.kernels]
         if missing:
             raise ValueError(
-                f"solve.kernels = {list(self.solved_kernels)} needs {missing[0]!r}, but gram.kernels = "
-                f"{list(self.gram.kernels)} does not store it; add it to gram.kernels"
+                f"solve.kernels names {missing[0]!r}, which gram.kernels = {list(self.gram.kernels)} does not store; "
+                "add it there"
             )
         return self
 
@@ -171,29 +164,20 @@ class JobSpec(_Section):
         Raises:
           SpecError: one line per wrong or unknown field, with its value and what is allowed.
         """
-        if not isinstance(fields, dict):
-            raise SpecError(f"{source}: a job is a mapping with the fields {', '.join(cls.model_fields)}")
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            raise SpecError(f"{source}: " + describe(error, cls).replace("\n", f"\n{source}: ")) from None
+            lines = describe(error, cls).splitlines()
+        raise SpecError("\n".join(f"{source}: {line}" for line in lines))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a YAML job file.
 
         Raises:
-          SpecError: the file is missing, is not YAML, or has wrong fields.
+          SpecError: the file cannot be read, is not YAML, or has wrong fields.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
-            raise SpecError(f"{path}: cannot read the job file: {reason}") from None
-        try:
-            fields = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            raise SpecError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        fields = read_yaml(path)
+        if fields is None:
+            raise SpecError(f"{path}: the job file is empty; it needs at least `store` and `data.train`")
         return cls.parse(fields, source=str(path))

@@ -48,11 +48,14 @@ def erf(k: Array, q1: Array, q2: Array, eps: float = np.finfo(np.float64).eps) -
     """Dual kernels of ``erf(u)`` (Williams 1997).
 
     With ``z = 2k / √((1+2q1)(1+2q2))``: ``E[σσ] = (2/π) arcsin z`` and
-    ``K̇ = (4/π) / √((1+2q1)(1+2q2) - 4k²)``. Smooth at ``c = ±1``, so ``eps`` is not used.
+    ``K̇ = (4/π) / √((1+2q1)(1+2q2) - 4k²)``. For large variances ``z`` comes close to 1; ``1 - z²`` is then summed from
+    positive terms, with ``1 - c²`` of the correlation ``c``, instead of being a difference of large numbers.
     """
-    scale = 1 / (np.sqrt(1 + 2 * q1) * np.sqrt(1 + 2 * q2))
-    z = 2 * k * scale
-    return 2 / np.pi * np.arcsin(z), 4 / np.pi * scale / np.sqrt((1 - z) * (1 + z))
+    c = correlation(k, q1, q2, eps)
+    e1, e2 = 1 / (1 + 2 * q1), 1 / (1 + 2 * q2)
+    z = 2 * k * np.sqrt(e1) * np.sqrt(e2)
+    rest = e1 + (1 - e1) * (e2 + (1 - e2) * (1 - c) * (1 + c))
+    return 2 / np.pi * np.arctan2(z, np.sqrt(rest)), 4 / np.pi * np.sqrt(e1) * np.sqrt(e2) / np.sqrt(rest)
 
 
 DUALS = {"relu": relu, "erf": erf}

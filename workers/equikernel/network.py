@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from equikernel import groups
-from equikernel.errors import ImageError, NetworkError, describe
+from equikernel.errors import ImageError, NetworkError
+from equikernel.fields import describe
 from equikernel.groups import GroupName
 
 if TYPE_CHECKING:
@@ -38,16 +40,21 @@ class Architecture(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     depth: int = Field(default=3, ge=1, le=1000, strict=True, description="number of convolutions; the first lifts")
-    filter_size: Annotated[int, AfterValidator(_odd)] = Field(
-        default=3, ge=1, strict=True, description="side of the square filters in pixels, odd"
+    filter_size: Annotated[int, AfterValidator(_odd), "an odd number of 1 or more"] = Field(
+        default=3, ge=1, strict=True, description="side of the square filters in pixels"
     )
     padding: Padding = Field(default="SAME", description="what a filter sees beyond the border")
     activation: ActivationName = Field(default="relu", description="after every convolution")
-    w_std: float = Field(default=1.0, gt=0, le=1e6, description="standard deviation of the weights")
-    b_std: float = Field(default=0.0, ge=0, le=1e6, description="standard deviation of the biases")
+    w_std: float = Field(default=1.0, gt=0, le=1e6, strict=True, description="standard deviation of the weights")
+    b_std: float = Field(default=0.0, ge=0, le=1e6, strict=True, description="standard deviation of the biases")
     head: tuple[ActivationName, ...] = Field(
         default=(), description="activation of each hidden dense layer after the pooling"
     )
+
+    @field_validator("depth", "filter_size", "w_std", "b_std", mode="before")
+    @classmethod
+    def _plain_number(cls, value: Any) -> Any:
+        return value.item() if isinstance(value, np.generic) else value
 
     @property
     def radius(self) -> int:

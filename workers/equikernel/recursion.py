@@ -16,7 +16,7 @@ from equikernel.activations import DUALS
 from equikernel.groups import quarter_turns, rotate_offset
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -57,14 +57,14 @@ def _window(offset: tuple[int, int], radius: int, height: int, width: int) -> tu
 
 def input_kernel(x1: Array, x2: Array) -> Array:
     """``K⁰(t, t') = f(t)·f'(t') / C`` for pairs of images ``(p, H, W, C)``, as ``(p, H, W, H, W)``."""
-    products: Array = np.einsum("pijc,pklc->pijkl", x1, x2, optimize=True)
-    return products / x1.shape[-1]
+    kernel: Array = np.einsum("pijc,pklc->pijkl", x1 / x1.shape[-1], x2, optimize=True)
+    return kernel
 
 
 def input_diagonal(x: Array) -> Array:
     """``K⁰(t, t)``: ``(p, H, W)``."""
-    squares: Array = np.einsum("pijc,pijc->pij", x, x)
-    return squares / x.shape[-1]
+    diagonal: Array = np.einsum("pijc,pijc->pij", x / x.shape[-1], x)
+    return diagonal
 
 
 def lifting(k: Array, turns: Sequence[int], radius: int, padding: str) -> Array:
@@ -87,14 +87,19 @@ def _average(k: Array, turns: Sequence[int], radius: int, padding: str) -> Array
     """``1/|S| Σ_v K[r, r'](t + ρ(r)v, t' + ρ(r')v)``."""
     padded = _pad(k, radius, padding, axes=(3, 4, 5, 6))
     height, width = padded.shape[3] - 2 * radius, padded.shape[4] - 2 * radius
-    out: Array = np.zeros((*k.shape[:3], height, width, height, width))
-    taps = _support(radius)
+    out: Array = np.empty((*k.shape[:3], height, width, height, width))
     for (i, r), (j, s) in product(enumerate(turns), enumerate(turns)):
-        for v in taps:
-            here = _window(rotate_offset(v, r), radius, height, width)
-            there = _window(rotate_offset(v, s), radius, height, width)
-            out[:, i, j] += padded[(slice(None), i, j, *here, *there)]
-    return out / len(taps)
+        out[:, i, j] = _mean(
+            padded[
+                (
+                    slice(None), i, j,
+                    *_window(rotate_offset(v, r), radius, height, width),
+                    *_window(rotate_offset(v, s), radius, height, width),
+                )
+            ]
+            for v in _support(radius)
+        )  # fmt: skip
+    return out
 
 
 def diagonal_convolution(q: Array, turns: Sequence[int], radius: int, padding: str) -> Array:
@@ -102,14 +107,28 @@ def diagonal_convolution(q: Array, turns: Sequence[int], radius: int, padding: s
 
     For the lifting layer pass ``K⁰(t, t)`` repeated over the rotations.
     """
-    padded = _pad(np.broadcast_to(q.mean(axis=1, keepdims=True), q.shape), radius, padding, axes=(2, 3))
-    height, width = padded.shape[2] - 2 * radius, padded.shape[3] - 2 * radius
-    out = np.zeros((*q.shape[:2], height, width))
-    taps = _support(radius)
-    for i, r in enumerate(turns):
-        for v in taps:
-            out[:, i] += padded[(slice(None), i, *_window(rotate_offset(v, r), radius, height, width))]
-    return out / len(taps)
+    padded = _pad(q.mean(axis=1), radius, padding, axes=(1, 2))
+    height, width = padded.shape[1] - 2 * radius, padded.shape[2] - 2 * radius
+    rotated = [
+        _mean(padded[(slice(None), *_window(rotate_offset(v, r), radius, height, width))] for v in _support(radius))
+        for r in turns
+    ]
+    return np.stack(rotated, axis=1)
+
+
+def _mean(terms: Iterable[Array]) -> Array:
+    """The mean of arrays of one shape, summed with compensation (Neumaier 1974).
+
+    Plain sums of many equal terms, as constant images have, would put ``c`` further from ``±1`` than the branch point
+    allows for.
+    """
+    count, total, lost = 0, np.zeros(()), np.zeros(())
+    for term in terms:
+        count += 1
+        following = total + term
+        lost = lost + np.where(np.abs(total) >= np.abs(term), (total - following) + term, (term - following) + total)
+        total = following
+    return (total + lost) / count
 
 
 def group_pooling(k: Array) -> Array:

@@ -11,7 +11,7 @@ Works: ``stax``, ``predict``, ``batch``, ``monte_carlo_kernel_fn``, ``linearize`
 ``empirical_ntk_fn`` with the implementations ``JACOBIAN_CONTRACTION`` (the default) and ``NTK_VECTOR_PRODUCTS``. Does
 not work: the implementations ``STRUCTURED_DERIVATIVES`` and ``AUTO``, written against the removed internals.
 ``neural_tangents.experimental`` is left out also where TensorFlow is installed; there ``import
-neural_tangents.experimental`` adds it. Tested with JAX 0.10.2, 0.11.2 and 0.12.0.
+neural_tangents.experimental`` adds it. Tested with JAX 0.10.2, 0.11.2 and 0.12.0.1.
 
 Nothing else in :mod:`equikernel` imports this module, JAX or neural-tangents for the kernels themselves.
 """

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from equikernel import groups as grid
-from equikernel.activations import DUALS
+from equikernel.activations import BRANCH_POINT, DUALS
 from equikernel.engines import planes
 from equikernel.errors import ImageError
 from equikernel.recursion import Pooled
@@ -42,8 +42,8 @@ TASKS_PER_THREAD = 8
 class Prepared:
     """Images and their turned copies, packed for the inner loops.
 
-    ``packed[turn]``: ``(n, C + 2 depth, H, W)`` in the dtype of the engine: the pixels, then for each convolution the
-    roots and inverse roots of its preactivation variances.
+    ``packed[turn]``: ``(n, C + 2 depth, H, W)`` in the dtype of the engine: the pixels, then for each convolution
+    ``√q`` (for erf ``1/√(1+2q)``) and ``1/√q`` of its preactivation variances ``q``.
     """
 
     packed: dict[int, NDArray[Any]]
@@ -68,11 +68,9 @@ class CpuEngine:
         for _ in range(self.network.depth):
             q = self.network.w_std**2 * self._box_mean(q) + self.network.b_std**2
             root = np.sqrt(q)
-            if self.network.activation == "erf":
-                inverse = 1 / np.sqrt(1 + 2 * q)
-            else:
-                inverse = np.divide(1, root, out=np.zeros_like(root), where=root > 0)
-            factors += [root[:, None].astype(self.dtype), inverse[:, None].astype(self.dtype)]
+            inverse = np.divide(1, root, out=np.zeros_like(root), where=root > 0)
+            scale = 1 / np.sqrt(1 + 2 * q) if self.network.activation == "erf" else root
+            factors += [scale[:, None].astype(self.dtype), inverse[:, None].astype(self.dtype)]
             q = dual(q, q, q)[0]
         packed = np.concatenate(factors, axis=1)
         if not np.isfinite(packed).all():
@@ -140,11 +138,15 @@ class CpuEngine:
             u(network.depth), u(network.radius), PADDINGS[network.padding], activation,
             _useful_offsets(height, network.margin), offsets_x,
             u(offsets_per_block(len(offsets_x), width + 2 * network.radius)), u(network.margin),
-            scalar(network.w_std**2), scalar(network.b_std**2), scalar(factor), scalar(np.finfo(self.dtype).eps),
+            scalar(network.w_std**2), scalar(network.b_std**2), scalar(factor), scalar(self._branch()),
             sums_k, sums_theta,
         )  # fmt: skip
         pixel_pairs = ((height - 2 * network.margin) * (width - 2 * network.margin)) ** 2
         return sums_k / pixel_pairs, sums_theta / pixel_pairs
+
+    def _branch(self) -> float:
+        """How close to ``±1`` a correlation is taken as ``±1``; sums over larger filters round more."""
+        return BRANCH_POINT * max(1, self.network.radius) * float(np.finfo(self.dtype).eps)
 
     def _box_mean(self, q: NDArray[np.float64]) -> NDArray[np.float64]:
         """The mean of ``(n, H, W)`` over the filter support, beyond the border zeros or the opposite side.

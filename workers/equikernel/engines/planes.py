@@ -3,7 +3,7 @@
 A convolution moves ``t`` and ``t'`` by the same tap, so the offset ``δ = t' - t`` (modulo the image) never changes:
 for each offset the whole network is a recursion on one ``H x W`` *plane*: box filter, activation, box filter, …, sum.
 With SAME and VALID padding the plane of ``δ`` holds two true offsets per axis, ``δ`` and ``δ - H``; they meet at a
-*seam* that no filter may cross. See section 3 of the design in ``docs/kernels.md``.
+*seam* that no filter may cross. See ``docs/kernels.md``.
 
 Layout. The planes of ``count`` neighbouring horizontal offsets lie side by side in one *long row*, so that the inner
 loops are long and vectorise. Each plane row is stored with its two segments apart by ``radius`` zero entries (for
@@ -136,18 +136,24 @@ def horizontal(line, start, length, radius, planes, row):
 
 
 @njit(**EXACT)
-def vertical(planes, zeros, row, stride, below, above, length, radius, scale, bias, line, start):
+def vertical(planes, zeros, row, stride, below, above, length, radius, scale, bias, line, start, second):
     """The vertical half: ``line[start + p] = scale · Σ_v planes[row + v·stride + p] + bias``.
 
     ``below`` and ``above`` are how many rows lie on the same side of the seam before and after this one; the rows
-    beyond are the row ``zeros``.
+    beyond are the row ``zeros``. The result is for K; for Θ (``second``) K's, ``NTK_LINE`` entries before, is added.
     """
     if radius == ONE:
         before = row - stride if below > ZERO else zeros
         after = row + stride if above > ZERO else zeros
-        for p in range(length):
-            total = planes[before + U(p)] + planes[row + U(p)] + planes[after + U(p)]
-            line[start + U(p)] = total * scale + bias
+        if second:
+            knl = start - NTK_LINE
+            for p in range(length):
+                total = planes[before + U(p)] + planes[row + U(p)] + planes[after + U(p)]
+                line[start + U(p)] = total * scale + line[knl + U(p)]
+        else:
+            for p in range(length):
+                total = planes[before + U(p)] + planes[row + U(p)] + planes[after + U(p)]
+                line[start + U(p)] = total * scale + bias
         return
     for p in range(length):
         line[start + U(p)] = planes[row + U(p)]
@@ -159,8 +165,13 @@ def vertical(planes, zeros, row, stride, below, above, length, radius, scale, bi
         other = row + U(v) * stride
         for p in range(length):
             line[start + U(p)] += planes[other + U(p)]
-    for p in range(length):
-        line[start + U(p)] = line[start + U(p)] * scale + bias
+    if second:
+        knl = start - NTK_LINE
+        for p in range(length):
+            line[start + U(p)] = line[start + U(p)] * scale + line[knl + U(p)]
+    else:
+        for p in range(length):
+            line[start + U(p)] = line[start + U(p)] * scale + bias
 
 
 @njit(**EXACT)
@@ -171,23 +182,18 @@ def copy(line, source, target, length):
 
 
 @njit(**EXACT)
-def add(line, source, target, length):
-    """``line[target + p] += line[source + p]``."""
-    for p in range(length):
-        line[target + U(p)] += line[source + U(p)]
-
-
-@njit(**EXACT)
-def relu_float32(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse, mask, eps):
-    """K and Θ of one row through ReLU; ``arccos a = √(1-a) P(a)`` to 3e-8, ``√(1-a²) = √(1-a) Q(a)`` to 3e-8."""
-    branch = np.float32(4) * eps
+def relu_float32(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse, mask, branch):
+    """K and Θ of one row through ReLU: ``arccos a = √(1-a) P(a)`` to 3e-8, ``√(1-a²) = √(1-a) Q(a)`` to 3e-8."""
     one, zero, pi = np.float32(1), np.float32(0), np.float32(math.pi)
     for i in range(length):
         p = U(i)
         c = line[start + p] * (x[x_inverse + p] * y[y_inverse + p])
         a = abs(c)
+        positive = c >= zero
         gap = one - a
-        root = math.sqrt(gap if gap >= branch else zero)
+        apart = gap >= branch
+        c = c if apart else one  # for c = -1 the angle is zero anyway
+        root = math.sqrt(gap if apart else zero)
         arc = np.float32(-0.001211737769810765)
         arc = arc * a + np.float32(0.006491521428436943)
         arc = arc * a + np.float32(-0.016841052415648962)
@@ -205,53 +211,65 @@ def relu_float32(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse
         sine = sine * a + np.float32(0.4999959701462716)
         sine = sine * a + np.float32(1.0000000312900168)
         arc *= root
-        angle = pi - arc if c >= zero else arc
+        angle = pi - arc if positive else arc
         scale = mask[p]
         line[start + p] = (x[x_root + p] * y[y_root + p]) * (scale * (root * sine + angle * c))
         line[NTK_LINE + start + p] *= scale * angle
 
 
 @njit(**EXACT)
-def relu_float64(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse, mask, eps):
+def relu_float64(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse, mask, branch):
     """K and Θ of one row through ReLU, arccos from ``arcsin w = w + w³ R(w²)``, ``w <= 1/2``, to 2e-17."""
     for i in range(length):
         p = U(i)
         c = line[start + p] * (x[x_inverse + p] * y[y_inverse + p])
         a = abs(c)
+        positive = c >= 0.0
         gap = 1.0 - a
-        gap = gap if gap >= 4.0 * eps else 0.0
+        apart = gap >= branch
+        c = c if apart else 1.0  # for c = -1 the angle is zero anyway
+        gap = gap if apart else 0.0
         large = a > 0.5
         square = 0.5 * gap if large else a * a
         w = math.sqrt(square) if large else a
         arc = w + w * square * arcsine_series(square)
         angle = arc + arc if large else 0.5 * math.pi - arc
-        angle = math.pi - angle if c >= 0.0 else angle
+        angle = math.pi - angle if positive else angle
         scale = mask[p]
         line[start + p] = (x[x_root + p] * y[y_root + p]) * (scale * (math.sqrt(gap * (1.0 + a)) + angle * c))
         line[NTK_LINE + start + p] *= scale * angle
 
 
 @njit(**EXACT)
-def erf_row(line, start, length, x, x_inverse, y, y_inverse, mask):
-    """K and Θ of one row through erf; the inverse roots are ``1/√(1+2q)``, the mask holds ``2/π``."""
+def erf_row(line, start, length, x, x_scale, x_inverse, y, y_scale, y_inverse, mask, branch):
+    """K and Θ of one row through erf; the mask holds ``2/π``, the scales ``e = 1/√(1+2q)``.
+
+    ``1 - z² = e₁² + (1 - e₁²)(e₂² + (1 - e₂²)(1 - c²))`` has only positive terms.
+    """
     one = mask.dtype.type(1)
+    zero = mask.dtype.type(0)
     half = mask.dtype.type(0.5)
     right_angle = mask.dtype.type(0.5 * math.pi)
     for i in range(length):
         p = U(i)
-        r = x[x_inverse + p] * y[y_inverse + p]
-        z = line[start + p] * r
-        z += z
-        a = abs(z)
+        k = line[start + p]
+        a = abs(k * (x[x_inverse + p] * y[y_inverse + p]))
         gap = one - a
+        gap = gap if gap >= branch else zero
+        e1, e2 = x[x_scale + p], y[y_scale + p]
+        z = k * (e1 * e2)
+        z += z
+        e1_squared, e2_squared = e1 * e1, e2 * e2
+        rest = e1_squared + (one - e1_squared) * (e2_squared + (one - e2_squared) * (gap * (one + a)))
+        a = abs(z)
         large = a > half
-        square = half * gap if large else a * a
+        square = half * rest / (one + a) if large else a * a
         w = math.sqrt(square) if large else a
         arc = w + w * square * arcsine_series(square)
         arc = right_angle - (arc + arc) if large else arc
         scale = mask[p]
-        line[start + p] = scale * (arc if z >= 0 else -arc)
-        line[NTK_LINE + start + p] *= (scale + scale) * (r / math.sqrt(gap * (one + a)))
+        line[start + p] = scale * (arc if z >= zero else -arc)
+        line[NTK_LINE + start + p] *= (scale + scale) * (e1 * e2 / math.sqrt(rest))
 
 
 @njit(**EXACT)
@@ -295,17 +313,17 @@ def _arcsine_series(x):
     return lambda x: arcsine_float64(x)
 
 
-def relu_row(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse, mask, eps):
+def relu_row(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse, mask, branch):
     """K and Θ of one row through ReLU, in the precision of ``line``."""
     raise NotImplementedError("compiled code only")
 
 
 @overload(relu_row)
-def _relu_row(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse, mask, eps):
+def _relu_row(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse, mask, branch):
     chosen = relu_float32 if line.dtype == types.float32 else relu_float64
 
-    def row(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse, mask, eps):
-        chosen(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse, mask, eps)
+    def row(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse, mask, branch):
+        chosen(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse, mask, branch)
 
     return row
 
@@ -347,15 +365,16 @@ def padded(length):
 @njit(**EXACT)
 def pooled_plane(
     x, y, offset_y, height, width, channels, depth, radius, padding, activation, count, length, w2, b2, mask, last_mask,
-    eps, knl, ntk, zeros, line,
+    branch, knl, ntk, zeros, line,
 ):  # fmt: skip
     """``(Σ K, Σ Θ)`` after the last activation over the plane rows of ``count`` horizontal offsets.
 
     Args:
-      x, y: the two images in the long-row layout: ``channels`` planes of pixels, then per convolution ``√q`` and
-        ``1/√q`` (``1/√(1+2q)`` for erf) of its preactivation variances ``q``.
+      x, y: the two images in the long-row layout: ``channels`` planes of pixels, then per convolution ``√q`` (for erf
+        ``1/√(1+2q)``) and ``1/√q`` of its preactivation variances ``q``.
       offset_y: the vertical offset.
       count, length: horizontal offsets side by side, and entries of a long row.
+      branch: correlations with ``1 - |c| < branch`` are taken as ``±1``.
       mask, last_mask: the constant factor of the activation where an entry counts, 0 in gaps and where VALID padding
         has removed it; the second for the last layer.
       knl, ntk: scratch for the planes of K and Θ, see :func:`scratch_rows`; row ``zeros`` of each holds zeros.
@@ -398,30 +417,19 @@ def pooled_plane(
                 continue
             here = top + row * length
             if layer == 0:
-                vertical(knl, zeros, here, length, below, above, length, radius, first_scale, b2, line, radius)
+                vertical(knl, zeros, here, length, below, above, length, radius, first_scale, b2, line, radius, False)
                 copy(line, radius, NTK_LINE + radius, length)
             else:
-                vertical(knl, zeros, here, length, below, above, length, radius, scale, b2, line, radius)
-                vertical(ntk, zeros, here, length, below, above, length, radius, scale, b2 * 0, line, NTK_LINE + radius)
-                add(line, radius, NTK_LINE + radius, length)
+                vertical(knl, zeros, here, length, below, above, length, radius, scale, b2, line, radius, False)
+                second = NTK_LINE + radius
+                vertical(ntk, zeros, here, length, below, above, length, radius, scale, b2, line, second, True)
             x_row, y_row = row * length, other * length
             chosen = last_mask if last else mask
+            x_root, x_inverse, y_root, y_inverse = root + x_row, inverse + x_row, root + y_row, inverse + y_row
             if activation == RELU:
-                relu_row(
-                    line,
-                    radius,
-                    length,
-                    x,
-                    root + x_row,
-                    inverse + x_row,
-                    y,
-                    root + y_row,
-                    inverse + y_row,
-                    chosen,
-                    eps,
-                )
+                relu_row(line, radius, length, x, x_root, x_inverse, y, y_root, y_inverse, chosen, branch)
             else:
-                erf_row(line, radius, length, x, inverse + x_row, y, inverse + y_row, chosen)
+                erf_row(line, radius, length, x, x_root, x_inverse, y, y_root, y_inverse, chosen, branch)
             if last:
                 sum_k += total(line, radius, length)
                 sum_theta += total(line, NTK_LINE + radius, length)
@@ -441,7 +449,7 @@ def pooled_plane(
 @njit(**EXACT)
 def pooled_pairs(
     packed1, index, packed2, others, height, width, channels, depth, radius, padding, activation, offsets_y, offsets_x,
-    block, margin, w2, b2, factor, eps, sums_k, sums_theta,
+    block, margin, w2, b2, factor, branch, sums_k, sums_theta,
 ):  # fmt: skip
     """Sums over all pixel pairs of K and Θ of one image against several: ``sums_k``, ``sums_theta`` ``(len(others),)``.
 
@@ -452,6 +460,7 @@ def pooled_pairs(
       block: horizontal offsets side by side.
       margin: pixels that VALID padding takes off each border in the end.
       factor: constant factor of the activation, 1/2π for ReLU, 2/π for erf.
+      branch: correlations with ``1 - |c| < branch`` are taken as ``±1``.
     """
     circular = padding == CIRCULAR
     planes = channels + depth + depth
@@ -487,7 +496,7 @@ def pooled_pairs(
             for offset_y in offsets_y:
                 sum_k, sum_theta = pooled_plane(
                     x, y, offset_y, height, width, channels, depth, radius, padding, activation, count, length, w2,
-                    b2, mask, last_mask, eps, knl, ntk, zeros, line,
+                    b2, mask, last_mask, branch, knl, ntk, zeros, line,
                 )  # fmt: skip
                 sums_k[j] += sum_k
                 sums_theta[j] += sum_theta

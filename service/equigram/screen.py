@@ -1,0 +1,251 @@
+"""What a person sees of a run: notes and progress while it goes on, tables of what it will cost and what came out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TaskProgressColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from equigram.plan import Part, Tile, Tiling
+    from equigram.solve.stage import Result
+
+LINE_SECONDS = 30.0
+"""Time between two lines about the same stage where there is no terminal to draw a bar on."""
+
+STAGES = {"pairs": "computing image pairs", "solve": "solving regressions", "images": "predicting images"}
+"""What a person calls a stage, where its name is not that already."""
+
+MAP_CELLS = 48
+"""Rows and columns of a map of tiles at most."""
+
+
+@dataclass
+class _Stage:
+    """Something that takes a while, and how far it is."""
+
+    title: str
+    began: float
+    """When the stage before it ended."""
+    first: int
+    """Things that were done when it was first heard of."""
+    since: float
+    """When that was."""
+    done: int
+    total: int
+    heard: float
+    """When it was last heard of."""
+    told: float
+    """When a line was last written about it."""
+    bar: TaskID
+
+    @property
+    def finished(self) -> bool:
+        return self.done >= self.total
+
+    def speed(self, now: float) -> str:
+        """Things per second, and the time left or, at the end, taken: ``"1,234/s, 12 min left"``."""
+        rate = (self.done - self.first) / (self.heard - self.since) if self.heard > self.since else 0.0
+        words = [f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"] if rate else []
+        if self.finished:
+            words.append(f"took {duration(self.heard - self.began)}")
+        elif rate:
+            words.append(f"{duration(max(0.0, (self.total - self.done) / rate - (now - self.heard)))} left")
+        return ", ".join(words)
+
+
+class _Speed(ProgressColumn):
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def render(self, task: Task) -> Text:
+        stage: _Stage | None = task.fields.get("stage")
+        return Text(stage.speed(self._clock()) if stage else "")
+
+
+class Screen:
+    """Tells a person what a run does: on a terminal with bars, elsewhere with a plain line now and then.
+
+    Args:
+      console: where to.
+      clock: seconds since any moment.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._clock = clock
+        self._event = clock()
+        self._notes: set[str] = set()
+        self._stages: dict[str, _Stage] = {}
+        self._bars = Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            _Speed(clock),
+            console=console,
+            disable=not console.is_terminal or console.is_dumb_terminal,
+        )
+
+    def __enter__(self) -> Screen:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def note(self, text: str) -> None:
+        """One sentence that a person should know, once."""
+        if text not in self._notes:
+            self._notes.add(text)
+            self._console.print(Text(f"note: {text}", style="yellow"), soft_wrap=True)
+        self._event = self._clock()
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """``done`` of ``total`` things of a stage are done."""
+        now = self._clock()
+        stage = self._stages.get(what)
+        if stage is None or (stage.finished and done < total):
+            title = STAGES.get(what, what)
+            bar = self._bars.add_task(title, total=total)
+            stage = self._stages[what] = _Stage(title, self._event, done, now, done, total, now, now, bar)
+        stage.done, stage.total, stage.heard = done, total, now
+        self._event = now
+        self._bars.update(stage.bar, completed=done, total=total, stage=stage)
+        if self._bars.disable and (stage.finished or now - stage.told >= LINE_SECONDS):
+            stage.told = now
+            share = f"{total:,}" if stage.finished else f"{done:,} of {total:,} ({done / total:.0%})"
+            self._console.print(f"{stage.title}: {share}, {stage.speed(now)}", soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: ``"0.3 s"``, ``"45 s"``, ``"12 min"``, ``"3.5 h"``, ``"2.1 days"``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 119.5:
+        return f"{seconds:.0f} s"
+    if seconds < 119.5 * 60:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"
+
+
+def results_table(results: Sequence[Result]) -> Table:
+    """A row for each network, kernel and ridge value with all training images; ``*`` marks what warnings are about."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    whole = [result for result in results if result.train_size is None]
+    columns: list[tuple[str, Callable[[Result], str | None]]] = [
+        ("network", lambda r: r.group),
+        ("kernel", lambda r: r.kernel),
+        ("images", lambda r: f"{r.images:,}"),
+        ("ridge", lambda r: f"{r.ridge:g}"),
+        ("accuracy", lambda r: _number(r.accuracy, ".3f")),
+        ("mse", lambda r: _number(r.mean_squared_error, ".4g")),
+        ("residual", lambda r: _number(r.residual, ".1e")),
+        ("condition", lambda r: _number(r.condition, ".1e")),
+        ("", lambda r: "*" if r.warning else None),
+    ]
+    shown = [(title, [cell(result) for result in whole]) for title, cell in columns]
+    shown = [(title, cells) for title, cells in shown if any(cells)]
+    for title, _ in shown:
+        table.add_column(title, no_wrap=True, justify="left" if title in ("network", "kernel", "") else "right")
+    for row in zip(*(cells for _, cells in shown), strict=True):
+        table.add_row(*(cell or ("-" if title else "") for (title, _), cell in zip(shown, row, strict=True)))
+    return table
+
+
+def warnings(results: Sequence[Result], dtype: str) -> Iterator[str]:
+    """The warnings of all results in one sentence per kind."""
+    ill = [result for result in results if result.warning and result.condition is not None]
+    failed = [result for result in results if result.warning and result.condition is None]
+    if ill:
+        remedy = " or gram.dtype: float64" if dtype == "float32" else ""
+        yield f"* ill-conditioned in {dtype}: {_named(ill)}; compare a larger ridge{remedy}"
+    if failed:
+        yield f"* no solution for {_named(failed)}: {failed[0].warning}"
+
+
+def comparison_table(results: Sequence[Result]) -> Table | None:
+    """Which network did better at which training size, by kernel, with the first ridge value; ``None`` without sizes.
+
+    Better is a higher accuracy or, for regression, a lower mean squared error on the test images.
+    """
+    ridge = results[0].ridge
+    classes = any(result.accuracy is not None for result in results)
+    scores = {
+        (result.train_size, result.kernel, result.group): score
+        for result in results
+        if result.ridge == ridge and (score := result.accuracy if classes else result.mean_squared_error) is not None
+    }
+    images = {result.train_size: result.images for result in results}
+    if len(images) < 2 or not scores:
+        return None
+    groups = list(dict.fromkeys(result.group for result in results))
+    kernels = list(dict.fromkeys(result.kernel for result in results))
+    score = f"test {'accuracy' if classes else 'mean squared error'}, ridge {ridge:g}"
+    title = f"which network did better: {score}" if len(groups) > 1 else score
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
+    table.add_column("training\nimages", no_wrap=True)
+    for kernel in kernels:
+        for group in groups:
+            table.add_column(f"{kernel}\n{group}", no_wrap=True, justify="right")
+        if len(groups) > 1:
+            table.add_column("\nbetter", no_wrap=True, style="bold")
+    for size, count in sorted(images.items(), key=lambda item: item[1]):
+        row = [f"{count:,}" + (f" ({size:,} per class)" if size is not None and classes else "")]
+        for kernel in kernels:
+            values = {group: scores.get((size, kernel, group)) for group in groups}
+            row += [_number(value, ".3f" if classes else ".4g") or "-" for value in values.values()]
+            if len(groups) > 1:
+                row.append(_best({group: v for group, v in values.items() if v is not None}, highest=classes))
+        table.add_row(*row)
+    return table
+
+
+def tile_map(tiling: Tiling, done: set[Tile], part: Part) -> str:
+    """The tiles of a matrix in characters: ``#`` all tiles of a cell done, ``+`` some, ``.`` none."""
+    rows = tiling.train_blocks if part == "gram" else tiling.test_blocks
+    cols = tiling.train_blocks
+    step = -(-max(rows, cols) // MAP_CELLS)
+    there = {(tile.row, tile.col) for tile in done if tile.part == part}
+    lines = []
+    for top in range(0, rows, step):
+        line = ""
+        for left in range(0, cols, step):
+            cell = [
+                (row, col) in there
+                for row in range(top, min(top + step, rows))
+                for col in range(max(left, row) if part == "gram" else left, min(left + step, cols))
+            ]
+            line += " " if not cell else "#" if all(cell) else "+" if any(cell) else "."
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str | None:
+    return None if value is None else format(value, form)
+
+
+def _named(results: Sequence[Result]) -> str:
+    """Networks, kernels and ridge values, each once: ``"C1 nngp, C4 nngp with ridge 0.0001"``."""
+    by_ridge: dict[float, dict[str, None]] = {}
+    for result in results:
+        by_ridge.setdefault(result.ridge, {})[f"{result.group} {result.kernel}"] = None
+    return "; ".join(f"{', '.join(names)} with ridge {ridge:g}" for ridge, names in by_ridge.items())
+
+
+def _best(values: dict[str, float], *, highest: bool) -> str:
+    if not values:
+        return "-"
+    top = (max if highest else min)(values.values())
+    best = [group for group, value in values.items() if value == top]
+    return "equal" if len(best) == len(values) else " ".join(best)

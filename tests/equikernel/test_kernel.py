@@ -1,0 +1,262 @@
+"""The kernels against exact answers, against the literal recursion, and against what the mathematics demands."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from equikernel import EngineError, GroupCNN, ImageError, NetworkError, NonFiniteKernelError
+from equikernel.groups import quarter_turns
+from equikernel.kernel import Kernel, KernelFunction, compute
+
+Array = NDArray[np.float64]
+
+VECTORS = json.loads((Path(__file__).parents[1] / "data" / "cn_recursion.json").read_text())
+TOLERANCE = {"float64": 1e-12, "float32": 5e-6}
+PADDINGS = ("SAME", "VALID", "CIRCULAR")
+
+
+def images(count: int, side: int = 6, channels: int = 2, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).normal(size=(count, side, side, channels))
+
+
+def assert_kernels_close(kernel: Kernel, expected: Kernel, dtype: str, scale: Kernel | None = None) -> None:
+    """Equal to the tolerance of ``dtype``, relative to the entries, or to ``√(K(f,f) K(f',f'))`` where they cancel."""
+    for name, values, exact in zip(Kernel._fields, kernel, expected, strict=True):
+        size = np.abs(exact) if scale is None else getattr(scale, name)
+        error = np.abs(values - exact) / np.where(size > 0, size, 1)
+        worst = np.unravel_index(int(error.argmax()), error.shape)
+        assert error[worst] <= TOLERANCE[dtype], f"{name}{list(map(int, worst))}: {values[worst]} != {exact[worst]}"
+
+
+def self_scale(kernel: Kernel) -> Kernel:
+    return Kernel(*(np.sqrt(np.outer(np.diag(values), np.diag(values))) for values in kernel))
+
+
+@pytest.mark.parametrize("case", VECTORS["cases"], ids=lambda case: str(case["network"]))
+@pytest.mark.parametrize(("engine", "dtype"), [("reference", "float64"), ("cpu", "float64"), ("cpu", "float32")])
+def test_exact_answers(case: dict[str, Any], engine: str, dtype: str) -> None:
+    fields = dict(case["network"])
+    group, filter_size = f"C{fields.pop('n')}", fields.pop("filt", 3)
+    net = GroupCNN(group=group, filter_size=filter_size, **fields)
+    kernel = net.kernel(VECTORS["x1"], VECTORS["x2"], engine=engine, dtype=dtype)
+    assert_kernels_close(kernel, Kernel(np.array(case["nngp"]), np.array(case["ntk"])), dtype)
+
+
+networks = st.builds(
+    GroupCNN,
+    group=st.sampled_from(["C1", "C2", "C4"]),
+    depth=st.integers(1, 4),
+    filter_size=st.sampled_from([3, 5]),
+    padding=st.sampled_from(PADDINGS),
+    activation=st.sampled_from(["relu", "erf"]),
+    w_std=st.floats(0.5, 2.0),
+    b_std=st.sampled_from([0.0, 0.3]),
+    head=st.lists(st.sampled_from(["relu", "erf"]), max_size=2).map(tuple),
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    net=networks,
+    height=st.integers(1, 7),
+    width=st.integers(1, 7),
+    channels=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+    dtype=st.sampled_from(["float64", "float32"]),
+)
+def test_cpu_engine_equals_the_literal_recursion(
+    net: GroupCNN, height: int, width: int, channels: int, seed: int, dtype: str
+) -> None:
+    width = height if net.group == "C4" else width
+    try:
+        net.check_images(height, width, net.group)
+    except NetworkError:
+        assume(False)
+    x = np.random.default_rng(seed).normal(size=(3, height, width, channels)).astype(dtype)
+    expected = net.kernel(x, engine="reference")
+    assert_kernels_close(net.kernel(x, engine="cpu", dtype=dtype), expected, dtype, scale=self_scale(expected))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("activation", ["relu", "erf"])
+@pytest.mark.parametrize(
+    ("group", "padding", "filter_size"), list(itertools.product(["C1", "C2", "C4"], PADDINGS, [3, 5]))
+)
+def test_branch_point(group: str, padding: str, filter_size: int, activation: str, dtype: str) -> None:
+    """Identical, rotated, proportional, constant and zero images: c = ±1 and q = 0, where √ε lurks."""
+    f = images(1, side=5, channels=1)[0]
+    stripes = np.tile(f[:1], (5, 1, 1))
+    special = [f, f, 3.7 * f, -0.3 * f, 0 * f, np.full_like(f, 0.8), np.full_like(f, -1.3), np.rot90(f), np.rot90(f, 2)]
+    x = np.array([*special, stripes, 2 * stripes]).astype(dtype)
+    depth = 1 if padding == "VALID" else 3
+    net = GroupCNN(group=group, depth=depth, filter_size=filter_size, padding=padding, activation=activation)
+    expected = net.kernel(x, engine="reference")
+    assert_kernels_close(net.kernel(x, engine="cpu", dtype=dtype), expected, dtype, scale=self_scale(expected))
+
+
+@pytest.mark.parametrize("side", [5, 7, 9, 11])
+def test_constant_images_of_opposite_sign_share_nothing_through_relu(side: int) -> None:
+    """Sums of many equal terms must not push c away from -1."""
+    x = np.stack([np.full((side, side, 3), 0.8), np.full((side, side, 3), -1.3)])
+    net = GroupCNN(group="C1", depth=1, filter_size=side, padding="CIRCULAR")
+    for engine in ("reference", "cpu"):
+        kernel = net.kernel(x, engine=engine, dtype="float64")
+        assert kernel.nngp[0, 1] == 0
+        assert kernel.ntk[0, 1] == 0
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_rotating_an_image_leaves_the_gram_unchanged(turns: int, padding: str, engine: str) -> None:
+    """Of the first image: over turns of the second the orbit reduction averages by construction."""
+    x, y = images(3, seed=1), images(2, seed=2)
+    net = GroupCNN(group="C4", depth=2, padding=padding, b_std=0.1, head=("relu",))
+    kernel = net.kernel(x, y, engine=engine, dtype="float64")
+    turned = net.kernel(np.rot90(x, turns, axes=(1, 2)), y, engine=engine, dtype="float64")
+    assert_kernels_close(turned, kernel, "float64")
+
+
+def test_rotating_an_image_changes_the_plain_cnn() -> None:
+    x, y = images(3, seed=1), images(2, seed=2)
+    net = GroupCNN(group="C1", depth=2)
+    assert not np.allclose(net.kernel(np.rot90(x, axes=(1, 2)), y).ntk, net.kernel(x, y).ntk, rtol=1e-3)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("group", ["C2", "C4"])
+def test_group_kernel_is_the_mean_of_plain_kernels_over_rotated_images(group: str, padding: str) -> None:
+    x, y = images(2, seed=3), images(3, seed=4)
+    fields: dict[str, Any] = {"depth": 2, "padding": padding, "w_std": 1.3, "b_std": 0.2}
+    plain = [
+        GroupCNN(group="C1", **fields).kernel(x, np.rot90(y, turn, axes=(1, 2)), engine="reference")
+        for turn in quarter_turns(group)
+    ]
+    mean = Kernel(*(np.mean(values, axis=0) for values in zip(*plain, strict=True)))
+    assert_kernels_close(GroupCNN(group=group, **fields).kernel(x, y, engine="reference"), mean, "float64")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("head", [(), ("relu",)])
+def test_gram_matrix_is_symmetric_and_positive_semidefinite(head: tuple[str, ...], dtype: str) -> None:
+    x = np.concatenate([images(8, side=8), np.rot90(images(4, side=8), axes=(1, 2))])
+    kernel = GroupCNN(group="C4", head=head).kernel(x, dtype=dtype)
+    for values in kernel:
+        assert values.dtype == dtype
+        np.testing.assert_array_equal(values, values.T)
+        eigenvalues = np.linalg.eigvalsh(values.astype(np.float64))
+        assert eigenvalues[0] >= -1e-6 * eigenvalues[-1]
+
+
+def test_all_groups_come_from_one_pass() -> None:
+    x, y = images(3), images(2, seed=1)
+    net = GroupCNN(group="C4", depth=2, head=("relu",))
+    together = compute(net, ("C1", "C4", "C2"), x, y, engine="cpu", dtype="float32")
+    assert list(together) == ["C1", "C4", "C2"]
+    for group, kernel in together.items():
+        alone = net.model_copy(update={"group": group}).kernel(x, y)
+        np.testing.assert_array_equal(kernel.nngp, alone.nngp)
+        np.testing.assert_array_equal(kernel.ntk, alone.ntk)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_bits_depend_neither_on_the_other_images_nor_on_threads(padding: str, dtype: str) -> None:
+    x = images(7, side=9)
+    net = GroupCNN(group="C4", depth=3, padding=padding, head=("relu",))
+    whole = net.kernel(x, dtype=dtype)
+    for threads in (1, 3):
+        function = KernelFunction(net, ("C4",), dtype=dtype, threads=threads)
+        top, bottom = function.prepare(x[:3]), function.prepare(x[3:])
+        np.testing.assert_array_equal(function(top)["C4"].ntk, whole.ntk[:3, :3])
+        np.testing.assert_array_equal(function(top, bottom)["C4"].ntk, whole.ntk[:3, 3:])
+        np.testing.assert_array_equal(function(top, bottom)["C4"].nngp, whole.nngp[:3, 3:])
+
+
+def test_two_sets_equal_one_set_with_itself() -> None:
+    x = images(5)
+    net = GroupCNN(group="C4", depth=2)
+    one, two = net.kernel(x, dtype="float64"), net.kernel(x, x, dtype="float64")
+    assert_kernels_close(two, one, "float64")
+
+
+@pytest.mark.parametrize("height", [3, 40])
+def test_wide_and_tall_images(height: int) -> None:
+    """Rows of more offsets than fit side by side, and of odd lengths."""
+    x = np.random.default_rng(0).normal(size=(2, height, 43 - height, 1))
+    net = GroupCNN(group="C2", depth=2)
+    assert_kernels_close(net.kernel(x, dtype="float64"), net.kernel(x, engine="reference"), "float64")
+
+
+def test_many_offsets_side_by_side_in_several_blocks() -> None:
+    x = np.random.default_rng(0).normal(size=(1, 1, 300, 1))
+    net = GroupCNN(group="C2", depth=2)
+    assert_kernels_close(net.kernel(x, dtype="float64"), net.kernel(x, engine="reference"), "float64")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float16, ">f8", bool])
+def test_any_real_dtype_is_an_image(dtype: Any) -> None:
+    x = np.random.default_rng(0).integers(0, 2, size=(2, 4, 4, 1)).astype(dtype)
+    net = GroupCNN(depth=1)
+    np.testing.assert_array_equal(net.kernel(x).ntk, net.kernel(x.astype(np.float64)).ntk)
+    assert_kernels_close(net.kernel(x, dtype="float64"), net.kernel(x, engine="reference"), "float64")
+
+
+def test_the_input_is_left_alone() -> None:
+    x = images(2)
+    before = x.copy()
+    GroupCNN().kernel(x)
+    np.testing.assert_array_equal(x, before)
+
+
+def test_reference_accepts_any_dtype_and_computes_in_float64() -> None:
+    kernel = GroupCNN(depth=1).kernel(images(2), engine="reference", dtype="float16")
+    assert kernel.nngp.dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    ("x1", "x2", "message"),
+    [
+        (np.zeros((2, 3, 3)), None, r"x1 has shape \(2, 3, 3\); images are \(n, height, width, channels\)"),
+        (np.zeros((0, 3, 3, 1)), None, "holds no pixels"),
+        (np.full((2, 3, 3, 1), [[[[0]]], [[[np.nan]]]]), None, r"x1\[1\] has NaN or infinite pixels"),
+        (np.zeros((2, 3, 4, 1)), None, "images are 3x4 pixels, but C4 turns them by quarter turns"),
+        (np.zeros((2, 3, 3, 1)), np.zeros((2, 4, 4, 1)), "x1 has images of 3x3x1, x2 of 4x4x1"),
+        (np.zeros((2, 3, 3, 1), dtype=complex), None, "x1 has dtype complex128"),
+        (np.full((1, 3, 3, 1), 1e30), None, r"the largest pixel of x1\[0\] is 1e\+30"),
+        (np.full((1, 3, 3, 1), 1e-30), None, r"the largest pixel of x1\[0\] is 1e-30"),
+    ],
+)
+def test_unusable_images(x1: Array, x2: Array | None, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        GroupCNN(depth=1).kernel(x1, x2)
+
+
+def test_unusable_engine_dtype_and_network() -> None:
+    x = images(1, side=6)
+    with pytest.raises(EngineError, match=r"engine 'cpuu' does not exist; choose .*did you mean 'cpu'"):
+        GroupCNN().kernel(x, engine="cpuu")
+    with pytest.raises(EngineError, match="dtype 'float16' does not exist"):
+        GroupCNN().kernel(x, dtype="float16")
+    with pytest.raises(NetworkError, match="VALID padding eats the image: 3 convolutions of size 3 remove 6 of 6"):
+        GroupCNN(padding="VALID").kernel(x)
+    with pytest.raises(NetworkError, match="CIRCULAR padding: a filter of size 7 wraps around an image of 6 pixels"):
+        GroupCNN(padding="CIRCULAR", filter_size=7).kernel(x)
+    with pytest.raises(NetworkError, match="filter_size: 4 is even"):
+        GroupCNN(filter_size=4)
+
+
+def test_a_kernel_that_overflows_is_refused() -> None:
+    with pytest.raises(NonFiniteKernelError, match="the C4 nngp of images 0 and 0 is inf: the values overflow float32"):
+        GroupCNN(depth=1, head=("relu",), w_std=1e6).kernel(1e12 * images(2))
+    with pytest.raises(ImageError, match="the kernel of image 0 with itself overflows float32"):
+        GroupCNN(depth=9, w_std=1e6).kernel(images(2))
