@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,11 @@ from equigram.solve.metrics import confusion_matrix
 from equigram.solve.stage import stored_results
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from equigram.solve.stage import Result
     from equigram.store import GramStore
 
 SPECTRUM_IMAGES = 4000
@@ -22,7 +27,7 @@ def draw_run(store: GramStore, folder: str | Path) -> list[Path]:
     """Draw everything that a run has to show into ``folder``: PNG files, whose paths are returned.
 
     Heat maps of the train matrices sorted by class, their eigenvalue spectra, and where it was solved with test
-    labels the confusion matrices (first ridge value) and learning curves.
+    labels the confusion matrices and learning curves, both for the first ridge value that has a solution.
 
     Raises:
       IncompleteRunError, DamagedTileError: a matrix cannot be read whole.
@@ -34,32 +39,42 @@ def draw_run(store: GramStore, folder: str | Path) -> list[Path]:
     class_labels = labels if info.classes is not None else None
     written = []
     spectra = {}
-    curves: dict[str, list[tuple[int, float]]] = {}
+    curves = {}
     for group in info.spec.gram.groups:
         for kernel in info.spec.gram.kernels:
             name = f"{group} {kernel.upper()}"
             gram = store.matrix("gram", group, kernel)
             path = folder / f"gram-{group}-{kernel}.png"
-            written.append(plot.gram_heatmap(gram, class_labels, info.classes, f"{name} Gram matrix", path))
+            title = f"{name}: correlations of the training images"
+            written.append(plot.gram_heatmap(_correlations(gram), class_labels, info.classes, title, path))
             some = np.unique(np.linspace(0, len(gram) - 1, min(len(gram), SPECTRUM_IMAGES)).astype(int))
             spectra[name] = np.linalg.eigvalsh(gram[np.ix_(some, some)].astype(np.float64))
-            if info.classes is None or test_labels is None or not store.has_solution(group, kernel):
+            if class_labels is None or test_labels is None or not store.has_solution(group, kernel):
                 continue
-            predictions = store.solution(group, kernel)[0]["predictions"][0]
-            matrix = confusion_matrix(predictions, test_labels)
+            arrays, _ = store.solution(group, kernel)
+            ridge = float(arrays["ridge"][0])
+            matrix = confusion_matrix(arrays["predictions"][0], test_labels)
             path = folder / f"confusion-{group}-{kernel}.png"
-            written.append(plot.confusion(matrix, info.classes, f"{name}: test images", path))
-            curves[name] = [
-                (result.train_size, result.accuracy)
-                for result in stored_results(store, group, kernel)
-                if result.train_size is not None and result.accuracy is not None and result.ridge == _first(store)
-            ]
+            written.append(plot.confusion(matrix, info.classes, f"{name}: test images, ridge {ridge:g}", path))
+            results = [result for result in stored_results(store, group, kernel) if result.ridge == ridge]
+            curves[name] = _learning_curve(results, class_labels)
     written.append(plot.spectrum(spectra, folder / "spectrum.png"))
-    if any(curves.values()):
+    if any(len(curve) > 1 for curve in curves.values()):
         written.append(plot.learning_curves(curves, folder / "learning-curves.png"))
     return written
 
 
-def _first(store: GramStore) -> float:
-    solve = store.info.spec.solve
-    return solve.ridge[0] if solve else 0.0
+def _correlations(gram: NDArray[Any]) -> NDArray[Any]:
+    """``K(x, x') / √(K(x, x) K(x', x'))``, float32: no image outshines the rest. NaN for ``0 / 0``."""
+    size = np.sqrt(np.diagonal(gram))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        result: NDArray[Any] = (gram / size[:, None] / size).astype(np.float32)
+    return result
+
+
+def _learning_curve(results: Sequence[Result], labels: NDArray[Any]) -> list[tuple[int, float]]:
+    """Accuracies by training images per class; that of all images too, if the classes have equally many."""
+    counts = np.unique(np.unique(labels, return_counts=True)[1])
+    whole = int(counts[0]) if len(counts) == 1 else None
+    sizes = [(whole if result.train_size is None else result.train_size, result.accuracy) for result in results]
+    return sorted({size: share for size, share in sizes if size is not None and share is not None}.items())

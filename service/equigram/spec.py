@@ -106,7 +106,7 @@ class WorkerSpec(_Section):
     """CPU cores, and threads, of one worker."""
     gpus: float = Field(default=0, ge=0, le=64, strict=True)
     """GPUs of one worker; a fraction shares one."""
-    address: Annotated[str, "host:port, ray://host:port, auto"] | None = None
+    address: Annotated[str, "host:port, ray://host:port or auto"] | None = None
     """Ray cluster, ``host:port``, ``ray://host:port`` or ``auto``; without it a local one is started for the run."""
 
 
@@ -125,16 +125,33 @@ class JobSpec(_Section):
     """A whole run: images to Gram matrices to predictions. Only ``store`` and ``data.train`` have no default.
 
     >>> spec = JobSpec.load("job.yaml")
+    >>> spec = JobSpec(store="runs/mine", data={"train": "class-folders", "test_fraction": 0.2})
+
+    Raises:
+      SpecError: one line per wrong or unknown field, with its value and what is allowed.
     """
 
     store: Url
-    """Where the run lives: a folder or any fsspec URL."""
+    """Where the run lives."""
     data: DataSpec
+    """The images."""
     network: Architecture = Architecture()
+    """The network, but for its symmetry groups, which are in ``gram``."""
     gram: GramSpec = GramSpec()
+    """The Gram matrices."""
     workers: WorkerSpec = WorkerSpec()
+    """The Ray workers."""
     solve: SolveSpec | None = SolveSpec()
-    """``null`` computes the Gram matrices only."""
+    """The regression; ``null`` computes the Gram matrices only."""
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise SpecError(describe(error, type(self))) from None
+
+    # pydantic calls an overridden __init__ also when it validates plain data, where `parse` names the source.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @model_validator(mode="after")
     def _solve_only_what_is_stored(self) -> Self:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numba import njit, types
 
+from equikernel import GroupCNN, ImageError
 from equikernel.engines import planes
 from equikernel.engines.cpu import LONGEST_ROW, offsets_per_block
 
@@ -74,3 +75,5 @@ def test_blocks_of_offsets_fit_a_long_row(offsets: int, row: int) -> None:
 
 def test_a_long_row_fits_the_scratch_line() -> None:
     assert int(planes.NTK_LINE) > LONGEST_ROW + planes.LANES
+    with pytest.raises(ImageError, match=r"images are 1x17000 pixels; the cpu engine takes up to \d+ per side"):
+        GroupCNN(group="C1").kernel(np.zeros((1, 1, 17000, 1)))

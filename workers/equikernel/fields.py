@@ -103,12 +103,15 @@ def _members(annotation: Any, metadata: tuple[Any, ...] = ()) -> Iterator[tuple[
 
 
 def _words(annotation: Any) -> str:
-    """What a type allows: ``"'a', 'b' or null"``."""
+    """What a type allows: ``"'a' or 'b', or null"``."""
     words: list[str] = []
     for member, metadata in _members(annotation):
         words += map(repr, get_args(member)) if get_origin(member) is Literal else [_word(member, metadata)]
-    *first, last = sorted(words, key=lambda word: word.startswith("a section"))
-    return f"{', '.join(first)} or {last}" if first else last
+    *first, last = [word for word in words if word != "null"]
+    choice = f"{', '.join(first)} or {last}" if first else last
+    if "null" not in words:
+        return choice
+    return f"null, or {choice}" if choice.startswith("a section") else f"{choice}, or null"
 
 
 def _word(member: Any, metadata: tuple[Any, ...]) -> str:
@@ -121,7 +124,8 @@ def _word(member: Any, metadata: tuple[Any, ...]) -> str:
     if _is_section(member):
         return f"a section with the fields {', '.join(member.model_fields)}"
     if get_origin(member) is tuple:
-        return f"a list of {_words(get_args(member)[0])}"
+        items = _words(get_args(member)[0])
+        return f"a list of {items.replace('a whole number', 'whole numbers').replace('a number', 'numbers')}"
     if member in (int, float):
         return ("a whole number" if member is int else "a number") + _range(metadata)
     return "text" if member is str else str(member)
@@ -152,11 +156,10 @@ def _elsewhere(model: type[BaseModel], field: str) -> str:
     """A hint to a field of that name, or nearly, in another section."""
     if field in model.model_fields:
         return "; it belongs to the top level."
-    sections = {
-        name: f"{section}.{name}" for section, info in model.model_fields.items() for name in _fields(info.annotation)
-    }
-    close = difflib.get_close_matches(field, sections, n=1, cutoff=0.8)
-    return f"; did you mean {sections[close[0]]}?" if close else ""
+    sections = [(section, _fields(info.annotation)) for section, info in model.model_fields.items()]
+    places = {name: f"{section}.{name}" for section, names in reversed(sections) for name in names}
+    close = difflib.get_close_matches(field, places, n=1, cutoff=0.8)
+    return f"; did you mean {places[close[0]]}?" if close else ""
 
 
 def _fields(annotation: Any) -> list[str]:

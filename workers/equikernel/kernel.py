@@ -101,7 +101,9 @@ class KernelFunction:
         _, height, width, channels = array.shape
         for group in self.groups:
             self.network.check_images(height, width, group)
-        return Block(len(array), (height, width, channels), self._engine.prepare(array))
+        with np.errstate(over="ignore", invalid="ignore"):
+            prepared = self._engine.prepare(array)
+        return Block(len(array), (height, width, channels), prepared)
 
     def __call__(self, block1: Block, block2: Block | None = None) -> dict[str, Kernel]:
         """The kernels ``(n1, n2)`` of all pairs, by group; without ``block2`` each pair of ``block1`` only once.

@@ -39,22 +39,37 @@ class Architecture(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    depth: int = Field(default=3, ge=1, le=1000, strict=True, description="number of convolutions; the first lifts")
-    filter_size: Annotated[int, AfterValidator(_odd), "an odd number of 1 or more"] = Field(
-        default=3, ge=1, strict=True, description="side of the square filters in pixels"
+    depth: int = Field(
+        default=3,
+        ge=1,
+        le=1000,
+        strict=True,
+        description="Number of convolutions, of which the first is the lifting layer.",
     )
-    padding: Padding = Field(default="SAME", description="what a filter sees beyond the border")
-    activation: ActivationName = Field(default="relu", description="after every convolution")
-    w_std: float = Field(default=1.0, gt=0, le=1e6, strict=True, description="standard deviation of the weights")
-    b_std: float = Field(default=0.0, ge=0, le=1e6, strict=True, description="standard deviation of the biases")
+    filter_size: Annotated[int, AfterValidator(_odd), "an odd number of 1 or more"] = Field(
+        default=3, ge=1, strict=True, description="Side of the square filters in pixels."
+    )
+    padding: Padding = Field(
+        default="SAME",
+        description="Beyond the border a filter sees zeros (``SAME``) or the opposite side (``CIRCULAR``), or it stays "
+        "within (``VALID``), and images shrink.",
+    )
+    activation: ActivationName = Field(default="relu", description="Activation after every convolution.")
+    w_std: float = Field(default=1.0, gt=0, le=1e6, strict=True, description="Standard deviation of the weights.")
+    b_std: float = Field(default=0.0, ge=0, le=1e6, strict=True, description="Standard deviation of the biases.")
     head: tuple[ActivationName, ...] = Field(
-        default=(), description="activation of each hidden dense layer after the pooling"
+        default=(), description="Activation of each hidden dense layer after the pooling."
     )
 
     @field_validator("depth", "filter_size", "w_std", "b_std", mode="before")
     @classmethod
     def _plain_number(cls, value: Any) -> Any:
         return value.item() if isinstance(value, np.generic) else value
+
+    @field_validator("head", mode="before")
+    @classmethod
+    def _one_layer_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @property
     def radius(self) -> int:
@@ -98,7 +113,7 @@ class GroupCNN(Architecture):
     >>> k = net.kernel(images, dtype="float64")     # k.nngp, k.ntk: (n, n) arrays
     """
 
-    group: GroupName = Field(default="C4", description="the rotations the network is equivariant to")
+    group: GroupName = Field(default="C4", description="Rotations that the network is equivariant to.")
 
     def __init__(self, **fields: Any) -> None:
         try:

@@ -60,7 +60,16 @@ class CpuEngine:
         self.threads = threads
 
     def prepare(self, images: NDArray[Any]) -> Prepared:
-        """Compute the preactivation variances of ``(n, H, W, C)`` images and pack all turned copies."""
+        """Compute the preactivation variances of ``(n, H, W, C)`` images and pack all turned copies.
+
+        Raises:
+          ImageError: a row does not fit the scratch memory, or an image's kernel with itself overflows the dtype.
+        """
+        widest = int(planes.NTK_LINE) - planes.LANES - 4 * self.network.radius
+        if max(images.shape[1:3]) > widest:
+            raise ImageError(
+                f"images are {images.shape[1]}x{images.shape[2]} pixels; the cpu engine takes up to {widest} per side"
+            )
         pixels = images.transpose(0, 3, 1, 2)
         factors = [pixels]
         q = np.square(images, dtype=np.float64).sum(axis=3) / images.shape[3]

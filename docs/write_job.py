@@ -1,0 +1,93 @@
+"""Writes docs/job.md from the model of a job, so that it says what the program does.
+
+.venv/bin/python docs/write_job.py
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from equigram.spec import DataSpec, GramSpec, JobSpec, SolveSpec, WorkerSpec
+from equikernel.fields import allowed
+from equikernel.network import Architecture
+
+HERE = Path(__file__).parent
+SECTIONS: dict[str, type[BaseModel]] = {
+    "data": DataSpec,
+    "network": Architecture,
+    "gram": GramSpec,
+    "workers": WorkerSpec,
+    "solve": SolveSpec,
+}
+
+
+def render() -> str:
+    """The whole page."""
+    example = (HERE.parent / "examples/histology.yaml").read_text(encoding="utf-8")
+    parts = [
+        f"""\
+<!-- Written by docs/write_job.py from the models; change those. -->
+# The job file
+
+A job is a YAML file; `equigram run JOB.yaml` does all it asks for, and `equigram plan JOB.yaml` says before what that
+costs. Everything but `store` and `data.train` has a default, so the smallest job is
+
+```yaml
+store: runs/mine
+data: {{train: path/to/class-folders, test_fraction: 0.2}}
+```
+
+and a whole one, [examples/histology.yaml](../examples/histology.yaml):
+
+```yaml
+{example}```
+
+A field that does not exist, that is given twice, or that has a value which is not allowed is refused before anything
+starts. A list of one value may be written without brackets. Relative paths start in the folder where the command is
+given. A path or URL is a local path or any URL that [fsspec](https://filesystem-spec.readthedocs.io) knows, such as
+`s3://bucket/folder`.
+
+A store belongs to one job: `data`, `network` and `gram` cannot change once it exists, `workers` and `solve` can.
+""",
+        _table("The job", JobSpec),
+        *(_table(f"`{name}`", model) for name, model in SECTIONS.items()),
+    ]
+    return "\n".join(parts)
+
+
+def _table(title: str, model: type[BaseModel]) -> str:
+    about = inspect.cleandoc(model.__doc__ or "").split("\n\n>>>")[0]
+    rows = [
+        f"| `{name}` | {_code(field.description)} | {_allowed(model, name)} | {_default(field)} |"
+        for name, field in model.model_fields.items()
+    ]
+    head = ["| field | meaning | allowed | default |", "| --- | --- | --- | --- |"]
+    return "\n".join([f"## {title}", "", _code(about), "", *head, *rows, ""])
+
+
+def _allowed(model: type[BaseModel], name: str) -> str:
+    return f"[section](#{name})" if name in SECTIONS and model is JobSpec else allowed(model, name).replace("'", "`")
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    return "that of each field" if isinstance(field.default, BaseModel) else f"`{_yaml(field.default)}`"
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_yaml, value))}]"
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _code(text: str | None) -> str:
+    return (text or "").replace("``", "`")
+
+
+if __name__ == "__main__":
+    (HERE / "job.md").write_text(render(), encoding="utf-8")
