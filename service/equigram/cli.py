@@ -17,7 +17,6 @@ from rich.text import Text
 
 from equigram import __version__
 from equigram.errors import EquigramError, IncompleteRunError, SpecError, StoreError
-from equikernel.errors import EquikernelError, suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,12 +63,16 @@ def _command(function: Callable[Parameters, None]) -> Callable[Parameters, None]
     def command(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
         try:
             function(*args, **kwargs)
-        except (EquigramError, EquikernelError) as error:
-            err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
-            raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             err.print("interrupted; finished tiles are kept, and the same command goes on from there")
             raise typer.Exit(130) from None
+        except Exception as error:
+            from equikernel.errors import EquikernelError
+
+            if not isinstance(error, (EquigramError, EquikernelError)):
+                raise
+            err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+            raise typer.Exit(error.exit_code) from None
 
     return command
 
@@ -272,14 +275,18 @@ def main() -> None:
 
 def _choose_solution(store: GramStore, group: str | None, kernel: str | None) -> tuple[str, str]:
     """The solution to predict with: the one asked for, or the last."""
+    from equikernel.errors import suggestion
+
     solved = _solved(store)
     if not solved:
-        missing = len(store.info.tiling) - len(store.finished_tiles())
-        reason = f"{missing:,} of {len(store.info.tiling):,} tiles are missing" if missing else "it was never solved"
-        raise IncompleteRunError(
-            f"{store.url} has nothing to predict with: {reason}; finish it with `equigram run JOB.yaml`, whose job "
-            "must not say `solve: null`"
+        total = len(store.info.tiling)
+        missing = total - len(store.finished_tiles())
+        reason = (
+            f"{missing:,} of {total:,} tiles are missing; `equigram run JOB.yaml` computes them"
+            if missing
+            else "it was never solved; run its job with a `solve` section"
         )
+        raise IncompleteRunError(f"{store.url} has nothing to predict with: {reason}")
     for option, asked, choices in (
         ("--group", group, [g for g, _ in solved]),
         ("--kernel", kernel, [k for g, k in solved if group in (None, g)]),
@@ -316,13 +323,15 @@ def _replaced(path: Path | None) -> Iterator[TextIO]:
         raise SpecError(f"{path} is a folder; name a file for the predictions")
     if not folder.is_dir():
         raise SpecError(f"{path}: there is no folder {folder}; create it first")
-    special = path.exists() and not path.is_file()  # a pipe or device keeps its place
-    partial = path if special else path.with_name(f".{path.name}.part")
+    # A pipe or device keeps its place; behind a link, the file is replaced and not the link.
+    special = path.exists() and not path.is_file()
+    target = path.resolve()
+    partial = path if special else target.with_name(f".{target.name}.part")
     try:
         with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             yield file
         if not special:
-            partial.replace(path)
+            partial.replace(target)
     except EquigramError:
         raise
     except OSError as error:
@@ -367,19 +376,19 @@ def _print_plan(spec: JobSpec, plan: Plan, image_shape: tuple[int, int, int], *,
             else "nothing",
         ),
         ("a pair", f"{plan.seconds_per_pair * 1e3:.3g} ms on one worker, measured on this machine"),
-        ("time", f"about {duration(plan.seconds)}" if plan.missing else "nothing is left to compute"),
+        ("time", f"about {duration(max(plan.seconds, 0.1))}" if plan.missing else "nothing is left to compute"),
     )
 
 
 def _print_results(results: Sequence[Result], dtype: str) -> None:
-    from equigram.screen import comparison_table, results_table, warnings
+    from equigram.screen import comparison, results_table, warnings
 
     out.print(results_table(results))
     for warning in warnings(results, dtype):
         out.print(warning)
-    comparison = comparison_table(results)
-    if comparison is not None:
-        out.print(comparison)
+    compared = comparison(results)
+    if compared is not None:
+        out.print(compared)
 
 
 if __name__ == "__main__":

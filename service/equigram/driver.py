@@ -6,14 +6,18 @@ import contextlib
 import logging
 import os
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from equigram.errors import ClusterError, StoreError, TileFailedError
+from equigram.errors import ClusterError, EquigramError, TileFailedError
+from equigram.memory import format_bytes
 from equikernel.errors import EquikernelError
 
 if TYPE_CHECKING:
@@ -22,40 +26,20 @@ if TYPE_CHECKING:
     from equigram.store import GramStore
     from equikernel.worker import TileReport
 
-log = logging.getLogger(__name__)
-
 TILES_IN_FLIGHT = 2
 """Tiles that a worker holds at most: one that it computes and one that waits."""
 
 ATTEMPTS = 3
-"""How often a tile is tried before the run stops."""
+"""How many workers may die over a tile, and how many may fail to start in a row, before the run stops."""
 
 CONNECT_SECONDS = 5.0
-"""How long a Ray cluster may take to accept a connection."""
+"""How long the machine at a cluster's address may take to accept a connection."""
+
+ANSWER_SECONDS = 20.0
+"""How long Ray may take to answer there."""
 
 CAPACITY_SECONDS = 120.0
 """How long to wait for room for a single worker before the run stops."""
-
-
-def is_retryable(error: BaseException) -> bool:
-    """Whether a tile that failed with ``error`` is worth another attempt.
-
-    The infrastructure's failures are: a worker that died, a node that left, storage that did not answer. The data's
-    are not: the same images give the same error.
-    """
-    import ray.exceptions
-
-    return isinstance(error, (ray.exceptions.RayError, StoreError))
-
-
-def cause(error: BaseException) -> BaseException:
-    """The error that a worker raised, out of what Ray wraps it in; Ray's own where the worker raised none."""
-    import ray.exceptions
-
-    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
-        return error.cause
-    return error
-
 
 LOCAL_OBJECT_STORE = 128 * 2**20
 """Bytes of shared memory of a local cluster: only tile reports pass through it."""
@@ -65,61 +49,94 @@ LOCAL_OBJECT_STORE = 128 * 2**20
 def ray_session(workers: WorkerSpec) -> Iterator[None]:
     """A Ray connection for the time of a run: to ``workers.address``, or to a local cluster started for it.
 
+    A connection that this process has already is used, and left open.
+
     Raises:
-      ClusterError: nobody answers at the address.
+      ClusterError: there is no connection.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-    if workers.address is None:
-        from equikernel.kernel import available_cores
-
-        options |= {"num_cpus": available_cores(), "include_dashboard": False, "address": "local"}
-        options["object_store_memory"] = LOCAL_OBJECT_STORE
-    else:
-        options["address"] = workers.address
-    try:
-        ray.init(**options)
-    except Exception as error:
-        where = (
-            "a local Ray cluster does not start"
-            if workers.address is None
-            else f"no Ray cluster answers at workers.address = {workers.address!r}"
-        )
-        raise ClusterError(
-            f"{where}: {_first_line(error)}; check `ray status`, or leave the address out to start a local one"
-        ) from None
-    try:
+    if ray.is_initialized():
         yield
-    finally:
-        ray.shutdown()
+        return
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any] = {"address": workers.address, "log_to_driver": False, "logging_level": logging.ERROR}
+        if workers.address is None:
+            from equikernel.kernel import available_cores
+
+            # Where Ray itself would put it, because paths of sockets must be short; but removed afterwards.
+            folder = tempfile.TemporaryDirectory(
+                prefix="equigram-", dir=os.environ.get("RAY_TMPDIR", "/tmp"), ignore_cleanup_errors=True
+            )
+            options |= {"address": "local", "num_cpus": available_cores(), "include_dashboard": False}
+            options |= {"object_store_memory": LOCAL_OBJECT_STORE, "_temp_dir": stack.enter_context(folder)}
+        stack.callback(ray.shutdown)
+        try:
+            ray.init(**options)
+        except Exception as error:
+            reason = one_line(error.__cause__ or error)
+            if workers.address is None:
+                raise ClusterError(f"a local Ray cluster does not start: {reason}") from error
+            raise ClusterError(
+                f"no connection to the Ray cluster at workers.address = {workers.address!r}: {reason}; run on a "
+                "machine of that cluster, or leave the address out to start a local one"
+            ) from error
+        yield
 
 
 def check_address(workers: WorkerSpec) -> None:
-    """Raise :class:`ClusterError` unless something listens at ``workers.address``, if one is given."""
+    """Raise unless a Ray cluster answers at ``workers.address``, or this machine holds a worker if none is given.
+
+    Raises:
+      ClusterError: nobody answers there, or not as Ray does; or a worker needs more cores than this machine has.
+    """
     address = workers.address
-    if address is None or address == "auto":
+    if address == "auto":
+        return
+    if address is None:
+        from equikernel.kernel import available_cores
+
+        if workers.cpus > available_cores():
+            raise ClusterError(
+                f"a worker with workers.cpus = {workers.cpus} does not fit on this machine, which has "
+                f"{available_cores()} CPUs; ask for less, or name a cluster in workers.address"
+            )
         return
     parts = urlsplit(address if "//" in address else f"//{address}")
+    remedy = "start one with `ray start --head`, correct the address, or leave it out to start a local one"
     try:
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = port = None
-    if not host or not port:
-        raise ClusterError(f"workers.address = {address!r} is no Ray address; write host:port, ray://host:port or auto")
-    try:
-        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+        socket.create_connection((parts.hostname, parts.port), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         raise ClusterError(
-            f"no Ray cluster answers at workers.address = {address!r} ({error.strerror or error}); "
-            "start one with `ray start --head`, correct the address, or leave it out to start a local one"
+            f"no Ray cluster answers at workers.address = {address!r} ({error.strerror or error}); {remedy}"
         ) from None
+    if parts.scheme == "ray":
+        return
+    # Ray itself would try for minutes, then end this process.
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", parts.netloc]
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        raise ClusterError(
+            f"something at workers.address = {address!r} accepts connections, but does not answer as Ray does within "
+            f"{ANSWER_SECONDS:g} s; {remedy}"
+        ) from None
+    if "AuthenticationError" in answer.stderr:
+        raise ClusterError(
+            f"the Ray cluster at workers.address = {address!r} refuses the token of this process; set "
+            "RAY_AUTH_MODE=token, and the cluster's token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+        )
+    if answer.returncode:
+        reason = answer.stderr.strip().rpartition("\n")[2]
+        raise ClusterError(f"no Ray cluster answers at workers.address = {address!r} ({reason}); {remedy}")
 
 
-def worker_count(workers: WorkerSpec) -> int:
-    """How many workers the connected cluster holds, or as many as were asked for.
+def worker_count(workers: WorkerSpec, memory: int) -> int:
+    """How many workers of ``memory`` bytes the connected cluster holds, or as many as were asked for.
 
     Raises:
       ClusterError: a single worker does not fit on any node.
@@ -127,61 +144,74 @@ def worker_count(workers: WorkerSpec) -> int:
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fit = sum(
-        min(
-            int(node.get("CPU", 0) // workers.cpus),
-            int(node.get("GPU", 0) // workers.gpus) if workers.gpus else 2**31,
-        )
-        for node in nodes
-    )
+    needs = {"CPU": workers.cpus, "GPU": workers.gpus, "memory": memory}
+    fit = sum(min(int(node.get(name, 0) // need) for name, need in needs.items() if need) for node in nodes)
     if fit == 0:
-        most_cpus = max((node.get("CPU", 0) for node in nodes), default=0)
-        most_gpus = max((node.get("GPU", 0) for node in nodes), default=0)
+        most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in needs}
         raise ClusterError(
-            f"a worker with workers.cpus = {workers.cpus} and workers.gpus = {workers.gpus:g} fits on no node; the "
-            f"largest have {most_cpus:g} CPUs and {most_gpus:g} GPUs; ask for less"
+            f"a worker with workers.cpus = {workers.cpus}, workers.gpus = {workers.gpus:g} and {format_bytes(memory)} "
+            f"of memory fits on no node of the Ray cluster; the largest have {most['CPU']:g} CPUs, {most['GPU']:g} "
+            f"GPUs and {format_bytes(most['memory'])}; ask for less"
         )
     return fit if workers.count == "auto" else min(workers.count, fit)
 
 
-def run_tiles(store: GramStore, spec: JobSpec, tiles: Iterable[Tile], count: int) -> Iterator[TileReport]:
+def run_tiles(
+    store: GramStore,
+    spec: JobSpec,
+    tiles: Iterable[Tile],
+    count: int,
+    note: Callable[[str], None] = lambda text: None,
+) -> Generator[TileReport]:
     """Compute tiles on ``count`` Ray actors; yields a report for each the moment it is stored, in any order.
 
     A worker that dies is replaced and its tiles are given to others. Needs a :func:`ray_session`.
 
+    Args:
+      store: the run, whose images are read and to which the workers write.
+      spec: its job.
+      tiles: what to compute.
+      count: workers at most.
+      note: told of workers that die.
+
     Raises:
       EquikernelError: the images of a tile have no kernel.
-      TileFailedError: a tile failed :data:`ATTEMPTS` times, or with an error that would come again.
-      StoreError: the storage failed that often.
+      StoreError: a worker cannot read or write the store.
+      TileFailedError: :data:`ATTEMPTS` workers died over a tile, or it failed in a way nobody expected.
       ClusterError: no worker could be started.
     """
-    pool = _Pool(store, spec, tiles, count)
+    pool = _Pool(store, spec, tiles, count, note)
     try:
         yield from pool.run()
     finally:
         pool.close()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Worker:
-    """An actor, and the tiles it holds in the order they were given; the first is the one it computes."""
+    """An actor, and the calls it has not answered yet, in their order: its start (``None``), then tiles."""
 
     handle: Any
-    started: Any
-    ready: bool = False
-    held: dict[Any, Tile] = field(default_factory=dict)
+    calls: dict[Any, Tile | None] = field(default_factory=dict)
+
+    @property
+    def starting(self) -> bool:
+        return None in self.calls.values()
 
 
 class _Pool:
     """The workers of a run, and the tiles that wait for one."""
 
-    def __init__(self, store: GramStore, spec: JobSpec, tiles: Iterable[Tile], count: int) -> None:
+    def __init__(
+        self, store: GramStore, spec: JobSpec, tiles: Iterable[Tile], count: int, note: Callable[[str], None]
+    ) -> None:
         self._store = store
         self._spec = spec
         self._waiting = deque(tiles)
-        self._count = min(count, len(self._waiting))
+        self._count = count
+        self._note = note
         self._workers: list[_Worker] = []
-        self._failures: Counter[Tile] = Counter()
+        self._deaths: Counter[Tile] = Counter()
         self._failed_starts = 0
 
     def run(self) -> Iterator[TileReport]:
@@ -189,27 +219,27 @@ class _Pool:
         import ray
 
         last_sign = time.monotonic()
-        while self._waiting or any(worker.held for worker in self._workers):
+        while self._waiting or any(worker.calls for worker in self._workers):
             self._dispatch()
-            references = {
-                reference: worker
-                for worker in self._workers
-                for reference in (list(worker.held) if worker.ready else [worker.started])
-            }
-            done, _ = ray.wait(list(references), timeout=1.0)
-            for reference in done:
-                worker = references[reference]
+            asked = {call: worker for worker in self._workers for call in worker.calls}
+            answered, open_calls = ray.wait(list(asked), timeout=1.0)
+            answered += ray.wait(open_calls, num_returns=len(open_calls), timeout=0)[0] if open_calls else []
+            for call in answered:
+                worker = asked[call]
+                if call not in worker.calls:  # the worker died over an earlier one
+                    continue
+                tile = worker.calls.pop(call)
                 try:
-                    result = ray.get(reference)
-                except Exception as error:
-                    self._failed(worker, reference, error)
+                    report = ray.get(call)
+                except ray.exceptions.RayTaskError as error:
+                    raise _final(tile, error) from None
+                except ray.exceptions.RayError as error:
+                    self._lost(worker, tile, error)
                 else:
-                    if worker.ready:
-                        del worker.held[reference]
-                        yield result
-                    worker.ready = True
                     self._failed_starts = 0
-            if done or any(worker.ready for worker in self._workers):
+                    if tile is not None:
+                        yield report
+            if not all(worker.starting for worker in self._workers):
                 last_sign = time.monotonic()
             elif time.monotonic() - last_sign > CAPACITY_SECONDS:
                 raise ClusterError(
@@ -219,22 +249,21 @@ class _Pool:
 
     def close(self) -> None:
         """Stop the workers."""
-        import ray
-
         for worker in self._workers:
-            with contextlib.suppress(Exception):
-                ray.kill(worker.handle)
+            self._stop(worker)
 
     def _dispatch(self) -> None:
-        """Start the workers that are lacking, and fill up those that are ready, the emptiest first."""
-        unserved = len(self._waiting)
-        while len(self._workers) < self._count and unserved > sum(not worker.ready for worker in self._workers):
+        """Start the workers that are lacking, and fill up the others, the emptiest first."""
+        starting = sum(worker.starting for worker in self._workers)
+        for _ in range(min(self._count - len(self._workers), len(self._waiting) - starting)):
             self._workers.append(self._start())
         for depth in range(TILES_IN_FLIGHT):
             for worker in self._workers:
-                if self._waiting and worker.ready and len(worker.held) == depth:
+                # The last tiles wait for whoever is free first.
+                scarce = depth > 0 and len(self._waiting) < len(self._workers)
+                if self._waiting and not scarce and not worker.starting and len(worker.calls) == depth:
                     tile = self._waiting.popleft()
-                    worker.held[worker.handle.compute.remote(tile)] = tile
+                    worker.calls[worker.handle.compute.remote(tile)] = tile
 
     def _start(self) -> _Worker:
         import ray
@@ -244,48 +273,54 @@ class _Pool:
         gram, workers = self._spec.gram, self._spec.workers
         actor: Any = ray.remote(TileWorker).options(num_cpus=workers.cpus, num_gpus=workers.gpus, max_restarts=0)
         handle = actor.remote(self._store, self._spec.network, gram.groups, gram.engine, gram.dtype, workers.cpus)
-        return _Worker(handle, handle.ready.remote())
+        return _Worker(handle, {handle.ready.remote(): None})
 
-    def _failed(self, worker: _Worker, reference: Any, error: Exception) -> None:
-        """Take a tile, or all tiles of a worker that died, back; raise where another attempt is no use."""
-        import ray.exceptions
+    def _stop(self, worker: _Worker) -> None:
+        import ray
 
-        if worker not in self._workers:  # its death was dealt with at the first of its tiles
-            return
-        reason = cause(error)
-        tile = worker.held.get(reference)
-        if isinstance(error, ray.exceptions.RayTaskError):
-            worker.held.pop(reference, None)
-        else:
-            self._workers.remove(worker)
-            computing, *queued = worker.held.values() if worker.held else [None]
-            self._waiting.extendleft(reversed([one for one in queued if one is not None]))
-            tile = computing
-            log.warning("a worker died%s; its tiles go to another", f" at tile {tile}" if tile else "")
+        with contextlib.suppress(Exception):  # the cluster may be gone
+            ray.kill(worker.handle)
+
+    def _lost(self, worker: _Worker, tile: Tile | None, error: Exception) -> None:
+        """Give the tiles of a worker that died to others; ``tile`` is the one it was computing, or none at its start.
+
+        Raises:
+          TileFailedError: that tile has cost too many workers.
+          ClusterError: too many workers died at their start.
+        """
+        self._workers.remove(worker)
+        self._stop(worker)
+        self._waiting.extendleft(one for one in reversed(worker.calls.values()) if one is not None)
+        worker.calls.clear()
         if tile is None:
             self._failed_starts += 1
             if self._failed_starts >= ATTEMPTS:
-                raise ClusterError(f"workers do not start: {_first_line(reason)}") from reason
+                raise ClusterError(f"workers do not start: {one_line(error)}") from None
             return
-        if isinstance(reason, EquikernelError):
-            raise reason from None
-        self._failures[tile] += 1
-        if not is_retryable(reason):
+        self._deaths[tile] += 1
+        if self._deaths[tile] >= ATTEMPTS:
             raise TileFailedError(
-                f"tile {tile} failed: {type(reason).__name__}: {_first_line(reason)}; finished tiles are kept"
-            ) from reason
-        if self._failures[tile] >= ATTEMPTS:
-            if isinstance(reason, StoreError):
-                raise reason from None
-            raise TileFailedError(
-                f"tile {tile} failed {ATTEMPTS} times, the last time because its worker died ({_first_line(reason)}); "
+                f"tile {tile} failed {ATTEMPTS} times, each time because its worker died ({one_line(error)}); "
                 "finished tiles are kept: run again, with fewer workers if they ran out of memory"
             ) from None
         self._waiting.appendleft(tile)
-        if isinstance(reason, StoreError):
-            time.sleep(2.0 ** self._failures[tile] / 2)
+        self._note(f"a worker died at tile {tile}; another one takes over")
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _final(tile: Tile | None, error: Any) -> Exception:
+    """What to raise for an error that a worker raised: it would come again.
+
+    Storage that fails for a moment never gets here: the worker itself is patient with it.
+    """
+    if isinstance(error.cause, (EquikernelError, EquigramError)):
+        return error.cause
+    reason = error.cause if isinstance(error.cause, Exception) else error
+    return TileFailedError(f"tile {tile} failed: {type(reason).__name__}: {one_line(reason)}; finished tiles are kept")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in a line: the end of a remote traceback, or all of a short text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any(line.startswith(("Traceback ", "File ")) for line in lines):
+        lines = lines[-1:]
+    return " ".join(lines) or type(error).__name__

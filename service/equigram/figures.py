@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from equigram import plot
+from equigram.errors import IncompleteRunError
 from equigram.solve.metrics import confusion_matrix
 from equigram.solve.stage import stored_results
 
@@ -30,10 +31,17 @@ def draw_run(store: GramStore, folder: str | Path) -> list[Path]:
     labels the confusion matrices and learning curves, both for the first ridge value that has a solution.
 
     Raises:
-      IncompleteRunError, DamagedTileError: a matrix cannot be read whole.
+      IncompleteRunError: tiles of the train matrices are missing; nothing was drawn.
+      DamagedTileError: a matrix cannot be read whole.
       StoreError: the pictures cannot be written.
     """
     info = store.info
+    missing = [tile for tile in info.tiling.missing(store.finished_tiles()) if tile.part == "gram"]
+    if missing:
+        raise IncompleteRunError(
+            f"{store.url} has nothing to draw yet: {len(missing):,} tiles of the train matrices are missing; "
+            "`equigram run JOB.yaml` computes them"
+        )
     folder = Path(folder)
     labels, test_labels = store.labels("train"), store.labels("test") if info.test else None
     class_labels = labels if info.classes is not None else None

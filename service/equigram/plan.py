@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -146,16 +146,32 @@ class Plan:
         return self.missing_pairs * self.seconds_per_pair / self.workers
 
 
-def store_bytes(tiling: Tiling, matrices: int, itemsize: int, image_values: int) -> int:
-    """Bytes of a finished run: ``matrices`` chunked train and test matrices, and the float32 images.
+def chunk_bytes(edge: int, itemsize: int) -> int:
+    """Bytes of a stored chunk, also of a partial one at the edge of a matrix: its values and four of checksum."""
+    return edge**2 * itemsize + 4
 
-    Every chunk has its full size, edge chunks too, and four bytes of checksum.
+
+def tile_bytes(tiling: Tiling, tiles: Iterable[Tile], matrices: int, itemsize: int) -> int:
+    """Bytes that ``tiles`` take in the store, in ``matrices`` train and test matrices each."""
+    return matrices * chunk_bytes(tiling.edge, itemsize) * sum(len(tiling.chunks(tile)) for tile in tiles)
+
+
+def image_bytes(tiling: Tiling, values: int) -> int:
+    """Bytes of all images of ``values`` float32 each, before compression."""
+    return 4 * values * (tiling.train + tiling.test)
+
+
+def worker_bytes(edge: int, image: int, cached_blocks: int, turns: int, groups: int, itemsize: int) -> int:
+    """Bytes a worker holds at most: prepared image blocks, and what a pair takes while a tile is computed.
+
+    That is two indices, both kernels in float64 for every turn and group, and in the end in the dtype of the run.
+
+    Args:
+      edge: of a tile, in images.
+      image: bytes of a prepared image.
+      cached_blocks: prepared blocks of ``edge`` images that are kept; one more is in the making.
+      turns, groups: relative turns of two images, and groups that share them.
+      itemsize: bytes of a stored value.
     """
-    chunk = tiling.edge**2 * itemsize + 4
-    chunks = tiling.train_blocks**2 + tiling.test_blocks * tiling.train_blocks
-    return matrices * chunks * chunk + 4 * image_values * (tiling.train + tiling.test)
-
-
-def worker_bytes(tiling: Tiling, matrices: int, itemsize: int, block_bytes: int, cached_blocks: int) -> int:
-    """Bytes a worker holds at most: cached image blocks, a tile of every matrix and its transpose."""
-    return cached_blocks * block_bytes + 2 * matrices * tiling.edge**2 * itemsize
+    pair = 16 + 16 * turns + (16 + 2 * itemsize) * groups + 2 * itemsize
+    return (cached_blocks + 1) * edge * image + pair * edge**2

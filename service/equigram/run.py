@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -12,7 +13,7 @@ from equigram.data import Survey, fingerprint, load_dataset, load_images, survey
 from equigram.driver import check_address, ray_session, run_tiles, worker_count
 from equigram.errors import DamagedTileError, DataNotFoundError, ResourceError, SpecError, StoreMismatchError
 from equigram.memory import available_memory, format_bytes
-from equigram.plan import Plan, Tiling, choose_edge, store_bytes, worker_bytes
+from equigram.plan import Plan, Tiling, choose_edge, image_bytes, tile_bytes, worker_bytes
 from equigram.solve.regression import memory_needed
 from equigram.solve.stage import Result, check_solvable, solve_run
 from equigram.store import GramStore, free_space
@@ -23,7 +24,6 @@ from equikernel.worker import CACHED_BLOCKS, measure_pair_seconds, processor_kin
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from equigram.plan import Tile
     from equigram.spec import JobSpec
 
 WORKER_BYTES = 350 * 2**20
@@ -75,28 +75,24 @@ def run(spec: JobSpec, listener: Listener | None = None) -> Finished:
     """
     listener = listener or Silence()
     check_address(spec.workers)
-    store = open_store(spec, listener) if GramStore.exists(spec.store) else create_store(spec, listener)
-    info = store.info
-    if spec.solve is not None:
-        check_solvable(spec.solve, store.labels("train"), info.classes)
-    check_memory(spec, info.train)
-    results: list[Result] = []
-    repaired: set[Tile] = set()
-    while True:
+    if GramStore.exists(spec.store):
+        store = open_store(spec, listener)
+        if spec.solve is not None:
+            check_solvable(spec.solve, store.labels("train"), store.info.classes)
+        check_solver_memory(spec, store.info.train, store.info.test)
+        store.remember(spec)
+    else:
+        store = create_store(spec, listener)
+    compute_tiles(store, spec, listener)
+    try:
+        results = solve(store, spec, listener)
+    except DamagedTileError as error:
+        damaged = store.damaged_tiles()
+        listener.note(f"{error}; that is done now, for {len(damaged)} damaged tiles in all")
+        for tile in damaged:
+            store.discard_tile(tile)
         compute_tiles(store, spec, listener)
-        if spec.solve is None:
-            break
-        try:
-            results = solve_run(
-                store, spec.solve, spec.solved_kernels, lambda done, total: listener.progress("solve", done, total)
-            )
-            break
-        except DamagedTileError as error:
-            if error.tile in repaired:
-                raise
-            repaired.add(error.tile)
-            listener.note(f"{error}: it is computed again now")
-            store.discard_tile(error.tile)
+        results = solve(store, spec, listener)
     return Finished(store, tuple(results))
 
 
@@ -129,8 +125,8 @@ def open_store(spec: JobSpec, listener: Listener) -> GramStore:
 
 def create_store(spec: JobSpec, listener: Listener) -> GramStore:
     """A new store with the images of a job, after everything that can be refused was."""
-    GramStore(spec.store).check_creatable()
     found = look_at_images(spec)
+    GramStore(spec.store).check_writable()
     plan = make_plan(spec, found, None, listener)
     check_disk(spec, plan)
     dataset = load_dataset(
@@ -144,17 +140,19 @@ def create_store(spec: JobSpec, listener: Listener) -> GramStore:
 
 
 def look_at_images(spec: JobSpec) -> Survey:
-    """The number and shape of the images, without decoding them.
+    """The number and shape of the images of a job without a store, without decoding them.
 
     Raises:
       DataError: the images cannot be used.
       NetworkError, ImageError: the network does not fit them.
-      ResourceError: the solver could not hold the matrix.
+      ResourceError: the solver could not hold the matrices.
+      SpecError, StoreMismatchError: the store cannot be where the job wants it.
     """
+    GramStore(spec.store).check_free()
     found = survey(spec.data, square=needs_square(spec))
     for group in spec.gram.groups:
         spec.network.check_images(found.height, found.width, group)
-    check_memory(spec, found.train)
+    check_solver_memory(spec, found.train, found.test)
     return found
 
 
@@ -169,11 +167,26 @@ def needs_square(spec: JobSpec) -> bool:
     return any(needs_square_images(group) for group in spec.gram.groups)
 
 
-def check_memory(spec: JobSpec, train: int) -> None:
-    """Raise :class:`ResourceError` unless the solver stage can hold the matrix of ``train`` images."""
+def solver_memory(spec: JobSpec, train: int, test: int) -> int:
+    """Bytes that the solver stage needs for ``train`` and ``test`` images; 0 without one."""
     if spec.solve is None:
-        return
-    needed, available = memory_needed(train), available_memory()
+        return 0
+    return memory_needed(train) + test * train * np.dtype(spec.gram.dtype).itemsize
+
+
+def worker_memory(spec: JobSpec, tiling: Tiling, image_shape: tuple[int, int, int]) -> int:
+    """Bytes that a worker needs at most, for images of ``(H, W, C)``."""
+    height, width, channels = image_shape
+    turns = len(common_turns(spec.gram.groups))
+    image = height * width * (channels + 2 * spec.network.depth) * turns * np.dtype(spec.gram.dtype).itemsize
+    return WORKER_BYTES + worker_bytes(
+        tiling.edge, image, CACHED_BLOCKS, turns, len(spec.gram.groups), np.dtype(spec.gram.dtype).itemsize
+    )
+
+
+def check_solver_memory(spec: JobSpec, train: int, test: int) -> None:
+    """Raise :class:`ResourceError` unless the solver stage can hold its matrices."""
+    needed, available = solver_memory(spec, train, test), available_memory()
     if needed > available:
         raise ResourceError(
             f"solving with {train} training images needs {format_bytes(needed)} of memory, and "
@@ -182,13 +195,27 @@ def check_memory(spec: JobSpec, train: int) -> None:
         )
 
 
+def check_worker_memory(spec: JobSpec, needed: int) -> None:
+    """Raise :class:`ResourceError` unless a worker of ``needed`` bytes fits on this machine, if it is to run here."""
+    available = available_memory()
+    if spec.workers.address is None and needed > available:
+        raise ResourceError(
+            f"a worker needs {format_bytes(needed)} of memory, and {format_bytes(available)} are available; set "
+            "gram.tile or data.size lower, or use a larger machine"
+        )
+
+
 def check_disk(spec: JobSpec, plan: Plan) -> None:
     """Raise :class:`ResourceError` unless the finished run fits where the store is, if that can be known."""
+    _check_free_space(spec, plan.store_bytes, "the finished run takes")
+
+
+def _check_free_space(spec: JobSpec, needed: int, what: str) -> None:
     free = free_space(spec.store)
-    if free is not None and plan.store_bytes > free:
+    if free is not None and needed > free:
         raise ResourceError(
-            f"the finished run takes {format_bytes(plan.store_bytes)}, and {format_bytes(free)} are free at "
-            f"{spec.store}; free space, choose another `store`, or store fewer kernels or groups"
+            f"{what} {format_bytes(needed)}, and {format_bytes(free)} are free at {spec.store}; free space, choose "
+            "another `store`, or store fewer kernels or groups"
         )
 
 
@@ -200,15 +227,17 @@ def make_plan(spec: JobSpec, found: Survey, store: GramStore | None, listener: L
       found: number and shape of the images.
       store: the store, if there is one already: then its tiles are kept and only the missing ones counted.
       listener: told that a measurement is going on.
+
+    Raises:
+      ResourceError: a worker needs more memory than this machine has.
     """
-    gram = spec.gram
+    gram, asked = spec.gram, spec.workers.count
     shape = (found.height, found.width, found.channels)
     listener.note(
         "measuring the cost of a pair on this machine (the first time on a machine, the kernels are compiled)"
     )
     images = np.random.default_rng(0).normal(size=(2, *shape)).astype(gram.dtype)
     pair = measure_pair_seconds(spec.network, gram.groups, gram.engine, gram.dtype, spec.workers.cpus, images)
-    asked = spec.workers.count
     workers = max(1, available_cores() // spec.workers.cpus) if asked == "auto" else asked
     if store is not None:
         edge = store.info.tile
@@ -217,11 +246,12 @@ def make_plan(spec: JobSpec, found: Survey, store: GramStore | None, listener: L
     else:
         edge = gram.tile
     tiling = Tiling(found.train, found.test, edge)
+    memory = worker_memory(spec, tiling, shape)
+    check_worker_memory(spec, memory)
+    if spec.workers.address is None:
+        workers = min(workers, available_memory() // memory)
     missing = list(tiling.missing(set() if store is None else store.finished_tiles()))
-    matrices = len(gram.groups) * len(gram.kernels)
-    itemsize = np.dtype(gram.dtype).itemsize
-    planes = found.channels + 2 * spec.network.depth
-    block = edge * planes * found.height * found.width * itemsize * len(common_turns(gram.groups))
+    matrices, itemsize = len(gram.groups) * len(gram.kernels), np.dtype(gram.dtype).itemsize
     return Plan(
         tiling=tiling,
         missing=len(missing),
@@ -230,27 +260,43 @@ def make_plan(spec: JobSpec, found: Survey, store: GramStore | None, listener: L
         dtype=gram.dtype,
         workers=workers,
         seconds_per_pair=pair,
-        store_bytes=store_bytes(tiling, matrices, itemsize, int(np.prod(shape))),
-        worker_bytes=WORKER_BYTES + worker_bytes(tiling, matrices, itemsize, block, CACHED_BLOCKS),
-        solver_bytes=0 if spec.solve is None else memory_needed(found.train),
+        store_bytes=tile_bytes(tiling, tiling.tiles(), matrices, itemsize) + image_bytes(tiling, int(np.prod(shape))),
+        worker_bytes=memory,
+        solver_bytes=solver_memory(spec, found.train, found.test),
     )
 
 
 def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener) -> None:
     """Compute the tiles that are missing, on Ray."""
-    tiling = store.info.tiling
+    info, tiling = store.info, store.info.tiling
     finished = store.finished_tiles()
     missing = list(tiling.missing(finished))
     if not missing:
         return
+    matrices, itemsize = len(spec.gram.groups) * len(spec.gram.kernels), np.dtype(spec.gram.dtype).itemsize
+    _check_free_space(spec, tile_bytes(tiling, missing, matrices, itemsize), "the missing tiles take")
+    memory = worker_memory(spec, tiling, info.image_shape)
+    check_worker_memory(spec, memory)
+    store.check_writable()
     done, total = sum(map(tiling.pairs, finished)), tiling.total_pairs
     if finished:
         listener.note(f"{len(finished)} of {len(tiling)} tiles are in the store already")
     listener.progress("pairs", done, total)
     with ray_session(spec.workers):
-        for report in run_tiles(store, spec, missing, worker_count(spec.workers)):
-            done += report.pairs
-            listener.progress("pairs", done, total)
+        count = worker_count(spec.workers, memory)
+        with contextlib.closing(run_tiles(store, spec, missing, count, listener.note)) as reports:
+            for report in reports:
+                done += report.pairs
+                listener.progress("pairs", done, total)
+
+
+def solve(store: GramStore, spec: JobSpec, listener: Listener) -> list[Result]:
+    """Do the regressions that the job asks for, on the matrices in the store."""
+    if spec.solve is None:
+        return []
+    return solve_run(
+        store, spec.solve, spec.solved_kernels, lambda done, total: listener.progress("solve", done, total)
+    )
 
 
 @dataclass(frozen=True)
@@ -298,6 +344,11 @@ def predict(
     spec = info.spec
     group = group or spec.gram.groups[-1]
     kernel = kernel or (spec.solved_kernels or spec.gram.kernels)[-1]
+    if group not in spec.gram.groups or kernel not in spec.gram.kernels:
+        raise SpecError(
+            f"{store.url} holds no {group} {kernel}; choose of the groups {', '.join(spec.gram.groups)} and the "
+            f"kernels {', '.join(spec.gram.kernels)}"
+        )
     arrays, _ = store.solution(group, kernel)
     ridges = arrays["ridge"].tolist()
     chosen = 0 if ridge is None else next((i for i, value in enumerate(ridges) if np.isclose(value, ridge)), None)

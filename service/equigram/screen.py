@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.console import Group
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
 LINE_SECONDS = 30.0
 """Time between two lines about the same stage where there is no terminal to draw a bar on."""
 
+WORTH_A_LINE = 1.0
+"""Seconds that a stage takes at least to be told about where there is no terminal."""
+
 STAGES = {"pairs": "computing image pairs", "solve": "solving regressions", "images": "predicting images"}
-"""What a person calls a stage, where its name is not that already."""
+"""What a person calls a stage, where its name is not that already; the last word is what is counted."""
 
 MAP_CELLS = 48
 """Rows and columns of a map of tiles at most."""
@@ -33,33 +37,36 @@ class _Stage:
     """Something that takes a while, and how far it is."""
 
     title: str
-    began: float
-    """When the stage before it ended."""
-    first: int
-    """Things that were done when it was first heard of."""
+    bar: TaskID
     since: float
-    """When that was."""
-    done: int
-    total: int
+    """When it was first heard of."""
+    first: int
+    """Things that were done by then."""
     heard: float
     """When it was last heard of."""
     told: float
     """When a line was last written about it."""
-    bar: TaskID
+    done: int
+    total: int
 
     @property
     def finished(self) -> bool:
         return self.done >= self.total
 
+    @property
+    def seconds(self) -> float:
+        return self.heard - self.since
+
     def speed(self, now: float) -> str:
-        """Things per second, and the time left or, at the end, taken: ``"1,234/s, 12 min left"``."""
-        rate = (self.done - self.first) / (self.heard - self.since) if self.heard > self.since else 0.0
-        words = [f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"] if rate else []
+        """Things per second, and the time left or, at the end, taken: ``"1,234 pairs/s, 12 min left"``."""
+        if self.done == self.first or not self.seconds:
+            return ""
+        rate = (self.done - self.first) / self.seconds
+        per_second = f"{f'{rate:,.0f}' if rate >= 10 else f'{rate:.2g}'} {self.title.split()[-1]}/s"
         if self.finished:
-            words.append(f"took {duration(self.heard - self.began)}")
-        elif rate:
-            words.append(f"{duration(max(0.0, (self.total - self.done) / rate - (now - self.heard)))} left")
-        return ", ".join(words)
+            return f"{per_second}, took {duration(self.seconds)}"
+        left = (self.total - self.done) / rate - (now - self.heard)
+        return f"{per_second}, {duration(max(left, 0))} left"
 
 
 class _Speed(ProgressColumn):
@@ -83,12 +90,11 @@ class Screen:
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._clock = clock
-        self._event = clock()
         self._notes: set[str] = set()
         self._stages: dict[str, _Stage] = {}
         self._bars = Progress(
             TextColumn("{task.description:<24}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             TaskProgressColumn(),
             _Speed(clock),
             console=console,
@@ -107,23 +113,23 @@ class Screen:
         if text not in self._notes:
             self._notes.add(text)
             self._console.print(Text(f"note: {text}", style="yellow"), soft_wrap=True)
-        self._event = self._clock()
 
     def progress(self, what: str, done: int, total: int) -> None:
         """``done`` of ``total`` things of a stage are done."""
         now = self._clock()
         stage = self._stages.get(what)
-        if stage is None or (stage.finished and done < total):
+        if stage is not None and stage.finished and done >= total:
+            return
+        if stage is None or stage.finished:
             title = STAGES.get(what, what)
             bar = self._bars.add_task(title, total=total)
-            stage = self._stages[what] = _Stage(title, self._event, done, now, done, total, now, now, bar)
+            stage = self._stages[what] = _Stage(title, bar, now, done, now, now, done, total)
         stage.done, stage.total, stage.heard = done, total, now
-        self._event = now
         self._bars.update(stage.bar, completed=done, total=total, stage=stage)
-        if self._bars.disable and (stage.finished or now - stage.told >= LINE_SECONDS):
+        if self._bars.disable and now - stage.told >= (WORTH_A_LINE if stage.finished else LINE_SECONDS):
             stage.told = now
-            share = f"{total:,}" if stage.finished else f"{done:,} of {total:,} ({done / total:.0%})"
-            self._console.print(f"{stage.title}: {share}, {stage.speed(now)}", soft_wrap=True)
+            share = f"{done:,} of {total:,}" + ("" if stage.finished else f" ({done / total:.0%})")
+            self._console.print(f"{stage.title}: {share}, {stage.speed(now)}".rstrip(", "), soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
@@ -174,7 +180,7 @@ def warnings(results: Sequence[Result], dtype: str) -> Iterator[str]:
         yield f"* no solution for {_named(failed)}: {failed[0].warning}"
 
 
-def comparison_table(results: Sequence[Result]) -> Table | None:
+def comparison(results: Sequence[Result]) -> Group | None:
     """Which network did better at which training size, by kernel, with the first ridge value; ``None`` without sizes.
 
     Better is a higher accuracy or, for regression, a lower mean squared error on the test images.
@@ -191,24 +197,28 @@ def comparison_table(results: Sequence[Result]) -> Table | None:
         return None
     groups = list(dict.fromkeys(result.group for result in results))
     kernels = list(dict.fromkeys(result.kernel for result in results))
-    score = f"test {'accuracy' if classes else 'mean squared error'}, ridge {ridge:g}"
-    title = f"which network did better: {score}" if len(groups) > 1 else score
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
-    table.add_column("training\nimages", no_wrap=True)
+    what = f"test {'accuracy' if classes else 'mean squared error'}, ridge {ridge:g}"
+    title = f"which network did better: {what}" if len(groups) > 1 else what
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("training\nimages", no_wrap=True, justify="right")
+    if classes:
+        table.add_column("per\nclass", no_wrap=True, justify="right")
     for kernel in kernels:
         for group in groups:
             table.add_column(f"{kernel}\n{group}", no_wrap=True, justify="right")
         if len(groups) > 1:
             table.add_column("\nbetter", no_wrap=True, style="bold")
     for size, count in sorted(images.items(), key=lambda item: item[1]):
-        row = [f"{count:,}" + (f" ({size:,} per class)" if size is not None and classes else "")]
+        row = [f"{count:,}"]
+        if classes:
+            row.append("all" if size is None else f"{size:,}")
         for kernel in kernels:
             values = {group: scores.get((size, kernel, group)) for group in groups}
             row += [_number(value, ".3f" if classes else ".4g") or "-" for value in values.values()]
             if len(groups) > 1:
                 row.append(_best({group: v for group, v in values.items() if v is not None}, highest=classes))
         table.add_row(*row)
-    return table
+    return Group(Text(title), table)
 
 
 def tile_map(tiling: Tiling, done: set[Tile], part: Part) -> str:
@@ -248,4 +258,4 @@ def _best(values: dict[str, float], *, highest: bool) -> str:
         return "-"
     top = (max if highest else min)(values.values())
     best = [group for group, value in values.items() if value == top]
-    return "equal" if len(best) == len(values) else " ".join(best)
+    return "equal" if len(best) == len(values) > 1 else " ".join(best)

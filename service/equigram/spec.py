@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -31,6 +32,17 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _path_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
+
+
+def _ray_address(value: str) -> str:
+    try:
+        parts = urlsplit(value if "//" in value else f"//{value}")
+        fits = parts.scheme in ("", "ray") and bool(parts.hostname and parts.port)
+    except ValueError:
+        fits = False
+    if not fits and value != "auto":
+        raise ValueError(f"{value!r} is no Ray address; write host:port, ray://host:port or auto")
+    return value
 
 
 Item = TypeVar("Item")
@@ -106,7 +118,7 @@ class WorkerSpec(_Section):
     """CPU cores, and threads, of one worker."""
     gpus: float = Field(default=0, ge=0, le=64, strict=True)
     """GPUs of one worker; a fraction shares one."""
-    address: Annotated[str, "host:port, ray://host:port or auto"] | None = None
+    address: Annotated[str, AfterValidator(_ray_address), "host:port, ray://host:port or auto"] | None = None
     """Ray cluster, ``host:port``, ``ray://host:port`` or ``auto``; without it a local one is started for the run."""
 
 

@@ -13,7 +13,7 @@ attribute ``equigram``         the job, software versions, normalisation constan
 =============================  ===========================================================================
 
 A tile is done when all its chunks are there with the right size; every chunk ends with a CRC-32C, checked on reading.
-Missing values read as NaN, and NaN is never stored, so a missing tile is never mistaken for one of zeros.
+Missing floats read as NaN, and NaN is never stored, so what is missing is never mistaken for zeros.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import json
+import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
@@ -37,12 +39,14 @@ from equigram.errors import (
     DamagedTileError,
     EquigramError,
     IncompleteRunError,
+    SpecError,
     StoreError,
     StoreMismatchError,
     StoreNotFoundError,
 )
-from equigram.plan import Tile, Tiling
+from equigram.plan import Part, Tile, Tiling, chunk_bytes, is_diagonal
 from equigram.spec import JobSpec
+from equikernel.errors import EquikernelError, NonFiniteKernelError
 
 if TYPE_CHECKING:
     import zarr
@@ -53,6 +57,12 @@ if TYPE_CHECKING:
 FORMAT = 1
 SplitName = Literal["train", "test"]
 PACKAGES = ("equigram", "numpy", "numba", "llvmlite", "zarr", "ray", "jax")
+
+ANSWER_SECONDS = 60.0
+"""How long the storage may take over one request: a listing, or some chunks to read or write."""
+
+PROBE = ".equigram-write-test"
+"""Written and deleted to find out whether object storage may be written."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,9 @@ class GramStore:
         self.url = url
 
     def __reduce__(self) -> tuple[type[Self], tuple[str]]:
-        return type(self), (self.url,)
+        """A relative path becomes absolute: workers run in other folders."""
+        fs, path = self._place
+        return type(self), (path if _is_local(fs) else self.url,)
 
     def __repr__(self) -> str:
         return f"GramStore({self.url!r})"
@@ -107,11 +119,12 @@ class GramStore:
 
         Raises:
           StoreNotFoundError: there is none, or its images were never completely stored.
+          StoreMismatchError: another version of equigram made it, in a format that this one does not read.
         """
-        if not cls.exists(url):
-            raise StoreNotFoundError(f"{url} is not a run store; make one with `equigram run JOB.yaml`")
         store = cls(url)
         written = store._attributes() or {}
+        if written.get("state") != "ready":
+            raise store._not_found()
         if written.get("format") != FORMAT:
             raise StoreMismatchError(
                 f"{url} has store format {written.get('format')!r}, this version of equigram reads {FORMAT}; "
@@ -126,11 +139,10 @@ class GramStore:
         Raises:
           StoreMismatchError: the place holds something that is not an unfinished creation of a run.
         """
-        import zarr
-
         store = cls(spec.store)
-        store.check_creatable()
-        splits = {"train": dataset.train, "test": dataset.test}
+        store.check_free()
+        store.check_writable()
+        splits = {"train": dataset.train} | ({} if dataset.test is None else {"test": dataset.test})
         attributes: dict[str, Any] = {
             "format": FORMAT,
             "state": "preparing",
@@ -144,7 +156,8 @@ class GramStore:
             "preprocessing": dataset.preprocessing.to_json(),
             "fingerprint": fingerprint,
             "images_sha256": {
-                name: hashlib.sha256(split.images.tobytes()).hexdigest() for name, split in splits.items() if split
+                name: hashlib.sha256(np.ascontiguousarray(split.images).data).hexdigest()
+                for name, split in splits.items()
             },
             "processor": processor,
             "python": platform.python_version(),
@@ -152,44 +165,71 @@ class GramStore:
             "notes": dataset.notes,
         }
         with store._storage("create the run store"):
-            root = zarr.open_group(store._zarr_store(), mode="w", zarr_format=3, attributes={"equigram": attributes})
+            root = store._claim(attributes)
             for name, split in splits.items():
-                if split is None:
-                    continue
                 _add_array(root, f"images/{name}", split.images, (tile, *split.images.shape[1:]))
                 if split.labels is not None:
                     _add_array(root, f"labels/{name}", split.labels, split.labels.shape)
-                text = np.frombuffer("\n".join(split.names).encode(), dtype=np.uint8)
+                lines = [line.replace("\n", " ") for line in split.names]
+                text = np.frombuffer("\n".join(lines).encode(errors="backslashreplace"), dtype=np.uint8)
                 _add_array(root, f"names/{name}", text, text.shape)
-            tiling = Tiling(attributes["train"], attributes["test"], tile)
-            for group in spec.gram.groups:
-                for kernel in spec.gram.kernels:
-                    _add_matrix(root, f"gram/{group}/{kernel}", (tiling.train, tiling.train), tile, spec.gram.dtype)
-                    if tiling.test:
-                        _add_matrix(root, f"cross/{group}/{kernel}", (tiling.test, tiling.train), tile, spec.gram.dtype)
+            train = attributes["train"]
+            for part, rows in (("gram", train), ("cross", attributes["test"])):
+                for group in spec.gram.groups:
+                    for kernel in spec.gram.kernels:
+                        if rows:
+                            _add_matrix(root, f"{part}/{group}/{kernel}", (rows, train), tile, spec.gram.dtype)
             root.attrs["equigram"] = {**attributes, "state": "ready"}
         return cls(spec.store)
 
-    def check_creatable(self) -> None:
-        """Raise unless a run may be created here: nothing there, or an interrupted creation; and it is writable.
+    def check_free(self) -> None:
+        """Raise unless a run may be created here: nothing is there, or an interrupted creation. Writes nothing.
 
         Raises:
-          StoreMismatchError: the place holds other files.
-          StoreError: the place cannot be written.
+          SpecError: other processes cannot reach the place.
+          StoreMismatchError: the place holds other files, or a run.
         """
-        fs, path = self._filesystem()
-        with self._storage("create the run store"):
-            attributes = self._attributes()
-            if attributes is None and fs.exists(path) and (not fs.isdir(path) or fs.ls(path, detail=False)):
-                raise StoreMismatchError(
-                    f"{self.url} already holds something that is not an equigram run, and is left alone; "
-                    "choose another place for `store`"
-                )
-            fs.makedirs(path, exist_ok=True)
-            probe = f"{path}/.equigram-write-test"
-            with fs.open(probe, "wb") as file:
-                file.write(b"equigram")
-            fs.rm(probe)
+        fs, path = self._place
+        if "memory" in _protocols(fs):
+            raise SpecError(
+                f"{self.url} lies in the memory of this process, where the workers, which are other processes, cannot "
+                "write; set `store` to a folder or a URL that all workers reach"
+            )
+        attributes = self._attributes()
+        if (attributes or {}).get("state") == "ready":
+            raise StoreMismatchError(f"{self.url} has become a run store in the meantime; run again to go on from it")
+        with self._storage("look at the place of the run store"):
+            taken = attributes is None and self._call("exists", path)
+            if taken and self._call("isdir", path):
+                taken = any(not name.endswith((PROBE, ".partial")) for name in self._children())
+        if taken:
+            raise StoreMismatchError(
+                f"{self.url} already holds something that is not an equigram run, and is left alone; "
+                "choose another place for `store`"
+            )
+
+    def check_writable(self) -> None:
+        """Raise :class:`StoreError` unless this place can be written."""
+        fs, path = self._place
+        with self._storage("write to the run store"):
+            if _is_local(fs):
+                folder = _nearest(Path(path))
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    raise PermissionError(None, f"{folder} is read-only, or this user may not write there")
+            else:
+                self._call("pipe_file", f"{path}/{PROBE}", b"equigram")
+                self._call("rm_file", f"{path}/{PROBE}")
+
+    def _claim(self, attributes: dict[str, Any]) -> zarr.Group:
+        """The root group with ``attributes``, and nothing else: interrupted, it still says that it is unfinished."""
+        import zarr
+
+        root = zarr.open_group(self._zarr_store(), mode="a", zarr_format=3, attributes={"equigram": attributes})
+        root.attrs["equigram"] = attributes
+        for name in self._children():
+            if name != "zarr.json":
+                self._call("rm", f"{self._place[1]}/{name}", recursive=True)
+        return root
 
     # ------------------------------------------------------------------ what the run is
 
@@ -198,7 +238,7 @@ class GramStore:
         """The run's metadata."""
         attributes = self._attributes()
         if attributes is None:
-            raise StoreNotFoundError(f"{self.url} is not a run store; make one with `equigram run JOB.yaml`")
+            raise self._not_found()
         classes = attributes["classes"]
         return RunInfo(
             spec=JobSpec.parse(attributes["spec"], source=self.url),
@@ -230,28 +270,43 @@ class GramStore:
                 "Give this job another `store`, or restore those fields"
             )
 
+    def remember(self, spec: JobSpec) -> None:
+        """Keep ``spec`` as the job of this run, where it differs in what does not change the matrices."""
+        attributes, fields = self._attributes(), spec.model_dump(mode="json")
+        if attributes is None or attributes["spec"] == fields:
+            return
+        with self._storage("write the job into the run store"):
+            self._root.attrs["equigram"] = {**attributes, "spec": fields}
+        del self.info
+
     # ------------------------------------------------------------------ images and labels
 
     def images(self, split: SplitName, rows: range | None = None) -> NDArray[np.float32]:
         """Images ``(n, H, W, C)`` float32, all or those of ``rows``, as the kernels see them."""
-        selection = slice(None) if rows is None else slice(rows.start, rows.stop)
-        return self._read_array(f"images/{split}", selection)
+        return self._read_array(f"images/{split}", rows)
 
     def block(self, split: SplitName, index: int) -> NDArray[np.float32]:
         """Images ``(b, H, W, C)`` of one block of a split, as tiles are made of."""
-        tiling = self.info.tiling
-        return self.images(split, tiling.rows(Tile("cross" if split == "test" else "gram", index, 0)))
+        return self.images(split, self._block_rows(split, index))
 
     def labels(self, split: SplitName) -> NDArray[Any] | None:
         """Class indices ``(n,)`` int64, targets ``(n, k)`` float64, or ``None`` where the images have no labels."""
         with self._storage("read labels"):
             present = f"labels/{split}" in self._root
-        return self._read_array(f"labels/{split}", slice(None)) if present else None
+        return self._read_array(f"labels/{split}") if present else None
 
     def names(self, split: SplitName) -> list[str]:
         """Where each image came from."""
-        text: str = self._read_array(f"names/{split}", slice(None)).tobytes().decode()
+        text: str = self._read_array(f"names/{split}").tobytes().decode()
         return text.split("\n")
+
+    def describe_image(self, split: SplitName, block: int, offset: int) -> str:
+        """What to call an image of a block in errors: ``"training image 17 (b/3.png)"``."""
+        index = self._block_rows(split, block).start + offset
+        return f"{'training' if split == 'train' else 'test'} image {index} ({self.names(split)[index]})"
+
+    def _block_rows(self, split: SplitName, index: int) -> range:
+        return self.info.tiling.rows(Tile("cross" if split == "test" else "gram", index, 0))
 
     # ------------------------------------------------------------------ tiles
 
@@ -261,85 +316,107 @@ class GramStore:
         Args:
           tile: which block.
           kernels: by group, with a ``(rows, cols)`` array for every stored kernel.
+
+        Raises:
+          NonFiniteKernelError: a value is not finite in the dtype of the run; nothing of that matrix is stored.
         """
         spec, tiling = self.info.spec.gram, self.info.tiling
-        rows, cols = tiling.rows(tile), tiling.cols(tile)
-        with self._storage(f"write tile {tile}"):
-            for group in spec.groups:
-                for kernel in spec.kernels:
-                    block = getattr(kernels[group], kernel)
-                    matrix = self._matrix(tile.part, group, kernel)
-                    for (row, _), values in zip(tiling.chunks(tile), (block, block.T), strict=False):
-                        if row == tile.row:
-                            matrix[rows.start : rows.stop, cols.start : cols.stop] = values
-                        else:
-                            matrix[cols.start : cols.stop, rows.start : rows.stop] = values
+        rows, cols = (slice(side.start, side.stop) for side in (tiling.rows(tile), tiling.cols(tile)))
+        for group, kernel in self._matrices:
+            with np.errstate(over="ignore"):
+                values = np.asarray(getattr(kernels[group], kernel), spec.dtype)
+            if not np.isfinite(values).all():
+                raise NonFiniteKernelError(
+                    f"tile {tile} holds values of the {group} {kernel} that are no finite {spec.dtype}; rescale the "
+                    "images, lower w_std or depth, or use gram.dtype: float64"
+                )
+            with self._storage(f"write tile {tile}"):
+                matrix = self._matrix(tile.part, group, kernel)
+                matrix[rows, cols] = values
+                if tile.part == "gram" and not is_diagonal(tile):
+                    matrix[cols, rows] = values.T
 
     def finished_tiles(self) -> set[Tile]:
         """The tiles whose chunks are all there, in full size, from one listing per matrix."""
-        spec, tiling = self.info.spec.gram, self.info.tiling
-        present: dict[str, set[tuple[int, int]]] = {}
-        for part in ("gram", "cross") if tiling.test else ("gram",):
-            listings = [self._whole_chunks(f"{part}/{g}/{k}") for g in spec.groups for k in spec.kernels]
-            present[part] = set.intersection(*listings)
-        return {tile for tile in tiling.tiles() if all(chunk in present[tile.part] for chunk in tiling.chunks(tile))}
+        tiling = self.info.tiling
+        present = {
+            part: set.intersection(*(self._whole_chunks(part, *names) for names in self._matrices))
+            for part in self._parts
+        }
+        return {tile for tile in tiling.tiles() if present[tile.part].issuperset(tiling.chunks(tile))}
+
+    def damaged_tiles(self) -> set[Tile]:
+        """The tiles of which a stored chunk fails its checksum or holds values that are not finite; reads all."""
+        return {
+            _tile_of(part, row, col)
+            for part in self._parts
+            for group, kernel in self._matrices
+            for row, col in self._whole_chunks(part, group, kernel)
+            if self._read(part, group, kernel, row, col)[1]
+        }
 
     def discard_tile(self, tile: Tile) -> None:
         """Delete a tile, so that the next run computes it again."""
-        spec = self.info.spec.gram
-        fs, path = self._filesystem()
         with self._storage(f"delete tile {tile}"):
             for row, col in self.info.tiling.chunks(tile):
-                for group in spec.groups:
-                    for kernel in spec.kernels:
-                        with contextlib.suppress(FileNotFoundError):
-                            fs.rm_file(f"{path}/{tile.part}/{group}/{kernel}/c/{row}/{col}")
+                for group, kernel in self._matrices:
+                    with contextlib.suppress(FileNotFoundError):
+                        self._call("rm_file", f"{self._place[1]}/{tile.part}/{group}/{kernel}/c/{row}/{col}")
 
-    def matrix(self, part: Literal["gram", "cross"], group: str, kernel: str) -> NDArray[Any]:
+    def matrix(self, part: Part, group: str, kernel: str) -> NDArray[Any]:
         """A whole matrix, ``(n, n)`` or ``(m, n)``, in the dtype of the run.
 
         Raises:
+          StoreMismatchError: the run has no such matrix.
           IncompleteRunError: tiles are missing.
           DamagedTileError: a chunk fails its checksum or holds values that are not finite; ``error.tile`` names it.
         """
-        info = self.info
-        if group not in info.spec.gram.groups or kernel not in info.spec.gram.kernels:
+        info, tiling, name = self.info, self.info.tiling, f"{part}/{group}/{kernel}"
+        if (group, kernel) not in self._matrices or part not in self._parts:
             raise StoreMismatchError(
-                f"{self.url} holds no {part} matrix of {group} {kernel}; it holds the groups "
+                f"{self.url} holds no matrix {name}; it holds {' and '.join(self._parts)} of the groups "
                 f"{', '.join(info.spec.gram.groups)} and the kernels {', '.join(info.spec.gram.kernels)}"
             )
-        tiling = info.tiling
-        blocks = tiling.test_blocks if part == "cross" else tiling.train_blocks
-        result = np.empty((info.test if part == "cross" else info.train, info.train), info.spec.gram.dtype)
-        chunks = self._whole_chunks(f"{part}/{group}/{kernel}")
-        lacking = blocks * tiling.train_blocks - len(chunks)
-        if lacking:
+        cols = range(tiling.train_blocks)
+        rows = range(tiling.test_blocks) if part == "cross" else cols
+        missing = {(row, col) for row in rows for col in cols} - self._whole_chunks(part, group, kernel)
+        if missing:
             raise IncompleteRunError(
-                f"{self.url}: {lacking} of {blocks * tiling.train_blocks} chunks of {part}/{group}/{kernel} are "
-                "missing; `equigram run JOB.yaml` computes them"
+                f"{self.url}: {len(missing)} of {len(rows) * len(cols)} chunks of {name} are missing; "
+                "`equigram run JOB.yaml` computes them"
             )
-        for row in range(blocks):
-            for col in range(tiling.train_blocks):
-                tile = Tile(part, min(row, col), max(row, col)) if part == "gram" else Tile(part, row, col)
-                here = (tiling.rows(Tile(part, row, col)), tiling.cols(Tile(part, row, col)))
-                window = tuple(slice(side.start, side.stop) for side in here)
-                result[window] = self._read_chunk(tile, f"{part}/{group}/{kernel}", window, row, col)
+        result = np.empty((info.test if part == "cross" else info.train, info.train), info.spec.gram.dtype)
+        for row in rows:
+            window = tiling.rows(Tile(part, row, 0))
+            values, wrong = self._read(part, group, kernel, row)
+            if wrong:
+                values = np.hstack([self._read_chunk(part, group, kernel, row, col) for col in cols])
+            result[window.start : window.stop] = values
         return result
 
-    def _read_chunk(self, tile: Tile, name: str, window: tuple[slice, ...], row: int, col: int) -> NDArray[Any]:
-        try:
-            with self._storage(f"read tile {tile}"):
-                values: NDArray[Any] = np.asarray(self._matrix(*name.split("/"))[window])
-            reason = "" if np.isfinite(values).all() else "it holds values that are not finite"
-        except ValueError as error:  # zarr raises it when a checksum does not match
-            values, reason = np.empty(0), str(error)
-        if reason:
+    def _read_chunk(self, part: Part, group: str, kernel: str, row: int, col: int) -> NDArray[Any]:
+        values, wrong = self._read(part, group, kernel, row, col)
+        if wrong:
+            tile = _tile_of(part, row, col)
             raise DamagedTileError(
-                f"{self.url}: chunk {row}, {col} of {name} (tile {tile}) is damaged: {reason}; "
+                f"{self.url}: chunk {row}, {col} of {part}/{group}/{kernel} (tile {tile}) is damaged: {wrong}; "
                 "`equigram run JOB.yaml` computes that tile again",
                 tile,
             )
         return values
+
+    def _read(self, part: Part, group: str, kernel: str, row: int, col: int | None = None) -> tuple[NDArray[Any], str]:
+        """The values of a chunk, without ``col`` of a row of chunks, and what is wrong with them, if anything."""
+        tiling = self.info.tiling
+        rows = tiling.rows(Tile(part, row, 0))
+        cols = range(tiling.train) if col is None else tiling.cols(Tile(part, row, col))
+        with self._storage(f"read {part}/{group}/{kernel}"):
+            try:
+                matrix = self._matrix(part, group, kernel)
+                values = np.asarray(matrix[rows.start : rows.stop, cols.start : cols.stop])
+            except ValueError as error:  # zarr raises it when a checksum does not match
+                return np.empty((0, 0)), str(error)
+        return values, "" if np.isfinite(values).all() else "it holds values that are not finite"
 
     # ------------------------------------------------------------------ solutions
 
@@ -376,6 +453,17 @@ class GramStore:
     # ------------------------------------------------------------------ storage
 
     @cached_property
+    def _place(self) -> tuple[Any, str]:
+        """The fsspec file system, and the path in it."""
+        import fsspec
+
+        try:
+            fs, path = fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise SpecError(f"{self.url}: cannot open this kind of URL: {error}") from None
+        return fs, str(path).rstrip("/")
+
+    @cached_property
     def _root(self) -> zarr.Group:
         import zarr
 
@@ -385,78 +473,107 @@ class GramStore:
     def _zarr_store(self) -> Any:
         from zarr.storage import FsspecStore, LocalStore
 
-        fs, path = self._filesystem()
-        if "file" in _protocols(fs):
+        fs, path = self._place
+        if _is_local(fs):
             return LocalStore(path)  # writes a temporary file and renames: no torn chunk is ever visible
         return FsspecStore.from_url(self.url)
 
-    def _filesystem(self) -> tuple[Any, str]:
-        import fsspec
-
-        try:
-            fs, path = fsspec.core.url_to_fs(self.url)
-        except (ImportError, ValueError) as error:
-            raise StoreError(f"{self.url}: cannot open this kind of URL: {error}") from None
-        return fs, str(path).rstrip("/")
-
     def _attributes(self) -> dict[str, Any] | None:
         """The attribute ``equigram`` of the root group; ``None`` where there is no run."""
-        import json
-
-        fs, path = self._filesystem()
         with self._storage("open the run store"):
             try:
-                document = json.loads(fs.cat_file(f"{path}/zarr.json"))
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError, json.JSONDecodeError):
+                document = json.loads(self._call("cat_file", f"{self._place[1]}/zarr.json"))
+                return dict(document["attributes"]["equigram"])
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError):
                 return None
-        attributes: dict[str, Any] | None = document.get("attributes", {}).get("equigram")
-        return attributes
+
+    def _not_found(self) -> StoreNotFoundError:
+        return StoreNotFoundError(f"{self.url} is not a finished run store; make one with `equigram run JOB.yaml`")
+
+    @property
+    def _parts(self) -> tuple[Part, ...]:
+        return ("gram", "cross") if self.info.test else ("gram",)
+
+    @property
+    def _matrices(self) -> list[tuple[str, str]]:
+        """Group and kernel of every matrix of a part."""
+        gram = self.info.spec.gram
+        return [(group, kernel) for group in gram.groups for kernel in gram.kernels]
 
     def _matrix(self, *name: str) -> Any:
-        path = "/".join(name)
-        if path not in self._matrices:
-            self._matrices[path] = self._root[path]
-        return self._matrices[path]
+        if name not in self._opened:
+            self._opened[name] = self._root["/".join(name)]
+        return self._opened[name]
 
     @cached_property
-    def _matrices(self) -> dict[str, Any]:
+    def _opened(self) -> dict[tuple[str, ...], Any]:
         return {}
 
-    def _read_array(self, name: str, selection: slice) -> NDArray[Any]:
+    def _read_array(self, name: str, rows: range | None = None) -> NDArray[Any]:
+        """An array, or some of its rows, a chunk at a time."""
         with self._storage(f"read {name}"):
-            try:
-                array: Any = self._root[name]
-                return np.asarray(array[selection])
-            except ValueError as error:
-                raise StoreError(f"{self.url}: {name} is damaged: {error}; delete the store and run again") from None
+            array: Any = self._root[name]
+            rows = range(array.shape[0]) if rows is None else rows
+            values = np.empty((len(rows), *array.shape[1:]), array.dtype)
+            for start in range(rows.start, rows.stop, array.chunks[0]):
+                stop = min(start + array.chunks[0], rows.stop)
+                try:
+                    values[start - rows.start : stop - rows.start] = array[start:stop]
+                except ValueError as error:
+                    raise StoreError(
+                        f"{self.url}: {name} is damaged: {error}; delete the store and run again"
+                    ) from None
+        return values
 
-    def _whole_chunks(self, matrix: str) -> set[tuple[int, int]]:
+    def _whole_chunks(self, part: Part, group: str, kernel: str) -> set[tuple[int, int]]:
         """The chunks ``(row, col)`` of a matrix that are there in full size; temporary files are passed over."""
-        info = self.info
-        size = info.tile**2 * np.dtype(info.spec.gram.dtype).itemsize + 4
-        fs, path = self._filesystem()
-        with self._storage(f"list {matrix}"):
+        info, name = self.info, f"{part}/{group}/{kernel}"
+        size = chunk_bytes(info.tile, np.dtype(info.spec.gram.dtype).itemsize)
+        fs, path = self._place
+        with self._storage(f"list {name}"):
             fs.invalidate_cache()
             try:
-                listing = fs.find(f"{path}/{matrix}/c", detail=True)
+                listing = self._call("find", f"{path}/{name}/c", detail=True)
             except FileNotFoundError:
                 return set()
         chunks = set()
-        for name, entry in listing.items():
-            row, col = name.rsplit("/", 2)[-2:]
-            if row.isdigit() and col.isdigit() and entry["size"] == size:
+        for file, entry in listing.items():
+            row, col = file.rsplit("/", 2)[-2:]
+            if row.isdecimal() and col.isdecimal() and entry["size"] == size:
                 chunks.add((int(row), int(col)))
         return chunks
 
+    def _children(self) -> list[str]:
+        """Names of the files and folders directly in the store."""
+        fs, path = self._place
+        fs.invalidate_cache()
+        found = (str(name).rstrip("/") for name in self._call("ls", path, detail=False))
+        return [name.rsplit("/", 1)[-1] for name in found if name != path]
+
+    def _call(self, operation: str, *arguments: Any, **options: Any) -> Any:
+        """A request to the file system, for :data:`ANSWER_SECONDS` at most where that is remote."""
+        import fsspec
+
+        fs, _ = self._place
+        if not fs.async_impl:
+            return getattr(fs, operation)(*arguments, **options)
+        return fsspec.asyn.sync(fs.loop, getattr(fs, f"_{operation}"), *arguments, timeout=ANSWER_SECONDS, **options)
+
     @contextlib.contextmanager
     def _storage(self, doing: str) -> Iterator[None]:
-        """Turn whatever the storage raises into one sentence."""
+        """Turn whatever the storage raises into one sentence, and silence into an error."""
+        import zarr
+
         try:
-            yield
-        except (EquigramError, ValueError, KeyError, TypeError):
+            with zarr.config.set({"async.timeout": ANSWER_SECONDS}):
+                yield
+        except (EquigramError, EquikernelError):
             raise
         except Exception as error:
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            if isinstance(error, TimeoutError):
+                reason = f"no answer within {ANSWER_SECONDS:g} s"
+            else:
+                reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise StoreError(
                 f"{self.url}: cannot {doing}: {reason}; nothing finished is lost: mend that and run again"
             ) from error
@@ -464,17 +581,32 @@ class GramStore:
 
 def free_space(url: str) -> int | None:
     """Bytes free where a local store is or would be; ``None`` for other storage."""
-    fs, path = GramStore(url)._filesystem()
-    if "file" not in _protocols(fs):
+    store = GramStore(url)
+    fs, path = store._place
+    if not _is_local(fs):
         return None
-    place = Path(path)
+    with store._storage("look at the place of the run store"):
+        return shutil.disk_usage(_nearest(Path(path))).free
+
+
+def _nearest(place: Path) -> Path:
+    """``place``, or the folder above it that exists."""
     while not place.exists():
         place = place.parent
-    return shutil.disk_usage(place).free
+    return place
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in _protocols(fs)
+
+
+def _tile_of(part: Part, row: int, col: int) -> Tile:
+    """The tile that fills a chunk."""
+    return Tile(part, row, col) if part == "cross" else Tile(part, min(row, col), max(row, col))
 
 
 def _identity(spec: JobSpec, tile: int) -> list[tuple[str, Any]]:
@@ -496,6 +628,7 @@ def _versions() -> dict[str, str]:
 
 
 def _add_array(group: zarr.Group, name: str, values: NDArray[Any], chunks: tuple[int, ...]) -> None:
+    """Store an array, a chunk at a time; a chunk that is lost later reads as NaN or -1, not as zeros."""
     from zarr.codecs import Crc32cCodec, ZstdCodec
 
     array: Any = group.create_array(
@@ -504,10 +637,12 @@ def _add_array(group: zarr.Group, name: str, values: NDArray[Any], chunks: tuple
         dtype=values.dtype,
         chunks=tuple(max(1, min(c, s)) for c, s in zip(chunks, values.shape, strict=True)),
         compressors=[ZstdCodec(), Crc32cCodec()],
+        fill_value={"f": float("nan"), "i": -1}.get(values.dtype.kind, 0),
+        config={"write_empty_chunks": True},
         overwrite=True,
     )
-    if values.size:
-        array[...] = values
+    for start in range(0, len(values), array.chunks[0]):
+        array[start : start + array.chunks[0]] = values[start : start + array.chunks[0]]
 
 
 def _add_matrix(group: zarr.Group, name: str, shape: tuple[int, int], tile: int, dtype: str) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import llvmlite.binding
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
 CACHED_BLOCKS = 8
 """Prepared image blocks that a worker keeps."""
+
+STORAGE_PAUSES = (1.0, 4.0)
+"""Seconds to wait before trying again when the storage failed."""
+
+T = TypeVar("T")
 
 
 class TileLike(Protocol):
@@ -40,6 +46,9 @@ class TileStore(Protocol):
 
     def block(self, split: Any, index: int) -> NDArray[Any]:
         """Images ``(b, H, W, C)`` of one block of a split."""
+
+    def describe_image(self, split: Any, block: int, offset: int) -> str:
+        """What to call an image of a block in errors."""
 
     def write_tile(self, tile: Any, kernels: dict[str, Kernel]) -> None:
         """Store a finished tile."""
@@ -83,32 +92,57 @@ class TileWorker:
         """Compute a tile and store it.
 
         Raises:
-          EquikernelError: of the same class as the kernel's own, naming the tile; or what the store raises.
+          EquikernelError: of the same class as the kernel's own, naming the tile and the image.
+          OSError: what the store raises, after :data:`STORAGE_PAUSES`.
         """
         start = time.perf_counter()
+        sides = [("test" if tile.part == "cross" else "train", tile.row), ("train", tile.col)]
         try:
-            row = self._block("test" if tile.part == "cross" else "train", tile.row)
-            if tile.part == "gram" and tile.row == tile.col:
+            row = self._block(*sides[0])
+            if sides[0] == sides[1]:
                 pairs = row.count * (row.count + 1) // 2
                 kernels = self._function(row)
             else:
-                col = self._block("train", tile.col)
+                col = self._block(*sides[1])
                 pairs = row.count * col.count
                 kernels = self._function(row, col)
         except EquikernelError as error:
+            for split, index in sides:
+                self._blame(tile, split, index)
             raise type(error)(f"tile {tile}: {error}") from None
-        self._store.write_tile(tile, kernels)
+        _patiently(lambda: self._store.write_tile(tile, kernels))
         return TileReport(tile, pairs, time.perf_counter() - start)
 
     def _block(self, split: str, index: int) -> Block:
         key = (split, index)
         if key not in self._blocks:
-            images = self._store.block(split, index)
-            self._blocks[key] = self._function.prepare(images, f"block {index} of the {split} images")
+            self._blocks[key] = self._function.prepare(_patiently(lambda: self._store.block(split, index)))
         self._blocks.move_to_end(key)
         while len(self._blocks) > CACHED_BLOCKS:
             self._blocks.popitem(last=False)
         return self._blocks[key]
+
+    def _blame(self, tile: TileLike, split: str, index: int) -> None:
+        """Raise an error that names the first image of a block that has no kernel with itself, if there is one.
+
+        A kernel that is finite for an image and itself is finite between such images.
+        """
+        for offset, image in enumerate(self._store.block(split, index)):
+            try:
+                self._function(self._function.prepare(image[None], "the image"))
+            except EquikernelError as error:
+                name = self._store.describe_image(split, index, offset)
+                raise type(error)(f"tile {tile}, {name}: {error}") from None
+
+
+def _patiently(action: Callable[[], T]) -> T:
+    """What ``action`` returns, tried again after a while where the storage fails."""
+    for pause in STORAGE_PAUSES:
+        try:
+            return action()
+        except OSError:
+            time.sleep(pause)
+    return action()
 
 
 def processor_kind() -> str:

@@ -119,10 +119,10 @@ def _regression(
     """One ridge value: the fields of its :class:`Result`, the solution if there is one, and the test predictions."""
     try:
         (solution,) = solve(gram, targets, (ridge,))
+        predictions = np.empty(0) if cross is None else solution.predict(cross)
     except SolverError as error:
         failed = dict.fromkeys(("accuracy", "mean_squared_error", "residual", "condition"))
         return {**failed, "ridge": ridge, "warning": str(error)}, None, np.empty(0)
-    predictions = np.empty(0) if cross is None else solution.predict(cross)
     right, error_squared = (None, None) if cross is None else _scores(predictions, test_labels, targets)
     result = {
         "ridge": ridge,

@@ -1,0 +1,146 @@
+"""Small images, stores filled without a cluster, and one Ray cluster and one object storage for all tests."""
+
+import itertools
+import os
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from equigram.data import fingerprint, load_dataset
+from equigram.driver import ray_session
+from equigram.plan import Tile
+from equigram.run import needs_square
+from equigram.spec import JobSpec, WorkerSpec
+from equigram.store import GramStore
+from equikernel.worker import TileWorker, processor_kind
+
+BUCKETS = itertools.count()
+
+
+def pictures(count: int, *, size: int = 8, classes: int = 3, seed: int = 0) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Noisy stripes whose width tells the class: ``(count, size, size)`` uint8, and ``(count,)`` labels."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    stripes = 80 * (np.arange(size) // (labels[:, None] + 1) % 2)
+    return (stripes[:, None, :] + rng.integers(0, 120, (count, size, size))).astype(np.uint8), labels
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> Path:
+    """An .npz of 10 training and 5 test images of three classes."""
+    path = tmp_path / "images.npz"
+    (x_train, y_train), (x_test, y_test) = pictures(10), pictures(5, seed=1)
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    return path
+
+
+@pytest.fixture
+def class_folders(tmp_path: Path) -> Path:
+    """A folder of three class folders with four PNG files each."""
+    images, labels = pictures(12)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        folder = tmp_path / "photos" / "abc"[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{index}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def job(tmp_path: Path, npz: Path) -> Callable[..., JobSpec]:
+    """Makes jobs on ``npz``: the plain CNN of depth 2, tiles of 4 images; sections given are merged in."""
+
+    def make(store: object = tmp_path / "run", **sections: Any) -> JobSpec:
+        fields: dict[str, Any] = {
+            "data": {"train": npz},
+            "network": {"depth": 2},
+            "gram": {"groups": ["C1"], "tile": 4},
+            "workers": {"count": 1},
+        }
+        for name, section in sections.items():
+            fields[name] = section if section is None else {**fields.get(name, {}), **section}
+        return JobSpec.parse({"store": str(store), **fields})
+
+    return make
+
+
+@pytest.fixture
+def create() -> Callable[[JobSpec], GramStore]:
+    """Makes the store of a job, with its images and without tiles."""
+
+    def make(spec: JobSpec) -> GramStore:
+        dataset = load_dataset(spec.data, square=needs_square(spec))
+        assert isinstance(spec.gram.tile, int)
+        return GramStore.create(spec, dataset, spec.gram.tile, fingerprint(spec.data), processor_kind())
+
+    return make
+
+
+@pytest.fixture
+def compute() -> Callable[..., None]:
+    """Computes tiles of a store in this process, without a cluster: all of them, or those given."""
+
+    def fill(store: GramStore, tiles: Iterable[Tile] | None = None) -> None:
+        spec = store.info.spec
+        gram = spec.gram
+        worker = TileWorker(store, spec.network, gram.groups, gram.engine, gram.dtype, threads=1)
+        for tile in store.info.tiling.tiles() if tiles is None else tiles:
+            worker.compute(tile)
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def object_storage() -> Iterator[str]:
+    """The endpoint of an S3 server on this machine, to which the environment points."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "none")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "none")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(object_storage: str) -> str:
+    """The URL of a new bucket."""
+    import fsspec
+
+    name = f"bucket-{next(BUCKETS)}"
+    fsspec.filesystem("s3").mkdir(name)
+    return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def cluster(object_storage: str) -> Iterator[None]:
+    """A local Ray cluster, which runs in this process use instead of starting their own."""
+    with ray_session(WorkerSpec()):
+        yield
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mounts a file system of its own, with the options of ``mount -t tmpfs -o``; again with ``remount``."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> Path:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+        return place
+
+    yield mount
+    if os.path.ismount(place):
+        subprocess.run(["umount", "--lazy", place], check=True)
