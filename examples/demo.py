@@ -6,41 +6,40 @@ import subprocess
 import sys
 from pathlib import Path
 
-import textures
+PYTHON = Path(sys.executable)
+PROGRAMS = {"python": PYTHON, "equigram": PYTHON.with_name("equigram")}
+TOP = Path(__file__).resolve().parents[1]
 
-EQUIGRAM = Path(sys.executable).with_name("equigram")
 
-
-def step(why: str, *arguments: str) -> None:
-    """Say what comes next and why, and run the command that a user would type."""
-    print(f"\n# {why}\n$ equigram {' '.join(arguments)}", flush=True)
-    code = subprocess.run([EQUIGRAM, *arguments], check=False).returncode
+def step(why: str, *command: str) -> None:
+    """Say what comes next and why, and run the command that a user would type in the top folder."""
+    print(f"\n# {why}\n$ {' '.join(command)}", flush=True)
+    program, *arguments = command
+    code = subprocess.run([PROGRAMS[program], *arguments], cwd=TOP, check=False).returncode
     if code:
         sys.exit(code)
 
 
 def main() -> None:
-    """Run the demo from the top folder of the checkout."""
-    print("# Patches of photographs: training patches upright, test patches turned by random quarter turns", flush=True)
-    textures.main()
-    step("What will it cost?", "plan", "examples/textures.yaml")
-    step(
-        "The run: images, tiles on Ray workers, regression. Ctrl-C and the same command goes on",
-        "run",
-        "examples/textures.yaml",
-    )
-    step("Draw the matrices, spectra, confusions and learning curves", "plot", "runs/textures", "-o", "plots/textures")
-    step("Predict new images", "predict", "runs/textures", "examples/data/textures/test/moon", "-o", "plots/moon.csv")
+    """Run the demo; everything it writes is in the top folder of the checkout."""
+    job, store = "examples/textures.yaml", "runs/textures"
+    step("Patches of photographs: those to train on upright, those to test on turned", "python", "examples/textures.py")
+    step("What will it cost?", "equigram", "plan", job)
+    step("Images, tiles on Ray workers, regression. Ctrl-C, and the same command goes on", "equigram", "run", job)
+    step("Draw matrices, spectra, confusions, learning curves", "equigram", "plot", store, "-o", "plots/textures")
+    moon = "examples/data/textures/test/moon"
+    step("Predict images", "equigram", "predict", store, moon, "-o", "plots/moon.csv")
+    step("What is stored, and which network did better at which training size?", "equigram", "status", store)
     print(
-        """
-# The table above says it: trained on upright patches, the CNN (C1) meets turned ones unprepared; the C4 network,
-# built from the same convolutions, does not care how a patch is turned.
+        f"""\
+# The table says it: trained on upright patches, the CNN (C1) meets turned ones unprepared; the C4 network, built
+# from the same convolutions, does not care how a patch is turned.
 #
-# Next:
-#   look at the pictures in              plots/textures/
-#   run it again, it has nothing to do   .venv/bin/equigram run examples/textures.yaml
-#   see what is stored                   .venv/bin/equigram status runs/textures
-#   your own images                      copy examples/textures.yaml, change `store` and `data`
+# Next, in {TOP}:
+#   look at the pictures                 plots/textures/
+#   run it again, nothing is left to do  .venv/bin/equigram run {job}
+#   your own images                      copy {job}, change `store` and `data`
+#   every field of a job                 docs/job.md, .venv/bin/equigram run --help
 #   a large data set                     examples/histology.yaml"""
     )
 

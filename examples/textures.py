@@ -11,11 +11,12 @@ from PIL import Image
 PHOTOGRAPHS = {"brick": "brick", "grass": "grass", "gravel": "gravel", "moon": "moon", "tissue": "ihc"}
 """Class to file name; ``ihc`` is a stained tissue section."""
 
+FOLDER = Path(__file__).parent / "data/textures"
 PATCH = 48
 TRAIN, TEST = 32, 20
 
 
-def main(folder: Path = Path("examples/data/textures")) -> None:
+def main(folder: Path = FOLDER) -> None:
     """Write ``TRAIN`` upright patches per class from the left half of its photograph, ``TEST`` turned ones beside."""
     rng = np.random.default_rng(0)
     for name, file in PHOTOGRAPHS.items():

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -72,11 +73,12 @@ def ray_session(workers: WorkerSpec) -> Iterator[None]:
             )
             options |= {"address": "local", "num_cpus": available_cores(), "include_dashboard": False}
             options |= {"object_store_memory": LOCAL_OBJECT_STORE, "_temp_dir": stack.enter_context(folder)}
+        stack.enter_context(_quiet_ray())
         stack.callback(ray.shutdown)
         try:
             ray.init(**options)
         except Exception as error:
-            reason = one_line(error.__cause__ or error)
+            reason = _sentence(error.__cause__ or error)
             if workers.address is None:
                 raise ClusterError(f"a local Ray cluster does not start: {reason}") from error
             raise ClusterError(
@@ -84,6 +86,19 @@ def ray_session(workers: WorkerSpec) -> Iterator[None]:
                 "machine of that cluster, or leave the address out to start a local one"
             ) from error
         yield
+
+
+@contextlib.contextmanager
+def _quiet_ray() -> Iterator[None]:
+    """Ray prints a paragraph on standard output for each worker that dies, which is told in a note already."""
+    from ray._private import worker
+
+    original = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = original
 
 
 def check_address(workers: WorkerSpec) -> None:
@@ -217,6 +232,7 @@ class _Pool:
     def run(self) -> Iterator[TileReport]:
         """Compute all tiles."""
         import ray
+        from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, WorkerCrashedError
 
         last_sign = time.monotonic()
         while self._waiting or any(worker.calls for worker in self._workers):
@@ -231,10 +247,10 @@ class _Pool:
                 tile = worker.calls.pop(call)
                 try:
                     report = ray.get(call)
-                except ray.exceptions.RayTaskError as error:
-                    raise _final(tile, error) from None
-                except ray.exceptions.RayError as error:
+                except (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
                     self._lost(worker, tile, error)
+                except RayError as error:
+                    raise _raised_by_worker(tile, error) from None
                 else:
                     self._failed_starts = 0
                     if tile is not None:
@@ -295,32 +311,34 @@ class _Pool:
         if tile is None:
             self._failed_starts += 1
             if self._failed_starts >= ATTEMPTS:
-                raise ClusterError(f"workers do not start: {one_line(error)}") from None
+                raise ClusterError(
+                    f"workers do not start: {_sentence(error)}; every node of the cluster needs the same equigram"
+                ) from None
             return
         self._deaths[tile] += 1
         if self._deaths[tile] >= ATTEMPTS:
             raise TileFailedError(
-                f"tile {tile} failed {ATTEMPTS} times, each time because its worker died ({one_line(error)}); "
+                f"tile {tile} failed {ATTEMPTS} times, each time because its worker died ({_sentence(error)}); "
                 "finished tiles are kept: run again, with fewer workers if they ran out of memory"
             ) from None
         self._waiting.appendleft(tile)
         self._note(f"a worker died at tile {tile}; another one takes over")
 
 
-def _final(tile: Tile | None, error: Any) -> Exception:
+def _raised_by_worker(tile: Tile | None, error: Any) -> Exception:
     """What to raise for an error that a worker raised: it would come again.
 
     Storage that fails for a moment never gets here: the worker itself is patient with it.
     """
-    if isinstance(error.cause, (EquikernelError, EquigramError)):
-        return error.cause
-    reason = error.cause if isinstance(error.cause, Exception) else error
-    return TileFailedError(f"tile {tile} failed: {type(reason).__name__}: {one_line(reason)}; finished tiles are kept")
+    reason = getattr(error, "cause", error)
+    if isinstance(reason, (EquikernelError, EquigramError)):
+        return reason
+    return TileFailedError(f"tile {tile} failed: {type(reason).__name__}: {_sentence(reason)}; finished tiles are kept")
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, in a line: the end of a remote traceback, or all of a short text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if any(line.startswith(("Traceback ", "File ")) for line in lines):
+def _sentence(error: BaseException) -> str:
+    """What an error says, in a line: the end of a remote traceback, else the text without Ray's table of ids."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
+    if any("Traceback (" in line or "ray::" in line for line in lines):
         lines = lines[-1:]
-    return " ".join(lines) or type(error).__name__
+    return textwrap.shorten(" ".join(lines), 400, placeholder=" …") or type(error).__name__

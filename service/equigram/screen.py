@@ -126,7 +126,8 @@ class Screen:
             stage = self._stages[what] = _Stage(title, bar, now, done, now, now, done, total)
         stage.done, stage.total, stage.heard = done, total, now
         self._bars.update(stage.bar, completed=done, total=total, stage=stage)
-        if self._bars.disable and now - stage.told >= (WORTH_A_LINE if stage.finished else LINE_SECONDS):
+        due = stage.seconds >= WORTH_A_LINE if stage.finished else now - stage.told >= LINE_SECONDS
+        if self._bars.disable and due:
             stage.told = now
             share = f"{done:,} of {total:,}" + ("" if stage.finished else f" ({done / total:.0%})")
             self._console.print(f"{stage.title}: {share}, {stage.speed(now)}".rstrip(", "), soft_wrap=True)
@@ -155,7 +156,7 @@ def results_table(results: Sequence[Result]) -> Table:
         ("images", lambda r: f"{r.images:,}"),
         ("ridge", lambda r: f"{r.ridge:g}"),
         ("accuracy", lambda r: _number(r.accuracy, ".3f")),
-        ("mse", lambda r: _number(r.mean_squared_error, ".4g")),
+        ("mse", lambda r: _number(r.mean_squared_error, "#.4g")),
         ("residual", lambda r: _number(r.residual, ".1e")),
         ("condition", lambda r: _number(r.condition, ".1e")),
         ("", lambda r: "*" if r.warning else None),
@@ -214,7 +215,7 @@ def comparison(results: Sequence[Result]) -> Group | None:
             row.append("all" if size is None else f"{size:,}")
         for kernel in kernels:
             values = {group: scores.get((size, kernel, group)) for group in groups}
-            row += [_number(value, ".3f" if classes else ".4g") or "-" for value in values.values()]
+            row += [_number(value, ".3f" if classes else "#.4g") or "-" for value in values.values()]
             if len(groups) > 1:
                 row.append(_best({group: v for group, v in values.items() if v is not None}, highest=classes))
         table.add_row(*row)

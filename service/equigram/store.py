@@ -214,6 +214,8 @@ class GramStore:
         with self._storage("write to the run store"):
             if _is_local(fs):
                 folder = _nearest(Path(path))
+                if not folder.is_dir():
+                    raise NotADirectoryError(None, f"{folder} is a file")
                 if not os.access(folder, os.W_OK | os.X_OK):
                     raise PermissionError(None, f"{folder} is read-only, or this user may not write there")
             else:
@@ -518,11 +520,13 @@ class GramStore:
             for start in range(rows.start, rows.stop, array.chunks[0]):
                 stop = min(start + array.chunks[0], rows.stop)
                 try:
-                    values[start - rows.start : stop - rows.start] = array[start:stop]
-                except ValueError as error:
-                    raise StoreError(
-                        f"{self.url}: {name} is damaged: {error}; delete the store and run again"
-                    ) from None
+                    part = array[start:stop]
+                    wrong = "a chunk is missing" if _holds_fill_value(array, part) else ""
+                except ValueError as error:  # zarr raises it when a checksum does not match
+                    wrong = str(error)
+                if wrong:
+                    raise StoreError(f"{self.url}: {name} is damaged: {wrong}; delete the store and run again")
+                values[start - rows.start : stop - rows.start] = part
         return values
 
     def _whole_chunks(self, part: Part, group: str, kernel: str) -> set[tuple[int, int]]:
@@ -628,7 +632,10 @@ def _versions() -> dict[str, str]:
 
 
 def _add_array(group: zarr.Group, name: str, values: NDArray[Any], chunks: tuple[int, ...]) -> None:
-    """Store an array, a chunk at a time; a chunk that is lost later reads as NaN or -1, not as zeros."""
+    """Store an array of finite floats, class indices or text, a chunk at a time.
+
+    A chunk that is lost later reads as values that it cannot hold: NaN, -1 or the character 0.
+    """
     from zarr.codecs import Crc32cCodec, ZstdCodec
 
     array: Any = group.create_array(
@@ -643,6 +650,10 @@ def _add_array(group: zarr.Group, name: str, values: NDArray[Any], chunks: tuple
     )
     for start in range(0, len(values), array.chunks[0]):
         array[start : start + array.chunks[0]] = values[start : start + array.chunks[0]]
+
+
+def _holds_fill_value(array: Any, values: NDArray[Any]) -> bool:
+    return bool((np.isnan(values) if values.dtype.kind == "f" else values == array.fill_value).any())
 
 
 def _add_matrix(group: zarr.Group, name: str, shape: tuple[int, int], tile: int, dtype: str) -> None:

@@ -29,7 +29,7 @@ ENVIRONMENT = os.environ | {"COLUMNS": "80", "TERM": "xterm", "NO_COLOR": "1", "
 LIMIT = 120
 FORKING = """
 import json, os, signal, sys
-import equigram.cli, equigram.figures, equigram.run
+import equigram.cli, equigram.figures, equigram.run, equikernel.engines.cpu, typer.rich_utils, zarr
 
 for line in sys.stdin:
     request = json.loads(line)
@@ -82,11 +82,11 @@ class Place(NamedTuple):
         """The command ends with one sentence that holds ``words``, prints nothing else, and leaves all as it was."""
         before = self.files()
         done = self.command(*arguments, folder=self.folder)
-        *notes, sentence = done.err.splitlines()
+        *before_it, sentence = done.err.splitlines()
         assert (done.code, done.out) == (code, ""), done
         assert sentence.startswith("error: ")
         assert words in sentence
-        assert all(note.startswith("note: ") for note in notes)
+        assert not [line for line in before_it if line.startswith(("error: ", "Traceback", " "))]
         assert self.files() == before
 
     def files(self) -> dict[str, bytes]:
@@ -187,13 +187,13 @@ def test_a_run_ends_with_its_results_and_what_to_do_next(finished: tuple[Path, D
 
 def test_a_run_without_a_terminal_writes_plain_lines(finished: tuple[Path, Done]) -> None:
     assert "\x1b" not in finished[1].out + finished[1].err
-    assert re.search(r"^computing image pairs: 333 of 333, .* pairs/s, took .* s$", finished[1].err, re.MULTILINE)
+    assert re.search(r"^computing image pairs: 333 of 333, .* pairs/s, took ", finished[1].err, re.MULTILINE)
 
 
 def test_a_finished_run_has_nothing_to_do_and_says_the_same(finished: tuple[Path, Done], run: Place) -> None:
     before = {name: content for name, content in run.files().items() if "/gram/" in name or "/cross/" in name}
     again = run.command("run", "job.yaml", folder=run.folder)
-    assert again == Done(0, finished[1].out, "")
+    assert (again.code, again.out) == (0, finished[1].out)
     assert {name: content for name, content in run.files().items() if name in before} == before
 
 
@@ -531,7 +531,8 @@ def test_a_folder_that_is_something_else_is_left_alone(place: Place) -> None:
     words = (
         "error: foreign already holds something that is not an equigram run, and is left alone; choose another place"
     )
-    place.refuses(words, "run", place.job(store="foreign"))
+    for command in ("run", "plan"):
+        place.refuses(words, command, place.job(store="foreign"))
 
 
 def test_a_cluster_where_nobody_answers_is_a_failed_run(place: Place) -> None:

@@ -43,11 +43,7 @@ def test_every_pair_of_training_images_is_in_one_tile_of_the_upper_triangle(tili
 @given(tilings)
 def test_every_pair_of_a_test_and_a_training_image_is_in_one_tile(tiling: Tiling) -> None:
     pairs = Counter(
-        (i, j)
-        for tile in tiling.tiles()
-        if tile.part == "cross"
-        for i in tiling.rows(tile)
-        for j in tiling.cols(tile)
+        (i, j) for tile in tiling.tiles() if tile.part == "cross" for i in tiling.rows(tile) for j in tiling.cols(tile)
     )
     assert pairs == Counter((i, j) for i in range(tiling.test) for j in range(tiling.train))
 

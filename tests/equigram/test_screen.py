@@ -150,6 +150,15 @@ def test_the_end_of_a_stage_is_told_once(log: Watched) -> None:
     assert log.lines == ["solving regressions: 10 of 10, 2 regressions/s, took 5.0 s"]
 
 
+def test_the_end_of_a_long_stage_is_told_even_right_after_a_line(log: Watched) -> None:
+    for seconds, done in ((0, 0), (31, 9), (0.25, 10)):
+        log.after(seconds, "solve", done, 10)
+    assert [line.split(",")[0] for line in log.lines] == [
+        "solving regressions: 9 of 10 (90%)",
+        "solving regressions: 10 of 10",
+    ]
+
+
 def test_a_stage_that_stands_still_has_no_speed(log: Watched) -> None:
     log.after(0, "pairs", 0, 10)
     log.after(60, "pairs", 0, 10)
@@ -223,8 +232,8 @@ def words(line: str) -> list[str]:
 def test_results_have_a_row_for_each_network_kernel_and_ridge() -> None:
     rows = shown(results_table([result(), result("C4", ridge=0.01, accuracy=0.95, condition=1.2e16, warning="ill")]))
     assert words(rows[0]) == ["network", "kernel", "images", "ridge", "accuracy", "mse", "residual", "condition"]
-    assert words(rows[2]) == ["C1", "ntk", "160", "0.0001", "0.900", "0.05", "1.0e-12", "1.0e+06"]
-    assert words(rows[3]) == ["C4", "ntk", "160", "0.01", "0.950", "0.05", "1.0e-12", "1.2e+16", "*"]
+    assert words(rows[2]) == ["C1", "ntk", "160", "0.0001", "0.900", "0.05000", "1.0e-12", "1.0e+06"]
+    assert words(rows[3]) == ["C4", "ntk", "160", "0.01", "0.950", "0.05000", "1.0e-12", "1.2e+16", "*"]
 
 
 def test_the_widest_results_fit_80_columns() -> None:
@@ -275,7 +284,10 @@ def test_in_regression_the_smaller_error_is_better() -> None:
     ]
     table = shown(comparison(results))
     assert table[0] == "which network did better: test mean squared error, ridge 0.0001"
-    assert [words(row) for row in table[4:]] == [["10", "0.5", "0.4", "C4"], ["160", "0.2", "0.3", "C1"]]
+    assert [words(row) for row in table[4:]] == [
+        ["10", "0.5000", "0.4000", "C4"],
+        ["160", "0.2000", "0.3000", "C1"],
+    ]
 
 
 def test_three_groups_and_two_kernels_fit_80_columns() -> None:

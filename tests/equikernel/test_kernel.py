@@ -255,6 +255,11 @@ def test_unusable_engine_dtype_and_network() -> None:
         GroupCNN(filter_size=4)
 
 
+def test_the_reference_refuses_what_no_memory_holds() -> None:
+    with pytest.raises(ImageError, match=r"the literal recursion of C4 needs \d+\.\d GiB for a pair of 999x999 images"):
+        GroupCNN(depth=1).kernel(np.ones((1, 999, 999, 1)), engine="reference")
+
+
 def test_a_kernel_that_overflows_is_refused() -> None:
     with pytest.raises(NonFiniteKernelError, match="the C4 nngp of images 0 and 0 is inf: the values overflow float32"):
         GroupCNN(depth=1, head=("relu",), w_std=1e6).kernel(1e12 * images(2))

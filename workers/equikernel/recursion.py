@@ -7,13 +7,15 @@ support, ``ρ(r)`` the rotation by ``r``. Everything is float64 and slow on purp
 
 from __future__ import annotations
 
+import os
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from equikernel.activations import DUALS
-from equikernel.groups import quarter_turns, rotate_offset
+from equikernel.errors import ImageError
+from equikernel.groups import order, quarter_turns, rotate_offset
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from equikernel.network import Architecture
 
     Array = NDArray[np.float64]
+
+ARRAYS_AT_ONCE = 8
+"""Arrays of the size of a covariance that the recursion holds at the same time."""
 
 PAIRS_BYTES = 2**27
 """Largest covariance array, in bytes, of the pairs that are computed at once."""
@@ -177,15 +182,32 @@ class ReferenceEngine:
         self.groups = groups
 
     def prepare(self, images: NDArray[np.floating]) -> Array:
-        """Images ``(n, H, W, C)`` as the engine wants them."""
+        """Images ``(n, H, W, C)`` as the engine wants them.
+
+        Raises:
+          ImageError: a single pair needs more memory than the machine has.
+        """
+        height, width = images.shape[1:3]
+        largest = max(self.groups, key=order)
+        needed = ARRAYS_AT_ONCE * self._covariance_bytes(largest, height, width)
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > memory:
+            raise ImageError(
+                f"the literal recursion of {largest} needs {needed / 2**30:.1f} GiB for a pair of {height}x{width} "
+                f"images, and this machine has {memory / 2**30:.1f} GiB; use the engine 'cpu', or smaller images"
+            )
         return np.asarray(images, dtype=np.float64)
+
+    @staticmethod
+    def _covariance_bytes(group: str, height: int, width: int) -> int:
+        """Bytes of ``K[r, r', t, t']`` of one pair."""
+        return 8 * order(group) ** 2 * (height * width) ** 2
 
     def pairs(self, block1: Array, block2: Array, rows: NDArray[np.intp], cols: NDArray[np.intp]) -> dict[str, Pooled]:
         """Pooled kernels of the pairs ``(block1[rows[p]], block2[cols[p]])``: ``(p,)`` float64 per group."""
         results = {}
         for group in self.groups:
-            covariance = 8 * len(quarter_turns(group)) ** 2 * (block1.shape[1] * block1.shape[2]) ** 2
-            step = max(1, PAIRS_BYTES // covariance)
+            step = max(1, PAIRS_BYTES // self._covariance_bytes(group, *block1.shape[1:3]))
             parts = [
                 pooled_pairs(self.network, group, block1[rows[p : p + step]], block2[cols[p : p + step]])
                 for p in range(0, len(rows), step)
