@@ -64,7 +64,12 @@ def _command(function: Callable[Parameters, None]) -> Callable[Parameters, None]
         try:
             function(*args, **kwargs)
         except KeyboardInterrupt:
-            err.print("interrupted; finished tiles are kept, and the same command goes on from there")
+            kept = (
+                "; finished tiles are kept, and the same command goes on from there"
+                if function.__name__ == "run"
+                else ""
+            )
+            err.print(f"interrupted{kept}")
             raise typer.Exit(130) from None
         except Exception as error:
             from equikernel.errors import EquikernelError

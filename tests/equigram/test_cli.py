@@ -471,6 +471,13 @@ def test_without_labels_there_is_nothing_to_solve(place: Place) -> None:
     place.refuses("error: the training images have no labels, so there is nothing", "run", place.job(data=data))
 
 
+def test_matrices_without_a_solution_need_no_labels(place: Place) -> None:
+    data = arrays(place, np.random.default_rng(0).random((8, 8, 8)), np.arange(8)) | {"train_labels": None}
+    done = place.command("plan", place.job(data=data, solve=None), folder=place.folder)
+    assert done.code == 0
+    assert "\nto solve  nothing\n" in done.out
+
+
 def test_a_class_with_too_few_images_is_refused(place: Place) -> None:
     words = (
         "error: class 'a' has 3 training images left of 4 after data.test_fraction in images, but data.per_class = 9"
@@ -626,24 +633,29 @@ def test_no_arguments_show_the_help(command: Callable[..., Done], tmp_path: Path
     assert "Usage: equigram" in done.out + done.err
 
 
-def ending_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+def ending_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, command: str = "run") -> None:
     def fail(path: object) -> None:
         raise error
 
     monkeypatch.setattr("equigram.spec.JobSpec.load", fail)
-    monkeypatch.setattr(sys, "argv", ["equigram", "run", "job.yaml"])
+    monkeypatch.setattr(sys, "argv", ["equigram", command, "job.yaml"])
     cli.main()
 
 
-def test_an_interrupt_says_that_the_work_is_kept(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("run", "interrupted; finished tiles are kept, and the same command goes on from there\n"),
+        ("plan", "interrupted\n"),
+    ],
+)
+def test_an_interrupt_says_what_is_kept(
+    command: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        ending_with(KeyboardInterrupt(), monkeypatch)
+        ending_with(KeyboardInterrupt(), monkeypatch, command)
     assert end.value.code == 130
-    assert " ".join(capsys.readouterr().err.split()) == (
-        "interrupted; finished tiles are kept, and the same command goes on from there"
-    )
+    assert capsys.readouterr().err == words
 
 
 def test_an_error_that_nobody_foresaw_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ SECONDS = 120.0
 
 PARTS: tuple[Part, ...] = ("gram", "cross")
 
-SLOW = {"depth": 200}
+SLOW = {"depth": 100, "w_std": 1.4142}
 """Enough work in a tile to be caught in the middle of the run."""
 
 

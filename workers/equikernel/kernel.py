@@ -242,8 +242,8 @@ def _refuse_non_finite(kernel: Kernel, group: str) -> None:
         if not finite.all():
             i, j = (int(index) for index in np.unravel_index(int(np.argmin(finite)), matrix.shape))
             raise NonFiniteKernelError(
-                f"the {group} {name} of images {i} and {j} is {matrix[i, j]}: the values overflow {matrix.dtype}; "
-                "rescale the images, lower w_std or depth, or use float64"
+                f"the {group} {name} of images {i} and {j} is {matrix[i, j]}: the values leave the range of "
+                f"{matrix.dtype}; rescale the images, change w_std or depth, or use float64"
             )
 
 

@@ -85,8 +85,8 @@ class CpuEngine:
         if not np.isfinite(packed).all():
             index = int(np.argmin(np.isfinite(packed).all(axis=(1, 2, 3))))
             raise ImageError(
-                f"the kernel of image {index} with itself overflows {self.dtype.name}; rescale the images, lower "
-                "w_std or depth, or use float64"
+                f"the kernel of image {index} with itself leaves the range of {self.dtype.name}; rescale the "
+                "images, change w_std or depth, or use float64"
             )
         turned = {
             turn: np.ascontiguousarray(np.rot90(packed, turn, axes=(2, 3))) for turn in grid.common_turns(self.groups)

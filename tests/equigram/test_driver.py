@@ -1,0 +1,360 @@
+"""Tiles on Ray: the same bits whoever computes them, whatever dies on the way, and one sentence where it cannot work."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+import equigram.driver
+from equigram.driver import check_address, run_tiles, worker_count
+from equigram.errors import ClusterError, StoreError, TileFailedError
+from equigram.plan import Tile
+from equigram.spec import JobSpec, WorkerSpec
+from equigram.store import GramStore
+from equikernel import EquikernelError, worker
+from equikernel.kernel import available_cores
+from equikernel.network import Architecture
+from equikernel.worker import TileReport, TileWorker
+
+Job = Callable[..., JobSpec]
+Create = Callable[[JobSpec], GramStore]
+
+PLAIN: dict[str, Any] = {"gram": {"groups": ["C1"], "tile": 4, "engine": "reference"}, "data": {"size": 4}}
+"""A job whose workers have nothing to compile."""
+
+VICTIM = Tile("gram", 0, 2)
+
+
+def run_all(store: GramStore, count: int = 1, note: Callable[[str], None] = print) -> list[TileReport]:
+    return list(run_tiles(store, store.info.spec, list(store.info.tiling.tiles()), count, note))
+
+
+def assert_holds_the_kernels(store: GramStore) -> None:
+    """Every matrix of a store has the bits of ``GroupCNN.kernel``."""
+    spec = store.info.spec
+    train, test = store.images("train"), store.images("test")
+    for group in spec.gram.groups:
+        network = spec.network_for(group)
+        options: dict[str, Any] = {"engine": spec.gram.engine, "dtype": spec.gram.dtype}
+        for part, kernel in (
+            ("gram", network.kernel(train, **options)),
+            ("cross", network.kernel(test, train, **options)),
+        ):
+            for name in spec.gram.kernels:
+                matrix = store.matrix("gram" if part == "gram" else "cross", group, name)
+                assert_array_equal(matrix, getattr(kernel, name).astype(spec.gram.dtype), strict=True)
+
+
+def processes() -> dict[int, str]:
+    """The command lines of all processes."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            found[int(folder.name)] = (folder / "cmdline").read_text(errors="replace")
+    return found
+
+
+def parent(process: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def workers_alive() -> list[int]:
+    """The tile workers of the cluster that this process has started."""
+    found = [process for process, command in processes().items() if command.startswith("ray::TileWorker")]
+    return [process for process in found if parent(parent(process)) == os.getpid()]
+
+
+# Bits
+
+
+@pytest.mark.parametrize(
+    ("gram", "network", "count"),
+    [
+        ({"tile": 4}, {}, 1),
+        ({"tile": 3}, {}, 2),
+        ({"tile": 7, "dtype": "float64"}, {"head": ["relu"], "b_std": 0.1}, 2),
+    ],
+    ids=["float32", "float32-other-tiles-and-workers", "float64-with-a-head"],
+)
+def test_ray_computes_the_bits_of_the_kernel_whatever_the_tiles_and_workers(
+    cluster: None, job: Job, create: Create, gram: dict[str, Any], network: dict[str, Any], count: int
+) -> None:
+    store = create(job(gram={"groups": ["C1", "C4"], **gram}, network=network))
+    reports = run_all(store, count)
+    tiling = store.info.tiling
+    assert Counter(report.tile for report in reports) == Counter(tiling.tiles())
+    assert [report.pairs for report in reports] == [tiling.pairs(report.tile) for report in reports]
+    assert_holds_the_kernels(store)
+
+
+# What may die
+
+
+def test_a_worker_that_is_killed_costs_nothing_but_its_tile(cluster: None, job: Job, create: Create) -> None:
+    store = create(job(gram={"groups": ["C4"], "engine": "reference"}))
+    notes: list[str] = []
+    tiling = store.info.tiling
+    reports = run_tiles(store, store.info.spec, list(tiling.tiles()), 1, notes.append)
+    done = [next(reports).tile]
+    (process,) = workers_alive()
+    os.kill(process, signal.SIGKILL)
+    done += [report.tile for report in reports]
+    assert set(done) == set(tiling.tiles())
+    assert len(notes) == 1
+    assert notes[0].startswith("a worker died at tile gram[0, 1]; another one takes over")
+    assert_holds_the_kernels(store)
+
+
+def test_a_tile_that_kills_its_worker_again_and_again_ends_the_run(cluster: None, job: Job, create: Create) -> None:
+    class Deadly(GramStore):
+        def write_tile(self, tile: Tile, kernels: Any) -> None:
+            if tile == VICTIM:
+                os.kill(os.getpid(), signal.SIGKILL)
+            super().write_tile(tile, kernels)
+
+    store = create(job(**PLAIN))
+    notes: list[str] = []
+    with pytest.raises(
+        TileFailedError, match=r"tile gram\[0, 2\] failed 3 times.* its worker died .*finished tiles are"
+    ):
+        run_all(Deadly(store.url), note=notes.append)
+    assert notes == 2 * ["a worker died at tile gram[0, 2]; another one takes over"]
+    assert store.finished_tiles() == {Tile("gram", 0, 0), Tile("gram", 0, 1)}
+
+
+def test_an_error_that_nobody_expects_ends_the_run_at_once(cluster: None, job: Job, create: Create) -> None:
+    class Broken(GramStore):
+        def write_tile(self, tile: Tile, kernels: Any) -> None:
+            raise RuntimeError("the moon\nis full")
+
+    store = create(job(**PLAIN))
+    notes: list[str] = []
+    with pytest.raises(TileFailedError, match=r"tile gram\[0, 0\] failed: RuntimeError: the moon is full; finished"):
+        run_all(Broken(store.url), note=notes.append)
+    assert notes == []
+
+
+def test_workers_that_cannot_start_end_the_run(cluster: None, job: Job, create: Create) -> None:
+    class Unknown(GramStore):
+        def __reduce__(self) -> Any:
+            return __import__, ("a_package_of_this_machine",)
+
+    with pytest.raises(ClusterError, match="workers do not start: ModuleNotFoundError: .*every node .* same equigram"):
+        run_all(Unknown(create(job(**PLAIN)).url))
+
+
+def test_an_image_that_overflows_is_named_without_another_attempt(
+    cluster: None, job: Job, create: Create, tmp_path: Path
+) -> None:
+    images = np.random.default_rng(0).normal(size=(9, 4, 4, 1))
+    images[6] *= 1e14
+    np.savez(tmp_path / "floats.npz", x_train=images, y_train=np.arange(9) % 3)
+    store = create(job(data={"train": tmp_path / "floats.npz", "normalize": "none"}, network={"w_std": 1000.0}))
+    place = store.names("train").index("x_train[6]")
+    notes: list[str] = []
+    with pytest.raises(EquikernelError, match=rf"tile gram\[.*\], training image {place} \(x_train\[6\]\): .*overflow"):
+        run_all(store, note=notes.append)
+    assert notes == []
+
+
+def test_a_run_that_is_given_up_leaves_no_workers(cluster: None, job: Job, create: Create) -> None:
+    import ray
+
+    store = create(job(**PLAIN))
+    reports = run_tiles(store, store.info.spec, list(store.info.tiling.tiles()), 1)
+    next(reports)
+    reports.close()
+    # The next run can only start if the cores are free again.
+    assert ray.cluster_resources()["CPU"] == available_cores()
+    assert len(list(run_tiles(store, store.info.spec, [VICTIM], available_cores()))) == 1
+
+
+def test_a_cluster_without_room_ends_the_run(
+    cluster: None, job: Job, create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    class Guest:
+        def here(self) -> bool:
+            return True
+
+    guest = ray.remote(Guest).options(num_cpus=available_cores()).remote()
+    ray.get(guest.here.remote(), timeout=60)
+    monkeypatch.setattr(equigram.driver, "CAPACITY_SECONDS", 0.5)
+    with pytest.raises(ClusterError, match="none of 1 workers could start within .* no room left.*Finished tiles are"):
+        run_all(create(job(**PLAIN)))
+    ray.kill(guest)
+
+
+# The worker, without a cluster
+
+
+class Storage:
+    """Storage that fails some times before it works."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+        self.written: list[Tile] = []
+
+    def block(self, split: str, index: int) -> Any:
+        return np.ones((2, 4, 4, 1))
+
+    def describe_image(self, split: str, block: int, offset: int) -> str:
+        return "an image"
+
+    def write_tile(self, tile: Tile, kernels: Any) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise StoreError("the storage is having a nap")
+        self.written.append(tile)
+
+
+@pytest.fixture
+def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "STORAGE_PAUSES", (0.0, 0.0))
+
+
+def computing(storage: Storage) -> TileReport:
+    return TileWorker(storage, Architecture(depth=1), ("C1",), "reference", "float64", 1).compute(VICTIM)
+
+
+def test_a_worker_is_patient_with_its_storage(without_pauses: None) -> None:
+    storage = Storage(failures=2)
+    assert computing(storage).pairs == 4
+    assert storage.written == [VICTIM]
+
+
+def test_patience_ends_with_what_the_storage_said(without_pauses: None) -> None:
+    with pytest.raises(StoreError, match="having a nap"):
+        computing(Storage(failures=3))
+
+
+# Where workers run
+
+
+def test_as_many_workers_as_the_cluster_holds(cluster: None) -> None:
+    cores = available_cores()
+    assert worker_count(WorkerSpec(), memory=2**20) == cores
+    assert worker_count(WorkerSpec(cpus=cores), memory=2**20) == 1
+    assert worker_count(WorkerSpec(count=1), memory=2**20) == 1
+    assert worker_count(WorkerSpec(count=10_000), memory=2**20) == cores
+
+
+def test_a_worker_that_fits_on_no_node_is_refused_with_both_numbers(cluster: None) -> None:
+    with pytest.raises(
+        ClusterError, match=f"workers.cpus = 999, .* fits on no node .* largest have {available_cores()} C"
+    ):
+        worker_count(WorkerSpec(cpus=999), memory=2**20)
+    with pytest.raises(ClusterError, match=r"workers.gpus = 7 .* and \d+ GPUs and"):
+        worker_count(WorkerSpec(gpus=7), memory=2**20)
+    with pytest.raises(ClusterError, match=r"and 1024\.0 TiB of memory fits on no node .* GPUs and [\d.]+ [GT]iB; ask"):
+        worker_count(WorkerSpec(), memory=2**50)
+
+
+def test_more_cores_than_this_machine_has_are_refused_before_a_cluster_is_started() -> None:
+    with pytest.raises(
+        ClusterError, match=f"workers.cpus = 999 does not fit on this machine, which has {available_cores()} "
+    ):
+        check_address(WorkerSpec(cpus=999))
+    check_address(WorkerSpec())
+    check_address(WorkerSpec(address="auto", cpus=999))
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
+def test_an_address_where_nobody_listens_is_refused(listener: socket.socket, address: str) -> None:
+    port = listener.getsockname()[1]
+    listener.close()
+    with pytest.raises(
+        ClusterError, match=f"no Ray cluster answers at .*{port}' .Connection refused.; start one with `ray"
+    ):
+        check_address(WorkerSpec(address=address.format(port)))
+
+
+def test_a_listener_that_does_not_answer_as_ray_does_is_refused(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(equigram.driver, "ANSWER_SECONDS", 0.5)
+    address = f"127.0.0.1:{listener.getsockname()[1]}"
+    with pytest.raises(
+        ClusterError, match=f"'{address}' accepts connections, but does not answer as Ray .* 0.5 s; start"
+    ):
+        check_address(WorkerSpec(address=address))
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[tuple[str, dict[str, str]]]:
+    """The address of a Ray cluster of two nodes with a core each, and the environment with its token."""
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="equigram-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", "--num-cpus=1"]
+        try:
+            for options in (
+                ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"],
+                [f"--address=127.0.0.1:{port}"],
+            ):
+                subprocess.run(
+                    [*start, *options], env=environment, cwd="/", check=True, timeout=120,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                )  # fmt: skip
+            yield f"127.0.0.1:{port}", environment
+        finally:
+            for process, command in processes().items():
+                if folder in command:
+                    os.kill(process, signal.SIGKILL)
+
+
+ON_A_CLUSTER = """
+import sys
+from equigram.driver import check_address, ray_session, run_tiles, worker_count
+from equigram.spec import WorkerSpec
+from equigram.store import GramStore
+
+workers, store = WorkerSpec(address=sys.argv[1]), GramStore("run")
+check_address(workers)
+with ray_session(workers):
+    count = worker_count(workers, 2**20)
+    for report in run_tiles(store, store.info.spec, list(store.info.tiling.tiles()), count):
+        assert report.pairs
+print(count)
+"""
+
+
+def test_a_cluster_that_is_there_already_is_used_with_all_its_nodes(
+    two_nodes: tuple[str, dict[str, str]], job: Job, create: Create, tmp_path: Path
+) -> None:
+    address, environment = two_nodes
+    store = create(job(**PLAIN))
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_CLUSTER, address],
+        env=environment, cwd=tmp_path, check=True, timeout=120, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("2\n", "")
+    assert_holds_the_kernels(store)
+
+
+def test_a_cluster_with_another_token_is_refused(two_nodes: tuple[str, dict[str, str]]) -> None:
+    with pytest.raises(
+        ClusterError, match=r"refuses the token of this process; set RAY_AUTH_MODE=token, and .*auth_token"
+    ):
+        check_address(WorkerSpec(address=two_nodes[0]))
