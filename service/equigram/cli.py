@@ -6,6 +6,7 @@ import contextlib
 import csv
 import functools
 import io
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,12 +65,8 @@ def _command(function: Callable[Parameters, None]) -> Callable[Parameters, None]
         try:
             function(*args, **kwargs)
         except KeyboardInterrupt:
-            kept = (
-                "; finished tiles are kept, and the same command goes on from there"
-                if function.__name__ == "run"
-                else ""
-            )
-            err.print(f"interrupted{kept}")
+            kept = "; finished tiles are kept, and the same command goes on from there"
+            err.print(f"interrupted{kept if function.__name__ == 'run' else ''}", soft_wrap=True)
             raise typer.Exit(130) from None
         except Exception as error:
             from equikernel.errors import EquikernelError
@@ -122,8 +119,9 @@ def run(job: JobArgument) -> None:
     )
     if finished.results:
         _print_results(finished.results, spec.gram.dtype)
-        out.print(f"next: equigram plot {spec.store}", soft_wrap=True)
-        out.print(f"      equigram predict {spec.store} IMAGES", soft_wrap=True)
+        store = shlex.quote(spec.store)
+        out.print(f"next: equigram plot {store}", soft_wrap=True)
+        out.print(f"      equigram predict {store} IMAGES", soft_wrap=True)
 
 
 @_command

@@ -238,22 +238,20 @@ class _Pool:
         while self._waiting or any(worker.calls for worker in self._workers):
             self._dispatch()
             asked = {call: worker for worker in self._workers for call in worker.calls}
-            answered, open_calls = ray.wait(list(asked), timeout=1.0)
-            answered += ray.wait(open_calls, num_returns=len(open_calls), timeout=0)[0] if open_calls else []
-            for call in answered:
-                worker = asked[call]
-                if call not in worker.calls:  # the worker died over an earlier one
+            ray.wait(list(asked), timeout=1.0)
+            answered = set(ray.wait(list(asked), num_returns=len(asked), timeout=0)[0])
+            for call, worker in asked.items():  # in the order of the calls: what came before a death did succeed
+                if call not in answered or call not in worker.calls:
                     continue
-                tile = worker.calls.pop(call)
                 try:
                     report = ray.get(call)
                 except (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
-                    self._lost(worker, tile, error)
+                    self._lost(worker, error)
                 except RayError as error:
-                    raise _raised_by_worker(tile, error) from None
+                    raise _raised_by_worker(worker.calls[call], error) from None
                 else:
                     self._failed_starts = 0
-                    if tile is not None:
+                    if worker.calls.pop(call) is not None:
                         yield report
             if not all(worker.starting for worker in self._workers):
                 last_sign = time.monotonic()
@@ -297,17 +295,18 @@ class _Pool:
         with contextlib.suppress(Exception):  # the cluster may be gone
             ray.kill(worker.handle)
 
-    def _lost(self, worker: _Worker, tile: Tile | None, error: Exception) -> None:
-        """Give the tiles of a worker that died to others; ``tile`` is the one it was computing, or none at its start.
+    def _lost(self, worker: _Worker, error: Exception) -> None:
+        """Give the tiles of a worker that died to others.
 
         Raises:
-          TileFailedError: that tile has cost too many workers.
+          TileFailedError: the tile that it was computing, the first of its calls, has cost too many workers.
           ClusterError: too many workers died at their start.
         """
         self._workers.remove(worker)
         self._stop(worker)
-        self._waiting.extendleft(one for one in reversed(worker.calls.values()) if one is not None)
+        tile, *queued = worker.calls.values()
         worker.calls.clear()
+        self._waiting.extendleft(one for one in reversed(queued) if one is not None)
         if tile is None:
             self._failed_starts += 1
             if self._failed_starts >= ATTEMPTS:

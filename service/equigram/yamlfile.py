@@ -1,4 +1,4 @@
-"""YAML files as plain data, read where PyYAML would guess as the writer meant it, or refused."""
+"""YAML files as plain data. Where PyYAML would guess, they are read as a person means them, or refused."""
 
 from __future__ import annotations
 
