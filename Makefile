@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 STAMP := $(VENV)/.installed
-SOURCES := service workers tests benchmarks examples
+SOURCES := service workers tests benchmarks examples docs
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test soak bench lint format lock clean

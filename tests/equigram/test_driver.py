@@ -1,4 +1,4 @@
-"""Tiles on Ray: the same bits whoever computes them, whatever dies on the way, and one sentence where it cannot work."""
+"""Tiles on Ray: the same bits whoever computes them and whatever dies, and one sentence where it cannot work."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +20,11 @@ from numpy.testing import assert_array_equal
 import equigram.driver
 from equigram.driver import check_address, run_tiles, worker_count
 from equigram.errors import ClusterError, StoreError, TileFailedError
-from equigram.plan import Tile
+from equigram.plan import Part, Tile
 from equigram.spec import JobSpec, WorkerSpec
 from equigram.store import GramStore
 from equikernel import EquikernelError, worker
-from equikernel.kernel import available_cores
+from equikernel.kernel import Kernel, available_cores
 from equikernel.network import Architecture
 from equikernel.worker import TileReport, TileWorker
 
@@ -44,16 +45,17 @@ def assert_holds_the_kernels(store: GramStore) -> None:
     """Every matrix of a store has the bits of ``GroupCNN.kernel``."""
     spec = store.info.spec
     train, test = store.images("train"), store.images("test")
+    options: dict[str, Any] = {"engine": spec.gram.engine, "dtype": spec.gram.dtype}
     for group in spec.gram.groups:
         network = spec.network_for(group)
-        options: dict[str, Any] = {"engine": spec.gram.engine, "dtype": spec.gram.dtype}
-        for part, kernel in (
-            ("gram", network.kernel(train, **options)),
-            ("cross", network.kernel(test, train, **options)),
-        ):
+        kernels: dict[Part, Kernel] = {
+            "gram": network.kernel(train, **options),
+            "cross": network.kernel(test, train, **options),
+        }
+        for part, kernel in kernels.items():
             for name in spec.gram.kernels:
-                matrix = store.matrix("gram" if part == "gram" else "cross", group, name)
-                assert_array_equal(matrix, getattr(kernel, name).astype(spec.gram.dtype), strict=True)
+                expected = getattr(kernel, name).astype(spec.gram.dtype)
+                assert_array_equal(store.matrix(part, group, name), expected, strict=True)
 
 
 def processes() -> dict[int, str]:
@@ -63,18 +65,6 @@ def processes() -> dict[int, str]:
         with contextlib.suppress(OSError):  # it has ended
             found[int(folder.name)] = (folder / "cmdline").read_text(errors="replace")
     return found
-
-
-def parent(process: int) -> int:
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
-
-
-def workers_alive() -> list[int]:
-    """The tile workers of the cluster that this process has started."""
-    found = [process for process, command in processes().items() if command.startswith("ray::TileWorker")]
-    return [process for process in found if parent(parent(process)) == os.getpid()]
 
 
 # Bits
@@ -103,18 +93,32 @@ def test_ray_computes_the_bits_of_the_kernel_whatever_the_tiles_and_workers(
 # What may die
 
 
-def test_a_worker_that_is_killed_costs_nothing_but_its_tile(cluster: None, job: Job, create: Create) -> None:
-    store = create(job(gram={"groups": ["C4"], "engine": "reference"}))
+def test_a_worker_that_is_killed_costs_nothing_but_its_tile(
+    cluster: None, job: Job, create: Create, tmp_path: Path
+) -> None:
+    meeting = tmp_path / "meeting"
+    os.mkfifo(meeting)
+
+    class Waiting(GramStore):
+        def write_tile(self, tile: Tile, kernels: Any) -> None:
+            if tile == VICTIM and meeting.exists():
+                meeting.write_text(str(os.getpid()))
+                signal.pause()
+            super().write_tile(tile, kernels)
+
+    def kill() -> None:
+        process = int(meeting.read_text())
+        meeting.unlink()
+        os.kill(process, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    store = create(job(**PLAIN))
     notes: list[str] = []
-    tiling = store.info.tiling
-    reports = run_tiles(store, store.info.spec, list(tiling.tiles()), 1, notes.append)
-    done = [next(reports).tile]
-    (process,) = workers_alive()
-    os.kill(process, signal.SIGKILL)
-    done += [report.tile for report in reports]
-    assert set(done) == set(tiling.tiles())
-    assert len(notes) == 1
-    assert notes[0].startswith("a worker died at tile gram[0, 1]; another one takes over")
+    reports = run_all(Waiting(store.url), count=2, note=notes.append)
+    killer.join()
+    assert notes == [f"a worker died at tile {VICTIM}; another one takes over"]
+    assert Counter(report.tile for report in reports) == Counter(store.info.tiling.tiles())
     assert_holds_the_kernels(store)
 
 
@@ -128,7 +132,7 @@ def test_a_tile_that_kills_its_worker_again_and_again_ends_the_run(cluster: None
     store = create(job(**PLAIN))
     notes: list[str] = []
     with pytest.raises(
-        TileFailedError, match=r"tile gram\[0, 2\] failed 3 times.* its worker died .*finished tiles are"
+        TileFailedError, match=r"tile gram\[0, 2\] failed 3 times.* worker died .*finished tiles are kept"
     ):
         run_all(Deadly(store.url), note=notes.append)
     assert notes == 2 * ["a worker died at tile gram[0, 2]; another one takes over"]
@@ -152,7 +156,7 @@ def test_workers_that_cannot_start_end_the_run(cluster: None, job: Job, create: 
         def __reduce__(self) -> Any:
             return __import__, ("a_package_of_this_machine",)
 
-    with pytest.raises(ClusterError, match="workers do not start: ModuleNotFoundError: .*every node .* same equigram"):
+    with pytest.raises(ClusterError, match=r"workers do not start: ModuleNotFoundError: .*every node .* same equigram"):
         run_all(Unknown(create(job(**PLAIN)).url))
 
 
@@ -194,7 +198,7 @@ def test_a_cluster_without_room_ends_the_run(
     guest = ray.remote(Guest).options(num_cpus=available_cores()).remote()
     ray.get(guest.here.remote(), timeout=60)
     monkeypatch.setattr(equigram.driver, "CAPACITY_SECONDS", 0.5)
-    with pytest.raises(ClusterError, match="none of 1 workers could start within .* no room left.*Finished tiles are"):
+    with pytest.raises(ClusterError, match=r"none of 1 workers could start .* no room left.*Finished tiles are kept"):
         run_all(create(job(**PLAIN)))
     ray.kill(guest)
 
@@ -258,7 +262,7 @@ def test_a_worker_that_fits_on_no_node_is_refused_with_both_numbers(cluster: Non
         ClusterError, match=f"workers.cpus = 999, .* fits on no node .* largest have {available_cores()} C"
     ):
         worker_count(WorkerSpec(cpus=999), memory=2**20)
-    with pytest.raises(ClusterError, match=r"workers.gpus = 7 .* and \d+ GPUs and"):
+    with pytest.raises(ClusterError, match=r"workers.gpus = 7 .* have \d+ CPUs, \d+ GPUs and"):
         worker_count(WorkerSpec(gpus=7), memory=2**20)
     with pytest.raises(ClusterError, match=r"and 1024\.0 TiB of memory fits on no node .* GPUs and [\d.]+ [GT]iB; ask"):
         worker_count(WorkerSpec(), memory=2**50)

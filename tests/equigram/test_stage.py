@@ -1,0 +1,192 @@
+"""The solver stage: from the matrices in a store to predictions and scores, against scikit-learn."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+from sklearn.kernel_ridge import KernelRidge
+
+from equigram.errors import DataError, IncompleteRunError, SolverError, SpecError
+from equigram.plan import Tile
+from equigram.solve.stage import Result, check_solvable, solve_run, stored_results
+from equigram.spec import JobSpec, SolveSpec
+from equigram.store import GramStore
+
+Job = Callable[..., JobSpec]
+Create = Callable[[JobSpec], GramStore]
+Compute = Callable[..., None]
+Finish = Callable[..., GramStore]
+
+
+@pytest.fixture
+def finish(job: Job, create: Create, compute: Compute) -> Finish:
+    """Makes a finished store of a job."""
+
+    def make(**sections: Any) -> GramStore:
+        store = create(job(**sections))
+        compute(store)
+        return store
+
+    return make
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., Path]:
+    """Saves arrays as an .npz."""
+
+    def write(**arrays: Any) -> Path:
+        np.savez(tmp_path / "special.npz", **arrays)
+        return tmp_path / "special.npz"
+
+    return write
+
+
+def solved(store: GramStore, *kernels: str, **fields: Any) -> list[Result]:
+    return solve_run(store, SolveSpec(**fields), kernels or ("ntk",), lambda done, total: None)
+
+
+def ridge_regression(
+    gram: NDArray[Any], cross: NDArray[Any], targets: NDArray[Any], ridge: float
+) -> NDArray[np.float64]:
+    """Predictions of scikit-learn for centred targets, with the ridge in units of the mean diagonal."""
+    gram, offset = gram.astype(np.float64), targets.mean(axis=0)
+    model = KernelRidge(alpha=ridge * gram.diagonal().mean(), kernel="precomputed").fit(gram, targets - offset)
+    return np.asarray(model.predict(cross.astype(np.float64)) + offset)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_predictions_are_those_of_scikit_learn(finish: Finish, dtype: str) -> None:
+    store = finish(gram={"groups": ["C1", "C4"], "dtype": dtype})
+    ridges = (1e-3, 1e-1, 10.0)
+    results = solved(store, "nngp", "ntk", ridge=ridges)
+    assert [(r.group, r.kernel, r.ridge) for r in results] == [
+        (group, kernel, ridge) for group in ("C1", "C4") for kernel in ("nngp", "ntk") for ridge in ridges
+    ]
+    one_hot, labels = np.eye(3)[store.labels("train")], store.labels("test")
+    assert labels is not None
+    for group in ("C1", "C4"):
+        for kernel in ("nngp", "ntk"):
+            gram, cross = store.matrix("gram", group, kernel), store.matrix("cross", group, kernel)
+            arrays, _ = store.solution(group, kernel)
+            assert_array_equal(arrays["ridge"], ridges)
+            for index, ridge in enumerate(ridges):
+                expected = ridge_regression(gram, cross, one_hot, ridge)
+                assert_allclose(arrays["predictions"][index], expected, rtol=1e-7, atol=1e-9)
+                again = cross.astype(np.float64) @ arrays["coefficients"][index] + arrays["offset"]
+                assert_allclose(again, expected, rtol=1e-7, atol=1e-9)
+                (result,) = (r for r in results if (r.group, r.kernel, r.ridge) == (group, kernel, ridge))
+                assert result.accuracy == np.mean(expected.argmax(axis=1) == labels)
+                assert result.mean_squared_error == pytest.approx(np.mean((expected - np.eye(3)[labels]) ** 2))
+                assert (result.train_size, result.images, result.warning) == (None, 10, None)
+
+
+def test_a_learning_curve_takes_the_first_images_of_each_class(finish: Finish) -> None:
+    store = finish()
+    told: list[tuple[int, int]] = []
+    spec = SolveSpec(ridge=(0.1,), train_sizes=(2, 1))
+    results = solve_run(store, spec, ("ntk",), lambda done, total: told.append((done, total)))
+    assert [(r.train_size, r.images) for r in results] == [(1, 3), (2, 6), (None, 10)]
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    labels, truth = store.labels("train"), store.labels("test")
+    assert labels is not None
+    chosen = sorted(np.flatnonzero(labels == label)[i] for label in range(3) for i in range(2))
+    gram, cross = store.matrix("gram", "C1", "ntk"), store.matrix("cross", "C1", "ntk")
+    expected = ridge_regression(gram[np.ix_(chosen, chosen)], cross[:, chosen], np.eye(3)[labels[chosen]], 0.1)
+    assert results[1].mean_squared_error == pytest.approx(np.mean((expected - np.eye(3)[truth]) ** 2))
+    arrays, _ = store.solution("C1", "ntk")
+    assert arrays["coefficients"].shape == (1, 10, 3)
+
+
+def test_what_was_solved_is_read_back(finish: Finish) -> None:
+    store = finish()
+    results = solved(store, ridge=(0.1, 1.0), train_sizes=(1,))
+    assert stored_results(GramStore.open(store.url), "C1", "ntk") == results
+    assert not store.has_solution("C1", "nngp")
+
+
+def test_solving_again_replaces_what_was_solved(finish: Finish) -> None:
+    store = finish()
+    solved(store, ridge=(0.1, 1.0), train_sizes=(1,))
+    results = solved(store, ridge=(0.5,))
+    assert stored_results(store, "C1", "ntk") == results
+    assert store.solution("C1", "ntk")[0]["coefficients"].shape == (1, 10, 3)
+
+
+def twins() -> dict[str, Any]:
+    """Three classes of pairs of equal images: singular without a ridge."""
+    images = np.random.default_rng(0).integers(0, 255, (3, 8, 8), dtype=np.uint8).repeat(2, axis=0)
+    return {"x_train": images, "y_train": np.arange(6) // 2, "x_test": images[:2], "y_test": [0, 0]}
+
+
+def test_a_ridge_that_is_too_small_is_a_warning_while_others_go_on(finish: Finish, save: Callable[..., Path]) -> None:
+    store = finish(data={"train": save(**twins())}, gram={"dtype": "float64"})
+    bad, good = solved(store, ridge=(0.0, 1e-2))
+    assert bad.warning is not None
+    assert "plus ridge 0 is not positive definite" in bad.warning
+    assert {bad.accuracy, bad.mean_squared_error, bad.residual, bad.condition} == {None}
+    assert good.warning is None
+    assert good.accuracy == 1
+    arrays, _ = store.solution("C1", "ntk")
+    assert_array_equal(arrays["ridge"], [1e-2])
+    assert arrays["predictions"].shape == (1, 2, 3)
+
+
+def test_no_usable_ridge_at_all_is_an_error(finish: Finish, save: Callable[..., Path]) -> None:
+    store = finish(data={"train": save(**twins())}, gram={"dtype": "float64"})
+    with pytest.raises(
+        SolverError, match=r"C1 ntk, 6 training images: .* plus ridge 0 is not positive definite.*take a"
+    ):
+        solved(store, ridge=(0.0,))
+
+
+def test_real_targets_are_regressed_on_without_accuracy(finish: Finish, save: Callable[..., Path]) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {f"x_{split}": rng.integers(0, 255, (n, 8, 8), dtype=np.uint8) for split, n in (("train", 9), ("test", 4))}
+    targets = {"y_train": rng.normal(size=(9, 2)), "y_test": rng.normal(size=(4, 2))}
+    store = finish(data={"train": save(**arrays, **targets)})
+    (part, whole) = solved(store, ridge=(0.1,), train_sizes=(5,))
+    assert (part.images, whole.images) == (5, 9)
+    expected = ridge_regression(
+        store.matrix("gram", "C1", "ntk"), store.matrix("cross", "C1", "ntk"), np.asarray(store.labels("train")), 0.1
+    )
+    assert_allclose(store.solution("C1", "ntk")[0]["predictions"][0], expected, rtol=1e-7)
+    assert whole.accuracy is None
+    assert whole.mean_squared_error == pytest.approx(np.mean((expected - targets["y_test"]) ** 2))
+
+
+def test_test_images_without_labels_are_predicted_without_scores(finish: Finish, save: Callable[..., Path]) -> None:
+    arrays = {key: value for key, value in twins().items() if key != "y_test"}
+    store = finish(data={"train": save(**arrays)})
+    (result,) = solved(store, ridge=(0.1,))
+    assert (result.accuracy, result.mean_squared_error) == (None, None)
+    assert result.residual is not None
+    assert store.solution("C1", "ntk")[0]["predictions"].shape == (1, 2, 3)
+
+
+def test_without_test_images_there_are_coefficients_only(finish: Finish, save: Callable[..., Path]) -> None:
+    store = finish(data={"train": save(x=twins()["x_train"], y=twins()["y_train"])})
+    (result,) = solved(store, ridge=(0.1,))
+    assert (result.accuracy, result.mean_squared_error) == (None, None)
+    assert sorted(store.solution("C1", "ntk")[0]) == ["coefficients", "offset", "ridge"]
+
+
+def test_missing_tiles_are_not_solved(finish: Finish) -> None:
+    store = finish()
+    store.discard_tile(Tile("cross", 0, 0))
+    with pytest.raises(IncompleteRunError, match="1 of 6 chunks of cross/C1/ntk are missing"):
+        solved(store)
+
+
+def test_labels_are_judged_before_anything_is_computed() -> None:
+    labels = np.array([0, 0, 1])
+    with pytest.raises(DataError, match=r"no labels, so there is nothing to predict; .* `solve: null`"):
+        check_solvable(SolveSpec(), None, None)
+    with pytest.raises(DataError, match="all 3 training images are of class 'a'"):
+        check_solvable(SolveSpec(), np.zeros(3, dtype=np.int64), ("a", "b"))
+    with pytest.raises(SpecError, match="2"):
+        check_solvable(SolveSpec(train_sizes=(1, 2)), labels, ("a", "b"))
+    check_solvable(SolveSpec(train_sizes=(1,)), labels, ("a", "b"))
