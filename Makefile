@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 SOURCES := service workers tests benchmarks examples docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak bench lint format lock clean
+.PHONY: help install demo test bench lint format lock clean
 
 help:           ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,9 +21,6 @@ demo: $(STAMP)  ## real photographs, CNN against C4, from images to predictions 
 
 test: $(STAMP)  ## every test but the soaks
 	$(BIN)/python -m pytest
-
-soak: $(STAMP)  ## the long tests: workers and drivers killed over and over
-	$(BIN)/python -m pytest -m soak
 
 bench: $(STAMP)  ## speed against neural-tangents, as ratios in one run
 	$(BIN)/python benchmarks/bench.py

@@ -235,7 +235,7 @@ class _Pool:
         from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, WorkerCrashedError
 
         last_sign = time.monotonic()
-        while self._waiting or any(worker.calls for worker in self._workers):
+        while self._waiting or any(worker.calls and not worker.starting for worker in self._workers):
             self._dispatch()
             asked = {call: worker for worker in self._workers for call in worker.calls}
             ray.wait(list(asked), timeout=1.0)

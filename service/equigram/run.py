@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 WORKER_BYTES = 350 * 2**20
 """Memory of a worker process before it holds images: Python, NumPy, Numba and Ray."""
 
+MEASURED_SIDE = {False: 48, True: 8}
+"""Pixels per side of the images that the cost of a pair is measured with at most; by whether it is the reference."""
+
 PREDICT_BLOCK = 64
 """New images that are predicted at once."""
 
@@ -236,9 +239,9 @@ def make_plan(spec: JobSpec, found: Survey, store: GramStore | None, listener: L
     listener.note(
         "measuring the cost of a pair on this machine (the first time on a machine, the kernels are compiled)"
     )
-    images = np.random.default_rng(0).normal(size=(2, *shape)).astype(gram.dtype)
-    pair = measure_pair_seconds(spec.network, gram.groups, gram.engine, gram.dtype, spec.workers.cpus, images)
-    workers = max(1, available_cores() // spec.workers.cpus) if asked == "auto" else asked
+    pair = predicted_pair_seconds(spec, shape)
+    fit = max(1, available_cores() // spec.workers.cpus)
+    workers = fit if asked == "auto" else asked if spec.workers.address else min(asked, fit)
     if store is not None:
         edge = store.info.tile
     elif gram.tile == "auto":
@@ -266,6 +269,20 @@ def make_plan(spec: JobSpec, found: Survey, store: GramStore | None, listener: L
     )
 
 
+def predicted_pair_seconds(spec: JobSpec, shape: tuple[int, int, int]) -> float:
+    """Seconds that a pair of images ``(H, W, C)`` takes on one worker, measured on this machine.
+
+    Large images are measured as smaller ones: the cost grows with the square of the number of pixels.
+    """
+    height, width, channels = shape
+    network, gram = spec.network, spec.gram
+    most = max(MEASURED_SIDE[gram.engine == "reference"], 2 * network.margin + network.filter_size)
+    rows, cols = min(height, most), min(width, most)
+    images = np.random.default_rng(0).normal(size=(2, rows, cols, channels)).astype(gram.dtype)
+    pair = measure_pair_seconds(network, gram.groups, gram.engine, gram.dtype, spec.workers.cpus, images)
+    return pair * (height * width / (rows * cols)) ** 2
+
+
 def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener) -> None:
     """Compute the tiles that are missing, on Ray."""
     info, tiling = store.info, store.info.tiling
@@ -281,9 +298,9 @@ def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener) -> None:
     done, total = sum(map(tiling.pairs, finished)), tiling.total_pairs
     if finished:
         listener.note(f"{len(finished)} of {len(tiling)} tiles are in the store already")
-    listener.progress("pairs", done, total)
     with ray_session(spec.workers):
         count = worker_count(spec.workers, memory)
+        listener.note(f"starting {count} {'worker' if count == 1 else 'workers'}")
         with contextlib.closing(run_tiles(store, spec, missing, count, listener.note)) as reports:
             for report in reports:
                 done += report.pairs

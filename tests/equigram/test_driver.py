@@ -174,16 +174,19 @@ def test_an_image_that_overflows_is_named_without_another_attempt(
     assert notes == []
 
 
-def test_a_run_that_is_given_up_leaves_no_workers(cluster: None, job: Job, create: Create) -> None:
-    import ray
-
+def test_workers_that_find_no_room_do_not_hold_up_the_others(cluster: None, job: Job, create: Create) -> None:
     store = create(job(**PLAIN))
-    reports = run_tiles(store, store.info.spec, list(store.info.tiling.tiles()), 1)
+    assert len(run_all(store, count=available_cores() + 1)) == len(store.info.tiling)
+
+
+def test_a_run_that_is_given_up_leaves_no_workers(cluster: None, job: Job, create: Create) -> None:
+    store = create(job(**PLAIN))
+    reports = run_tiles(store, store.info.spec, list(store.info.tiling.tiles()), available_cores())
     next(reports)
     reports.close()
-    # The next run can only start if the cores are free again.
-    assert ray.cluster_resources()["CPU"] == available_cores()
-    assert len(list(run_tiles(store, store.info.spec, [VICTIM], available_cores()))) == 1
+    # The next worker finds room only if these are gone.
+    again = run_tiles(store, store.info.spec, [VICTIM], 1)
+    assert [report.tile for report in again] == [VICTIM]
 
 
 def test_a_cluster_without_room_ends_the_run(

@@ -137,9 +137,7 @@ def test_a_ridge_that_is_too_small_is_a_warning_while_others_go_on(finish: Finis
 
 def test_no_usable_ridge_at_all_is_an_error(finish: Finish, save: Callable[..., Path]) -> None:
     store = finish(data={"train": save(**twins())}, gram={"dtype": "float64"})
-    with pytest.raises(
-        SolverError, match=r"C1 ntk, 6 training images: .* plus ridge 0 is not positive definite.*take a"
-    ):
+    with pytest.raises(SolverError, match=r"C1 ntk, 6 training images: .* plus ridge 0 is not positive definite.*take"):
         solved(store, ridge=(0.0,))
 
 

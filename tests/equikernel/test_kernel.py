@@ -103,6 +103,21 @@ def test_branch_point(group: str, padding: str, filter_size: int, activation: st
     assert_kernels_close(net.kernel(x, engine="cpu", dtype=dtype), expected, dtype, scale=self_scale(expected))
 
 
+@pytest.mark.parametrize(("group", "filter_size", "side"), [("C4", 3, 5), ("C4", 3, 7), ("C2", 3, 5), ("C1", 1, 5)])
+def test_cancellation_in_the_pooling_does_not_hide_equal_images_from_the_head(
+    group: str, filter_size: int, side: int
+) -> None:
+    """Pooled erf kernels nearly cancel; an image and its rotation still meet the branch point of the head."""
+    net = GroupCNN(group=group, depth=1, filter_size=filter_size, activation="erf", head=("relu",))
+    for seed in range(15):
+        f = images(1, side, channels=1, seed=seed)
+        x = np.concatenate([f, np.rot90(f, axes=(1, 2)), np.rot90(f, 2, axes=(1, 2))])
+        expected = net.kernel(x, engine="reference")
+        assert_kernels_close(net.kernel(x, engine="cpu", dtype="float64"), expected, "float64")
+        if group == "C4":
+            assert np.ptp(expected.ntk) <= 1e-12 * expected.ntk.max()
+
+
 @pytest.mark.parametrize("side", [5, 7, 9, 11])
 def test_constant_images_of_opposite_sign_share_nothing_through_relu(side: int) -> None:
     """Sums of many equal terms must not push c away from -1."""

@@ -16,16 +16,18 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
+EPS = float(np.finfo(np.float64).eps)
+
 BRANCH_POINT = 4
 """A correlation with ``1 - |c| < BRANCH_POINT · eps`` is taken as ``±1``: there a rounding error ε becomes √ε in K̇."""
 
 
-def correlation(k: Array, q1: Array, q2: Array, eps: float) -> Array:
+def correlation(k: Array, q1: Array, q2: Array, eps: float | Array) -> Array:
     """``c = k / √(q1 q2)`` in ``[-1, 1]``, exactly ``±1`` near the branch point, and 0 where ``q1 q2 = 0``.
 
     Args:
       k, q1, q2: covariance and variances, any shapes that broadcast.
-      eps: machine epsilon of the precision that ``k`` was computed in.
+      eps: relative rounding error of ``k``: the machine epsilon of its precision, or more after cancellation.
     """
     scale = np.sqrt(q1) * np.sqrt(q2)
     c = np.divide(k, scale, out=np.zeros(np.broadcast_shapes(k.shape, scale.shape)), where=scale > 0)
@@ -33,7 +35,7 @@ def correlation(k: Array, q1: Array, q2: Array, eps: float) -> Array:
     return snapped
 
 
-def relu(k: Array, q1: Array, q2: Array, eps: float = np.finfo(np.float64).eps) -> tuple[Array, Array]:
+def relu(k: Array, q1: Array, q2: Array, eps: float | Array = EPS) -> tuple[Array, Array]:
     """Dual kernels of ``max(u, 0)``: the arc-cosine kernels of degree 1 and 0 (Cho and Saul 2009).
 
     ``E[σσ] = √(q1 q2) (√(1-c²) + (π - arccos c) c) / 2π`` and ``K̇ = (π - arccos c) / 2π``.
@@ -44,7 +46,7 @@ def relu(k: Array, q1: Array, q2: Array, eps: float = np.finfo(np.float64).eps) 
     return nngp, angle / (2 * np.pi)
 
 
-def erf(k: Array, q1: Array, q2: Array, eps: float = np.finfo(np.float64).eps) -> tuple[Array, Array]:
+def erf(k: Array, q1: Array, q2: Array, eps: float | Array = EPS) -> tuple[Array, Array]:
     """Dual kernels of ``erf(u)`` (Williams 1997).
 
     With ``z = 2k / √((1+2q1)(1+2q2))``: ``E[σσ] = (2/π) arcsin z`` and

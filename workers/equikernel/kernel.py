@@ -39,6 +39,12 @@ class Engine(Protocol):
     def pairs(self, block1: Any, block2: Any, rows: NDArray[np.intp], cols: NDArray[np.intp]) -> dict[str, Pooled]:
         """Pooled kernels ``(p,)`` float64 of the pairs ``(block1[rows[p]], block2[cols[p]])``, by group."""
 
+    def pooled_bound(self, block: Any) -> NDArray[np.float64]:
+        """What the NNGP of each image with itself, ``(n,)``, would be if nothing cancelled in the pooling.
+
+        ``(mean over t of √K(t,t))²`` after the last activation: the mean of ``|K(t,t')|`` is at most that.
+        """
+
 
 @dataclass
 class Block:
@@ -140,12 +146,13 @@ class KernelFunction:
         symmetric: bool,
     ) -> Kernel:
         """Dense layers, then from a list of pairs to matrices in the dtype of the result."""
-        q1 = q2 = np.empty(0)
+        q1 = q2 = eps = np.empty(0)
         if self.network.head:
             q1 = self._self_kernels(group, block1)[rows]
             q2 = self._self_kernels(group, block2)[cols]
+            eps = np.maximum(self._rounding(group, block1)[rows], self._rounding(group, block2)[cols])
         matrices = []
-        for values in dense_layers(self.network, pooled, q1, q2, eps=float(np.finfo(self.dtype).eps)):
+        for values in dense_layers(self.network, pooled, q1, q2, eps):
             matrix = np.empty((block1.count, block2.count), self.dtype)
             matrix[rows, cols] = values
             if symmetric:
@@ -162,16 +169,26 @@ class KernelFunction:
                 block.variances[name] = pooled.nngp
         return block.variances[group]
 
+    def _rounding(self, group: str, block: Block) -> NDArray[np.float64]:
+        """Relative rounding error of the pooled NNGP of each image with itself, ``(n,)``.
+
+        The epsilon of the dtype, times what cancellation in the pooling costs (erf kernels change sign).
+        """
+        variance, bound = self._self_kernels(group, block), self._engine.pooled_bound(block.prepared)
+        lost = np.divide(bound, variance, out=np.ones_like(bound), where=variance > 0)
+        rounding: NDArray[np.float64] = np.finfo(self.dtype).eps * np.maximum(lost, 1)
+        return rounding
+
 
 def dense_layers(
-    network: Architecture, pooled: Pooled, q1: NDArray[np.float64], q2: NDArray[np.float64], eps: float
+    network: Architecture, pooled: Pooled, q1: NDArray[np.float64], q2: NDArray[np.float64], eps: NDArray[np.float64]
 ) -> Pooled:
     """The dense layers after the pooling: ``K ← w² K + b²``, ``Θ ← K_new + w² Θ``, an activation per name in the head.
 
     Args:
       pooled: kernels of ``(p,)`` pairs after the pooling.
       q1, q2: pooled NNGP of the first and second image of each pair with itself, ``(p,)``; unused without a head.
-      eps: machine epsilon of the precision that ``pooled`` was computed in.
+      eps: relative rounding error of the pooled kernels of each pair, ``(p,)``; unused without a head.
     """
     w2, b2 = network.w_std**2, network.b_std**2
     k, theta = pooled

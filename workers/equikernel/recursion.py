@@ -198,6 +198,12 @@ class ReferenceEngine:
             )
         return np.asarray(images, dtype=np.float64)
 
+    def pooled_bound(self, block: Array) -> Array:
+        """``(mean over t of √K(t,t))²`` after the last activation, ``(n,)``."""
+        q = preactivation_variances(self.network, (0,), block)[-1]
+        bound: Array = np.sqrt(DUALS[self.network.activation](q, q, q)[0]).mean(axis=(1, 2, 3)) ** 2
+        return bound
+
     @staticmethod
     def _covariance_bytes(group: str, height: int, width: int) -> int:
         """Bytes of ``K[r, r', t, t']`` of one pair."""

@@ -48,6 +48,8 @@ class Prepared:
 
     packed: dict[int, NDArray[Any]]
     channels: int
+    bound: NDArray[np.float64]
+    """``(mean over t of √K(t,t))²`` after the last activation, ``(n,)``."""
 
 
 class CpuEngine:
@@ -91,7 +93,12 @@ class CpuEngine:
         turned = {
             turn: np.ascontiguousarray(np.rot90(packed, turn, axes=(2, 3))) for turn in grid.common_turns(self.groups)
         }
-        return Prepared(turned, images.shape[3])
+        inner = slice(self.network.margin, -self.network.margin or None)
+        return Prepared(turned, images.shape[3], np.sqrt(q[:, inner, inner]).mean(axis=(1, 2)) ** 2)
+
+    def pooled_bound(self, block: Prepared) -> NDArray[np.float64]:
+        """``(mean over t of √K(t,t))²`` after the last activation, ``(n,)``."""
+        return block.bound
 
     def pairs(
         self, block1: Prepared, block2: Prepared, rows: NDArray[np.intp], cols: NDArray[np.intp]

@@ -1,0 +1,355 @@
+"""A run from job to predictions: what it refuses before anything starts, what it goes on from, what it repairs."""
+
+import contextlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+import equigram.run
+from equigram.data import survey
+from equigram.errors import (
+    ClusterError,
+    DamagedTileError,
+    DataError,
+    IncompleteRunError,
+    ResourceError,
+    SpecError,
+    StoreError,
+    StoreMismatchError,
+)
+from equigram.plan import Tile
+from equigram.run import make_plan, predict, run, stored_survey
+from equigram.spec import JobSpec
+from equigram.store import GramStore
+from equikernel import NetworkError
+
+Job = Callable[..., JobSpec]
+Create = Callable[[JobSpec], GramStore]
+Compute = Callable[..., None]
+
+
+class Listening:
+    """A listener that remembers."""
+
+    def __init__(self, on_progress: Callable[[str, int], None] = lambda what, done: None) -> None:
+        self.notes: list[str] = []
+        self.last: dict[str, tuple[int, int]] = {}
+        self.on_progress = on_progress
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        self.last[what] = (done, total)
+        self.on_progress(what, done)
+
+    def __contains__(self, words: str) -> bool:
+        return any(words in note for note in self.notes)
+
+
+@pytest.fixture
+def simple(job: Job) -> Job:
+    """Makes jobs whose workers have nothing to compile."""
+
+    def make(*store: object, **sections: Any) -> JobSpec:
+        gram = {"groups": ["C1"], "tile": 4, "engine": "reference"} | sections.pop("gram", {})
+        return job(*store, data={"size": 4} | sections.pop("data", {}), gram=gram, **sections)
+
+    return make
+
+
+@pytest.fixture
+def begun(simple: Job, create: Create, compute: Compute) -> GramStore:
+    """A store of ``simple`` in which the first tile is done."""
+    store = create(simple())
+    compute(store, [Tile("gram", 0, 0)])
+    return store
+
+
+@pytest.fixture
+def finished(simple: Job, create: Create, compute: Compute) -> GramStore:
+    """A store of ``simple`` in which all tiles are done."""
+    store = create(simple())
+    compute(store)
+    return store
+
+
+@pytest.fixture
+def without_cluster(monkeypatch: pytest.MonkeyPatch, compute: Compute) -> None:
+    """Runs compute in this process."""
+
+    def here(store: GramStore, spec: JobSpec, listener: Any) -> None:
+        compute(store, store.info.tiling.missing(store.finished_tiles()))
+
+    monkeypatch.setattr(equigram.run, "compute_tiles", here)
+
+
+def chunks(store: GramStore) -> dict[Path, tuple[int, int]]:
+    """The chunks of the matrices, with what changes when they are written."""
+    files = [path for part in ("gram", "cross") for path in Path(store.url, part).rglob("c/*/*")]
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+
+
+# From images to predictions
+
+
+def test_class_folders_become_predictions(cluster: None, job: Job, class_folders: Path) -> None:
+    listener = Listening()
+    spec = job(
+        data={"train": class_folders, "test_fraction": 0.25, "size": 6},
+        gram={"groups": ["C1", "C4"], "tile": "auto"},
+        workers={"count": "auto"},
+        solve={"ridge": [1e-2, 1.0], "train_sizes": [1, 3]},
+    )
+    finished = run(spec, listener)
+    info = finished.store.info
+    assert (info.train, info.test, info.classes, info.tile) == (9, 3, ("a", "b", "c"), 8)
+    assert len(finished.results) == 2 * 2 * 3 * 2
+    assert listener.last["pairs"] == (72, 72)
+    assert listener.last["solve"] == (12, 12)
+    assert GramStore.open(spec.store).finished_tiles() == set(info.tiling.tiles())
+
+
+def test_a_finished_run_is_solved_again_without_computing_a_tile(finished: GramStore, simple: Job) -> None:
+    before = chunks(finished)
+    results = run(simple(solve={"ridge": [0.5], "kernels": ["nngp"]})).results
+    assert [(r.kernel, r.ridge) for r in results] == [("nngp", 0.5)]
+    assert chunks(finished) == before
+    assert GramStore.open(finished.url).info.spec.solved_kernels == ("nngp",)
+
+
+def test_without_a_solver_there_are_matrices_only(without_cluster: None, simple: Job) -> None:
+    done = run(simple(solve=None))
+    assert done.results == ()
+    assert done.store.matrix("gram", "C1", "ntk").shape == (10, 10)
+    with pytest.raises(IncompleteRunError, match="no solution for C1 ntk"):
+        predict(done.store, done.store.info.spec.data.train)
+
+
+def test_a_run_in_object_storage_goes_on_from_a_lost_chunk(cluster: None, simple: Job, bucket: str) -> None:
+    spec = simple(f"{bucket}/run")
+    store = run(spec).store
+    ntk, files = store.matrix("gram", "C1", "ntk"), fsspec.filesystem("s3")
+    lost = f"{spec.store}/gram/C1/ntk/c/2/1"
+    files.rm_file(lost)
+    listener = Listening()
+    run(spec, listener)
+    assert "11 of 12 tiles are in the store already" in listener
+    assert files.exists(lost)
+    assert_array_equal(GramStore.open(spec.store).matrix("gram", "C1", "ntk"), ntk)
+
+
+# What it goes on from
+
+
+def test_a_store_of_another_job_is_refused(begun: GramStore, simple: Job) -> None:
+    before = chunks(begun)
+    with pytest.raises(StoreMismatchError, match=r"network\.depth is 2 in the store and 1 in the job"):
+        run(simple(network={"depth": 1}))
+    assert chunks(begun) == before
+
+
+def test_changed_images_are_refused(begun: GramStore, simple: Job, npz: Path) -> None:
+    arrays = dict(np.load(npz))
+    np.savez(npz, **arrays | {"x_train": arrays["x_train"][:-1], "y_train": arrays["y_train"][:-1]})
+    with pytest.raises(StoreMismatchError, match=r"image files of this job have changed since .*run was made on 20"):
+        run(simple())
+
+
+def test_images_that_are_gone_are_not_missed(without_cluster: None, begun: GramStore, simple: Job, npz: Path) -> None:
+    npz.unlink()
+    listener = Listening()
+    assert run(simple(), listener).results
+    assert f"the image source {npz} is not there any more; the images in the store are used" in listener
+
+
+def test_another_kind_of_processor_is_told(finished: GramStore, simple: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equigram.run, "processor_kind", lambda: "abacus")
+    listener = Listening()
+    run(simple(), listener)
+    assert "goes on with abacus: float32 values agree to 5e-6, not to the bit" in listener
+
+
+def test_all_damaged_tiles_are_computed_again_at_once(without_cluster: None, finished: GramStore, simple: Job) -> None:
+    ntk = finished.matrix("gram", "C1", "ntk")
+    flip_a_byte(Path(finished.url, "gram/C1/ntk/c/2/0"))
+    flip_a_byte(Path(finished.url, "cross/C1/nngp/c/1/1"))
+    before = chunks(finished)
+    listener = Listening()
+    assert run(simple(), listener).results
+    assert "computes that tile again; that is done now, for 2 damaged tiles in all" in listener
+    assert_array_equal(finished.matrix("gram", "C1", "ntk"), ntk)
+    written = {path for path, mark in chunks(finished).items() if mark != before[path]}
+    assert len(written) == 2 * 2 + 2
+
+
+def test_damage_that_comes_back_is_an_error(
+    finished: GramStore, simple: Job, compute: Compute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_a_bad_disk(store: GramStore, spec: JobSpec, listener: Any) -> None:
+        compute(store, store.info.tiling.missing(store.finished_tiles()))
+        flip_a_byte(Path(store.url, "gram/C1/ntk/c/1/1"))
+
+    monkeypatch.setattr(equigram.run, "compute_tiles", on_a_bad_disk)
+    with pytest.raises(DamagedTileError, match=r"tile gram\[1, 1\]"):
+        run(simple())
+
+
+# What it refuses before anything starts
+
+
+def refuses(spec: JobSpec, error: type[Exception], words: str) -> None:
+    """A run ends with an error, and leaves nothing where its store would be."""
+    with pytest.raises(error, match=words):
+        run(spec)
+    assert not Path(spec.store).exists()
+
+
+def test_images_without_labels_are_refused_before_a_tile_is_computed(simple: Job, tmp_path: Path) -> None:
+    np.save(tmp_path / "bare.npy", np.ones((4, 4, 4), np.uint8))
+    refuses(simple(data={"train": tmp_path / "bare.npy"}), DataError, "no labels, so there is nothing to predict")
+
+
+def test_a_network_that_does_not_fit_the_images_is_refused(simple: Job) -> None:
+    refuses(simple(network={"padding": "VALID"}), NetworkError, "VALID padding eats the image")
+
+
+def test_a_cluster_where_nobody_answers_is_refused(simple: Job) -> None:
+    refuses(simple(workers={"address": "127.0.0.1:1"}), ClusterError, "no Ray cluster answers at .*127.0.0.1:1")
+
+
+def test_a_store_in_the_memory_of_this_process_is_refused(simple: Job) -> None:
+    with pytest.raises(SpecError, match="memory://run lies in the memory of this process"):
+        run(simple("memory://run"))
+
+
+def test_matrices_that_do_not_fit_in_memory_are_refused_with_both_numbers(
+    simple: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(equigram.run, "available_memory", lambda: 10 * 2**20)
+    words = r"solving with 10 training images needs 48\.0 MiB of memory, and 10\.0 MiB are available; take fewer"
+    refuses(simple(), ResourceError, words)
+
+
+def test_a_worker_that_does_not_fit_in_memory_is_refused_with_both_numbers(
+    simple: Job, begun: GramStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(equigram.run, "available_memory", lambda: 200 * 2**20)
+    words = r"a worker needs 3\d\d\.\d MiB of memory, and 200\.0 MiB are available; set gram\.tile or data\.size lower"
+    refuses(simple(tmp_path / "new"), ResourceError, words)
+    before = chunks(begun)
+    with pytest.raises(ResourceError, match=words):
+        run(simple())
+    assert chunks(begun) == before
+
+
+def test_memory_bounds_the_workers_of_the_plan(simple: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = simple(workers={"count": 5})
+    found = survey(spec.data, square=False)
+    assert make_plan(spec, found, None, Listening()).workers == 5
+    monkeypatch.setattr(equigram.run, "available_memory", lambda: 800 * 2**20)
+    assert make_plan(spec, found, None, Listening()).workers == 2
+    assert make_plan(simple(workers={"count": 5, "address": "auto"}), found, None, Listening()).workers == 5
+
+
+def test_the_plan_of_a_store_counts_what_is_missing(simple: Job, begun: GramStore) -> None:
+    plan = make_plan(simple(), stored_survey(begun), begun, Listening())
+    assert (plan.tiling, plan.missing, plan.missing_pairs) == (begun.info.tiling, 11, 105 - 10)
+    assert plan.store_bytes == 2 * 15 * (4 * 4 * 4 + 4) + 15 * 4 * 4 * 4
+    assert plan.seconds > 0
+
+
+def test_a_run_that_does_not_fit_on_the_disk_is_refused_with_both_numbers(
+    simple: Job, create: Create, tmpfs: Callable[[str], Path]
+) -> None:
+    place = tmpfs("size=128k")
+    refuses(
+        simple(place / "run", gram={"tile": 128}),
+        ResourceError,
+        r"the finished run takes 257\.0 KiB, and 128\.0 KiB are free at .*run; free space, choose",
+    )
+
+
+# What happens to a disk meanwhile
+
+
+def fill_disk(place: Path) -> None:
+    with (place / "ballast").open("ab", buffering=0) as ballast, contextlib.suppress(OSError):
+        while True:
+            ballast.write(bytes(512))
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_costs_nothing_that_is_finished(
+    cluster: None, simple: Job, create: Create, tmpfs: Callable[[str], Path]
+) -> None:
+    place = tmpfs("size=4m")
+    spec = simple(place / "run")
+    store = create(spec)
+
+    def fill(what: str, done: int) -> None:
+        if what == "pairs" and done:
+            fill_disk(place)
+
+    with pytest.raises(StoreError, match=r"cannot write tile .*: No space left on device; nothing finished is lost"):
+        run(spec, Listening(fill))
+    stored = {path: mark for path, mark in chunks(store).items() if path.stat().st_size == 68}
+    assert len(stored) >= 2
+    with pytest.raises(ResourceError, match=r"the missing tiles take \d.* KiB, and 0 bytes are free at"):
+        run(spec)
+    (place / "ballast").unlink()
+    assert run(spec).results
+    assert stored.items() <= chunks(store).items()
+
+
+def test_a_disk_that_became_read_only_is_noticed_before_a_cluster_is_started(
+    simple: Job, create: Create, compute: Compute, tmpfs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = simple(tmpfs("size=4m") / "run")
+    compute(create(spec), [Tile("gram", 0, 0)])
+    tmpfs("remount,ro")
+    monkeypatch.setattr(equigram.run, "ray_session", None)
+    with pytest.raises(StoreError, match=r"cannot write to the run store: .*run is read-only, or this user"):
+        run(spec)
+
+
+# Predictions
+
+
+def test_new_images_are_predicted_as_test_images_are(finished: GramStore, simple: Job, tmp_path: Path) -> None:
+    run(simple(solve={"ridge": [0.1, 1.0]}))
+    np.savez(tmp_path / "new.npz", x=np.load(simple().data.train)["x_test"])
+    for kernel in ("nngp", "ntk"):
+        arrays, _ = finished.solution("C1", kernel)
+        for index, ridge in enumerate((None, 1.0)):
+            new = predict(GramStore.open(finished.url), str(tmp_path / "new.npz"), "C1", kernel, ridge)
+            assert (new.group, new.kernel, new.ridge) == ("C1", kernel, (0.1, 1.0)[index])
+            assert new.classes == ("0", "1", "2")
+            assert new.names == tuple(f"x[{i}]" for i in range(5))
+            assert_allclose(new.values, arrays["predictions"][index], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (("C2", None, None), "holds no C2 ntk; choose of the groups C1 and the kernels nngp, ntk"),
+        (("C1", "abc", None), "holds no C1 abc; choose of the groups C1 and the kernels nngp, ntk"),
+        (("C1", "ntk", 7.0), "no solution for ridge 7; choose one of 1e-06, 0.0001, 0.01"),
+    ],
+)
+def test_predictions_that_the_run_cannot_make_are_refused(
+    finished: GramStore, simple: Job, npz: Path, asked: Iterable[Any], words: str
+) -> None:
+    run(simple())
+    with pytest.raises(SpecError, match=words):
+        predict(finished, str(npz), *asked)
