@@ -169,7 +169,8 @@ def test_an_image_that_overflows_is_named_without_another_attempt(
     store = create(job(data={"train": tmp_path / "floats.npz", "normalize": "none"}, network={"w_std": 1000.0}))
     place = store.names("train").index("x_train[6]")
     notes: list[str] = []
-    with pytest.raises(EquikernelError, match=rf"tile gram\[.*\], training image {place} \(x_train\[6\]\): .*overflow"):
+    message = rf"tile gram\[.*\], training image {place} \(x_train\[6\]\): .*leave the range"
+    with pytest.raises(EquikernelError, match=message):
         run_all(store, note=notes.append)
     assert notes == []
 
