@@ -176,7 +176,8 @@ def run_tiles(
     spec: JobSpec,
     tiles: Iterable[Tile],
     count: int,
-    note: Callable[[str], None] = lambda text: None,
+    memory: int,
+    note: Callable[[str], None],
 ) -> Generator[TileReport]:
     """Compute tiles on ``count`` Ray actors; yields a report for each the moment it is stored, in any order.
 
@@ -187,6 +188,7 @@ def run_tiles(
       spec: its job.
       tiles: what to compute.
       count: workers at most.
+      memory: bytes that each may need; Ray places them accordingly.
       note: told of workers that die.
 
     Raises:
@@ -195,7 +197,7 @@ def run_tiles(
       TileFailedError: :data:`ATTEMPTS` workers died over a tile, or it failed in a way nobody expected.
       ClusterError: no worker could be started.
     """
-    pool = _Pool(store, spec, tiles, count, note)
+    pool = _Pool(store, spec, tiles, count, memory, note)
     try:
         yield from pool.run()
     finally:
@@ -218,12 +220,19 @@ class _Pool:
     """The workers of a run, and the tiles that wait for one."""
 
     def __init__(
-        self, store: GramStore, spec: JobSpec, tiles: Iterable[Tile], count: int, note: Callable[[str], None]
+        self,
+        store: GramStore,
+        spec: JobSpec,
+        tiles: Iterable[Tile],
+        count: int,
+        memory: int,
+        note: Callable[[str], None],
     ) -> None:
         self._store = store
         self._spec = spec
         self._waiting = deque(tiles)
         self._count = count
+        self._memory = memory
         self._note = note
         self._workers: list[_Worker] = []
         self._deaths: Counter[Tile] = Counter()
@@ -285,7 +294,9 @@ class _Pool:
         from equikernel.worker import TileWorker
 
         gram, workers = self._spec.gram, self._spec.workers
-        actor: Any = ray.remote(TileWorker).options(num_cpus=workers.cpus, num_gpus=workers.gpus, max_restarts=0)
+        actor: Any = ray.remote(TileWorker).options(
+            num_cpus=workers.cpus, num_gpus=workers.gpus, memory=self._memory, max_restarts=0
+        )
         handle = actor.remote(self._store, self._spec.network, gram.groups, gram.engine, gram.dtype, workers.cpus)
         return _Worker(handle, {handle.ready.remote(): None})
 

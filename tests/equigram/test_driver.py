@@ -36,9 +36,12 @@ PLAIN: dict[str, Any] = {"gram": {"groups": ["C1"], "tile": 4, "engine": "refere
 
 VICTIM = Tile("gram", 0, 2)
 
+MEMORY = 2**28
+"""Bytes of a worker."""
+
 
 def run_all(store: GramStore, count: int = 1, note: Callable[[str], None] = print) -> list[TileReport]:
-    return list(run_tiles(store, store.info.spec, list(store.info.tiling.tiles()), count, note))
+    return list(run_tiles(store, store.info.spec, list(store.info.tiling.tiles()), count, MEMORY, note))
 
 
 def assert_holds_the_kernels(store: GramStore) -> None:
@@ -182,11 +185,11 @@ def test_workers_that_find_no_room_do_not_hold_up_the_others(cluster: None, job:
 
 def test_a_run_that_is_given_up_leaves_no_workers(cluster: None, job: Job, create: Create) -> None:
     store = create(job(**PLAIN))
-    reports = run_tiles(store, store.info.spec, list(store.info.tiling.tiles()), available_cores())
+    reports = run_tiles(store, store.info.spec, list(store.info.tiling.tiles()), available_cores(), MEMORY, print)
     next(reports)
     reports.close()
     # The next worker finds room only if these are gone.
-    again = run_tiles(store, store.info.spec, [VICTIM], 1)
+    again = run_tiles(store, store.info.spec, [VICTIM], 1, MEMORY, print)
     assert [report.tile for report in again] == [VICTIM]
 
 
@@ -255,19 +258,19 @@ def test_patience_ends_with_what_the_storage_said(without_pauses: None) -> None:
 
 def test_as_many_workers_as_the_cluster_holds(cluster: None) -> None:
     cores = available_cores()
-    assert worker_count(WorkerSpec(), memory=2**20) == cores
-    assert worker_count(WorkerSpec(cpus=cores), memory=2**20) == 1
-    assert worker_count(WorkerSpec(count=1), memory=2**20) == 1
-    assert worker_count(WorkerSpec(count=10_000), memory=2**20) == cores
+    assert worker_count(WorkerSpec(), MEMORY) == cores
+    assert worker_count(WorkerSpec(cpus=cores), MEMORY) == 1
+    assert worker_count(WorkerSpec(count=1), MEMORY) == 1
+    assert worker_count(WorkerSpec(count=10_000), MEMORY) == cores
 
 
 def test_a_worker_that_fits_on_no_node_is_refused_with_both_numbers(cluster: None) -> None:
     with pytest.raises(
         ClusterError, match=f"workers.cpus = 999, .* fits on no node .* largest have {available_cores()} C"
     ):
-        worker_count(WorkerSpec(cpus=999), memory=2**20)
+        worker_count(WorkerSpec(cpus=999), MEMORY)
     with pytest.raises(ClusterError, match=r"workers.gpus = 7 .* have \d+ CPUs, \d+ GPUs and"):
-        worker_count(WorkerSpec(gpus=7), memory=2**20)
+        worker_count(WorkerSpec(gpus=7), MEMORY)
     with pytest.raises(ClusterError, match=r"and 1024\.0 TiB of memory fits on no node .* GPUs and [\d.]+ [GT]iB; ask"):
         worker_count(WorkerSpec(), memory=2**50)
 
@@ -341,8 +344,8 @@ from equigram.store import GramStore
 workers, store = WorkerSpec(address=sys.argv[1]), GramStore("run")
 check_address(workers)
 with ray_session(workers):
-    count = worker_count(workers, 2**20)
-    for report in run_tiles(store, store.info.spec, list(store.info.tiling.tiles()), count):
+    count = worker_count(workers, 2**28)
+    for report in run_tiles(store, store.info.spec, list(store.info.tiling.tiles()), count, 2**28, print):
         assert report.pairs
 print(count)
 """

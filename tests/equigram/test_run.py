@@ -255,6 +255,7 @@ def test_a_worker_that_does_not_fit_in_memory_is_refused_with_both_numbers(
 
 
 def test_memory_bounds_the_workers_of_the_plan(simple: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equigram.run, "available_cores", lambda: 6)
     spec = simple(workers={"count": 5})
     found = survey(spec.data, square=False)
     assert make_plan(spec, found, None, Listening()).workers == 5
