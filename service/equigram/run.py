@@ -301,6 +301,7 @@ def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener) -> None:
     with ray_session(spec.workers):
         count = worker_count(spec.workers, memory)
         listener.note(f"starting {count} {'worker' if count == 1 else 'workers'}")
+        listener.progress("pairs", done, total)
         with contextlib.closing(run_tiles(store, spec, missing, count, memory, listener.note)) as reports:
             for report in reports:
                 done += report.pairs

@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,26 +62,13 @@ def assert_holds_the_kernels(store: GramStore) -> None:
                 assert_array_equal(store.matrix(part, group, name), expected, strict=True)
 
 
-def processes() -> dict[int, str]:
-    """The command lines of all processes."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended
-            found[int(folder.name)] = (folder / "cmdline").read_text(errors="replace")
-    return found
-
-
 # Bits
 
 
 @pytest.mark.parametrize(
     ("gram", "network", "count"),
-    [
-        ({"tile": 4}, {}, 1),
-        ({"tile": 3}, {}, 2),
-        ({"tile": 7, "dtype": "float64"}, {"head": ["relu"], "b_std": 0.1}, 2),
-    ],
-    ids=["float32", "float32-other-tiles-and-workers", "float64-with-a-head"],
+    [({"tile": 3}, {}, 2), ({"tile": 7, "dtype": "float64"}, {"head": ["relu"], "b_std": 0.1}, 1)],
+    ids=["float32", "float64-with-a-head"],
 )
 def test_ray_computes_the_bits_of_the_kernel_whatever_the_tiles_and_workers(
     cluster: None, job: Job, create: Create, gram: dict[str, Any], network: dict[str, Any], count: int
@@ -183,30 +171,25 @@ def test_workers_that_find_no_room_do_not_hold_up_the_others(cluster: None, job:
     assert len(run_all(store, count=available_cores() + 1)) == len(store.info.tiling)
 
 
-def test_a_run_that_is_given_up_leaves_no_workers(cluster: None, job: Job, create: Create) -> None:
-    store = create(job(**PLAIN))
-    reports = run_tiles(store, store.info.spec, list(store.info.tiling.tiles()), available_cores(), MEMORY, print)
-    next(reports)
-    reports.close()
-    # The next worker finds room only if these are gone.
-    again = run_tiles(store, store.info.spec, [VICTIM], 1, MEMORY, print)
-    assert [report.tile for report in again] == [VICTIM]
-
-
-def test_a_cluster_without_room_ends_the_run(
+def test_a_run_that_is_given_up_leaves_its_room_and_one_without_room_ends(
     cluster: None, job: Job, create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
+
+    store = create(job(**PLAIN))
+    reports = run_tiles(store, store.info.spec, list(store.info.tiling.tiles()), 1, MEMORY, print)
+    next(reports)
+    reports.close()
 
     class Guest:
         def here(self) -> bool:
             return True
 
     guest = ray.remote(Guest).options(num_cpus=available_cores()).remote()
-    ray.get(guest.here.remote(), timeout=60)
+    assert ray.get(guest.here.remote(), timeout=60)
     monkeypatch.setattr(equigram.driver, "CAPACITY_SECONDS", 0.5)
     with pytest.raises(ClusterError, match=r"none of 1 workers could start .* no room left.*Finished tiles are kept"):
-        run_all(create(job(**PLAIN)))
+        run_all(store)
     ray.kill(guest)
 
 
@@ -311,28 +294,37 @@ def test_a_listener_that_does_not_answer_as_ray_does_is_refused(
         check_address(WorkerSpec(address=address))
 
 
-@pytest.fixture(scope="module")
-def two_nodes() -> Iterator[tuple[str, dict[str, str]]]:
-    """The address of a Ray cluster of two nodes with a core each, and the environment with its token."""
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="equigram-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", "--num-cpus=1"]
-        try:
-            for options in (
-                ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"],
-                [f"--address=127.0.0.1:{port}"],
-            ):
-                subprocess.run(
-                    [*start, *options], env=environment, cwd="/", check=True, timeout=120,
-                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                )  # fmt: skip
-            yield f"127.0.0.1:{port}", environment
-        finally:
-            for process, command in processes().items():
-                if folder in command:
-                    os.kill(process, signal.SIGKILL)
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster that was there before the run, which asks for a token: one node with a core."""
+
+    address: str
+    environment: dict[str, str]
+    folder: str
+
+    def start_node(self, *options: str) -> None:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", "--num-cpus=1"]
+        subprocess.run(
+            [*command, *options], env=self.environment, cwd="/", check=True, timeout=120,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def processes(self, name: str = "") -> set[int]:
+        """Those of the nodes that hold ``name`` in their command lines."""
+        found = set()
+        for place in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended
+                command = (place / "cmdline").read_text(errors="replace")
+                if self.folder in command and name in command:
+                    found.add(int(place.name))
+        return found
+
+    def start_run(self, folder: Path) -> subprocess.Popen[str]:
+        """Compute the store ``run`` in ``folder``; prints the tiles, then the number of workers."""
+        return subprocess.Popen(
+            [sys.executable, "-c", ON_A_CLUSTER, self.address],
+            env=self.environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
 
 
 ON_A_CLUSTER = """
@@ -346,26 +338,56 @@ check_address(workers)
 with ray_session(workers):
     count = worker_count(workers, 2**28)
     for report in run_tiles(store, store.info.spec, list(store.info.tiling.tiles()), count, 2**28, print):
-        assert report.pairs
+        print(report.tile, flush=True)
 print(count)
 """
 
 
-def test_a_cluster_that_is_there_already_is_used_with_all_its_nodes(
-    two_nodes: tuple[str, dict[str, str]], job: Job, create: Create, tmp_path: Path
-) -> None:
-    address, environment = two_nodes
+@pytest.fixture(scope="module")
+def existing() -> Iterator[Cluster]:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    with tempfile.TemporaryDirectory(prefix="equigram-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        cluster = Cluster(f"127.0.0.1:{port}", environment, folder)
+        try:
+            cluster.start_node("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}")
+            yield cluster
+        finally:
+            for process in cluster.processes():
+                os.kill(process, signal.SIGKILL)
+
+
+def test_a_cluster_that_is_there_already_is_used(existing: Cluster, job: Job, create: Create, tmp_path: Path) -> None:
     store = create(job(**PLAIN))
-    done = subprocess.run(
-        [sys.executable, "-c", ON_A_CLUSTER, address],
-        env=environment, cwd=tmp_path, check=True, timeout=120, capture_output=True, text=True,
-    )  # fmt: skip
-    assert (done.stdout, done.stderr) == ("2\n", "")
+    with existing.start_run(tmp_path) as run:
+        out, err = run.communicate(timeout=120)
+    assert (run.returncode, err) == (0, "")
+    assert out.splitlines() == [*map(str, store.info.tiling.tiles()), "1"]
     assert_holds_the_kernels(store)
 
 
-def test_a_cluster_with_another_token_is_refused(two_nodes: tuple[str, dict[str, str]]) -> None:
-    with pytest.raises(
-        ClusterError, match=r"refuses the token of this process; set RAY_AUTH_MODE=token, and .*auth_token"
-    ):
-        check_address(WorkerSpec(address=two_nodes[0]))
+def test_a_cluster_with_another_token_is_refused(existing: Cluster) -> None:
+    with pytest.raises(ClusterError, match=r"refuses the token of this process; set RAY_AUTH_MODE=token, and the"):
+        check_address(WorkerSpec(address=existing.address))
+
+
+@pytest.mark.soak
+def test_a_node_that_leaves_takes_only_the_tiles_in_its_hands(
+    existing: Cluster, job: Job, create: Create, tmp_path: Path
+) -> None:
+    first = existing.processes("raylet/raylet")
+    existing.start_node(f"--address={existing.address}")
+    store = create(job(gram={"groups": ["C4"], "tile": 2, "engine": "reference"}))
+    with existing.start_run(tmp_path) as run:
+        assert run.stdout is not None
+        told = [run.stdout.readline() for _ in range(4)]
+        for process in existing.processes("raylet/raylet") - first:
+            os.kill(process, signal.SIGKILL)
+        out, err = run.communicate(timeout=120)
+    assert (run.returncode, err) == (0, "")
+    *told, count = "".join([*told, out]).splitlines()
+    assert count == "2"
+    (note,) = (line for line in told if "a worker died at tile" in line)
+    assert sorted(set(told) - {note}) == sorted(map(str, store.info.tiling.tiles()))
+    assert_holds_the_kernels(store)

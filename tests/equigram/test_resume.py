@@ -46,6 +46,7 @@ def start(folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
         [Path(sys.executable).with_name("equigram"), "run", "job.yaml"],
         cwd=folder, env=environment, start_new_session=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for background commands
     )  # fmt: skip
 
 
