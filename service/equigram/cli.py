@@ -137,13 +137,17 @@ def plan(job: JobArgument) -> None:
 
     spec = JobSpec.load(job)
     from equigram.driver import check_address
-    from equigram.run import check_disk, look_at_images, make_plan, open_store, stored_survey
+    from equigram.run import check_disk, check_solver, look_at_images, make_plan, open_store, stored_survey
     from equigram.store import GramStore
 
     check_address(spec.workers)
     with Screen(err) as screen:
         store = open_store(spec, screen) if GramStore.exists(spec.store) else None
-        found = look_at_images(spec) if store is None else stored_survey(store)
+        if store is None:
+            found = look_at_images(spec)
+        else:
+            found = stored_survey(store)
+            check_solver(spec, found)
         result = make_plan(spec, found, store, screen)
     _print_plan(spec, result, (found.height, found.width, found.channels), begun=store is not None)
     if store is None:

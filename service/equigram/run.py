@@ -80,9 +80,7 @@ def run(spec: JobSpec, listener: Listener | None = None) -> Finished:
     check_address(spec.workers)
     if GramStore.exists(spec.store):
         store = open_store(spec, listener)
-        if spec.solve is not None:
-            check_solvable(spec.solve, store.labels("train"), store.info.classes)
-        check_solver_memory(spec, store.info.train, store.info.test)
+        check_solver(spec, stored_survey(store))
         store.remember(spec)
     else:
         store = create_store(spec, listener)
@@ -137,16 +135,14 @@ def create_store(spec: JobSpec, listener: Listener) -> GramStore:
     )
     for note in dataset.notes:
         listener.note(note)
-    if spec.solve is not None:
-        check_solvable(spec.solve, dataset.train.labels, dataset.classes)
     return GramStore.create(spec, dataset, plan.tiling.edge, fingerprint(spec.data), processor_kind())
 
 
 def look_at_images(spec: JobSpec) -> Survey:
-    """The number and shape of the images of a job without a store, without decoding them.
+    """The number, shape and labels of the images of a job without a store, without decoding them.
 
     Raises:
-      DataError: the images cannot be used.
+      DataError: the images cannot be used, or their labels not solved with.
       NetworkError, ImageError: the network does not fit them.
       ResourceError: the solver could not hold the matrices.
       SpecError, StoreMismatchError: the store cannot be where the job wants it.
@@ -155,14 +151,14 @@ def look_at_images(spec: JobSpec) -> Survey:
     found = survey(spec.data, square=needs_square(spec))
     for group in spec.gram.groups:
         spec.network.check_images(found.height, found.width, group)
-    check_solver_memory(spec, found.train, found.test)
+    check_solver(spec, found)
     return found
 
 
 def stored_survey(store: GramStore) -> Survey:
-    """The number and shape of the images in a store."""
+    """The number, shape and labels of the images in a store."""
     info = store.info
-    return Survey(info.train, info.test, *info.image_shape)
+    return Survey(info.train, info.test, *info.image_shape, store.labels("train"), info.classes)
 
 
 def needs_square(spec: JobSpec) -> bool:
@@ -187,12 +183,19 @@ def worker_memory(spec: JobSpec, tiling: Tiling, image_shape: tuple[int, int, in
     )
 
 
-def check_solver_memory(spec: JobSpec, train: int, test: int) -> None:
-    """Raise :class:`ResourceError` unless the solver stage can hold its matrices."""
-    needed, available = solver_memory(spec, train, test), available_memory()
+def check_solver(spec: JobSpec, found: Survey) -> None:
+    """Raise unless the solver stage can hold its matrices and solve with these labels.
+
+    Raises:
+      DataError, SpecError: the labels do not allow the regressions that the job asks for.
+      ResourceError: the matrices do not fit in memory.
+    """
+    if spec.solve is not None:
+        check_solvable(spec.solve, found.labels, found.classes)
+    needed, available = solver_memory(spec, found.train, found.test), available_memory()
     if needed > available:
         raise ResourceError(
-            f"solving with {train} training images needs {format_bytes(needed)} of memory, and "
+            f"solving with {found.train} training images needs {format_bytes(needed)} of memory, and "
             f"{format_bytes(available)} are available; take fewer images (data.per_class), a larger machine, or set "
             "`solve: null` to compute the Gram matrices only"
         )

@@ -487,7 +487,8 @@ def test_a_class_with_too_few_images_is_refused(place: Place) -> None:
 
 def test_a_learning_curve_beyond_the_images_is_refused(place: Place) -> None:
     words = "error: class 'a' has 3 training images, but 4 per class are asked for"
-    place.refuses(words, "run", place.job(solve={"train_sizes": [4]}))
+    for command in ("plan", "run"):
+        place.refuses(words, command, place.job(solve={"train_sizes": [4]}))
 
 
 def test_padding_that_eats_the_image_is_refused(place: Place) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import zipfile
@@ -1036,12 +1037,21 @@ def test_progress_counts_every_image(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["photos", "photos.npz"])
+def test_a_server_that_does_not_answer_is_not_called_an_absence(name: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/{name}"
+    refuses(f"{url} cannot be read (ClientConnectorError: Cannot connect to host|check the URL, the network", url)
+
+
 def test_a_survey_tells_number_and_shape_without_decoding(tmp_path: Path) -> None:
     class_folders(tmp_path, {"a": 4, "b": 4}, size=200)
     for path in tmp_path.rglob("*.png"):
         path.write_bytes(path.read_bytes()[:1000])
     spec = DataSpec(train=str(tmp_path), size=6, test_fraction=0.25, per_class=2, color="rgb")
-    assert survey(spec, square=True) == Survey(train=4, test=2, height=6, width=6, channels=3)
+    found = survey(spec, square=True)
+    assert found == Survey(train=4, test=2, height=6, width=6, channels=3, labels=None, classes=("a", "b"))
+    assert_array_equal(found.labels, [0, 0, 1, 1])
     with pytest.raises(DataError, match="truncated"):
         load_dataset(spec, square=True)
 

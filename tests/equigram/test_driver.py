@@ -381,13 +381,14 @@ def test_a_node_that_leaves_takes_only_the_tiles_in_its_hands(
     store = create(job(gram={"groups": ["C4"], "tile": 2, "engine": "reference"}))
     with existing.start_run(tmp_path) as run:
         assert run.stdout is not None
-        told = [run.stdout.readline() for _ in range(4)]
+        told = [run.stdout.readline() for _ in range(10)]
         for process in existing.processes("raylet/raylet") - first:
             os.kill(process, signal.SIGKILL)
         out, err = run.communicate(timeout=120)
     assert (run.returncode, err) == (0, "")
     *told, count = "".join([*told, out]).splitlines()
     assert count == "2"
-    (note,) = (line for line in told if "a worker died at tile" in line)
-    assert sorted(set(told) - {note}) == sorted(map(str, store.info.tiling.tiles()))
+    notes = [line for line in told if "a worker died at tile" in line]
+    assert len(notes) <= 1  # none where it died between two tiles
+    assert set(told) - set(notes) == set(map(str, store.info.tiling.tiles()))
     assert_holds_the_kernels(store)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +51,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Survey:
-    """Number and shape of a job's images, known before they are decoded."""
+    """Number, shape and labels of a job's images, known before they are decoded."""
 
     train: int
     """Training images."""
@@ -63,6 +63,10 @@ class Survey:
     """Columns, in pixels."""
     channels: int
     """Channels."""
+    labels: NDArray[np.int64] | NDArray[np.float64] | None = field(compare=False)
+    """Of the training images, as in :class:`Split`."""
+    classes: tuple[str, ...] | None
+    """As in :class:`Dataset`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,14 +158,16 @@ def load_dataset(spec: DataSpec, *, square: bool, progress: Progress | None = No
 
 
 def survey(spec: DataSpec, *, square: bool, progress: Progress | None = None) -> Survey:
-    """How many images of which shape :func:`load_dataset` gives, from their headers only.
+    """The number, shape and labels of the images that :func:`load_dataset` gives, from their headers only.
 
     Takes the same arguments and raises the same errors, but for those that only pixels tell.
     """
     found = _look(spec, square, progress)
     plan = found.preprocessing
     test = 0 if found.test is None else len(found.test.indices)
-    return Survey(len(found.train.indices), test, plan.height, plan.width, plan.channels)
+    return Survey(
+        len(found.train.indices), test, plan.height, plan.width, plan.channels, found.train.labels, found.classes
+    )
 
 
 def load_images(url: str, preprocessing: Preprocessing, *, progress: Progress | None = None) -> Split:

@@ -114,6 +114,7 @@ def locate(url: str) -> Location:
         suffix = PurePosixPath(path.rstrip("/")).suffix.lower()
         if suffix in (".npy", ".npz"):
             if not fs.isfile(path):
+                _explain_absence(fs, path)
                 raise _nothing_at(url)
             return Location(url, "npy" if suffix == ".npy" else "npz", fs, path)
         inside = f"{path.rstrip('/')}/" if path else ""
@@ -122,6 +123,7 @@ def locate(url: str) -> Location:
         if fs.isdir(path):
             return Location(url, "folder", fs, path)
         if not fs.exists(path):
+            _explain_absence(fs, path)
             raise _nothing_at(url)
     if suffix in SUFFIXES:
         return Location(url, "image", fs, path)
@@ -189,6 +191,15 @@ def _children(folder: Location, path: str) -> list[tuple[str, str, int | None, b
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
+
+
+def _explain_absence(fs: Any, path: str) -> None:
+    """Raise why nothing is at ``path``, if that is more than its absence: HTTP calls a silent server so, too."""
+    try:
+        fs.info(path)
+    except Exception as error:
+        if error.__cause__ is not None and not isinstance(error.__cause__, FileNotFoundError):
+            raise error.__cause__ from None
 
 
 def _nothing_at(url: str) -> DataNotFoundError:
