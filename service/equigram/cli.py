@@ -7,6 +7,7 @@ import csv
 import functools
 import io
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,16 +45,28 @@ interruption goes on where it stopped. The smallest job:
 
 `equigram run --help` shows a whole one.
 
-Exit codes: 0 done, 1 the run failed (finished tiles are kept), 2 a wrong request, 130 interrupted.""",
+Exit codes: 0 done, 1 the run failed (finished tiles are kept), 2 a wrong request, 130 interrupted, 143 terminated.""",
 )
 
 out = Console(markup=False, highlight=False, emoji=False)
 err = Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 JobArgument = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster, host:port, ray://host:port or auto; instead of workers.address.", metavar="RAY"),
+]
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="The run store: a folder or any fsspec URL.")]
 
 Parameters = ParamSpec("Parameters")
+
+
+class _Terminated(BaseException):
+    """SIGTERM, which batch systems and containers send before they kill."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
 
 
 def _command(function: Callable[Parameters, None]) -> Callable[Parameters, None]:
@@ -62,12 +75,14 @@ def _command(function: Callable[Parameters, None]) -> Callable[Parameters, None]
     @app.command()
     @functools.wraps(function)
     def command(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+        before = signal.signal(signal.SIGTERM, _terminate)
         try:
             function(*args, **kwargs)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, _Terminated) as stop:
+            said, code = ("interrupted", 130) if isinstance(stop, KeyboardInterrupt) else ("terminated", 143)
             kept = "; finished tiles are kept, and the same command goes on from there"
-            err.print(f"interrupted{kept if function.__name__ == 'run' else ''}", soft_wrap=True)
-            raise typer.Exit(130) from None
+            err.print(f"{said}{kept if function.__name__ == 'run' else ''}", soft_wrap=True)
+            raise typer.Exit(code) from None
         except Exception as error:
             from equikernel.errors import EquikernelError
 
@@ -75,12 +90,25 @@ def _command(function: Callable[Parameters, None]) -> Callable[Parameters, None]
                 raise
             err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
             raise typer.Exit(error.exit_code) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     return command
 
 
+def _load(job: Path, address: str | None) -> JobSpec:
+    """The job in a file, on the cluster at ``address`` if one is given."""
+    from equigram.spec import JobSpec
+
+    spec = JobSpec.load(job)
+    if address is None:
+        return spec
+    fields = spec.model_dump(mode="json")
+    return JobSpec.parse({**fields, "workers": {**fields["workers"], "address": address}}, source="--address")
+
+
 @_command
-def run(job: JobArgument) -> None:
+def run(job: JobArgument, address: AddressOption = None) -> None:
     """Run a job: images, Gram matrices, predictions. Run again, it goes on from what is stored.
 
     Finished tiles are kept whatever happens: a power cut, a full disk, a killed worker. The store accepts only the
@@ -102,12 +130,14 @@ def run(job: JobArgument) -> None:
         solve: {ridge: [1e-4, 1e-2], kernels: [nngp, ntk],
                 train_sizes: [10, 30]}
 
+    Predictions are `mean(Y) + K(x, X) (K(X, X) + ridge s I)^-1 (Y - mean(Y))`, with one-hot or real targets Y and s the
+    mean diagonal of K(X, X).
+
     Relative paths start in the current folder. docs/job.md has all fields, with meaning, default and allowed values.
     """
     from equigram.screen import Screen
-    from equigram.spec import JobSpec
 
-    spec = JobSpec.load(job)  # before the slow imports, so that a typo shows at once
+    spec = _load(job, address)  # before the slow imports, so that a typo shows at once
     from equigram.run import run as run_job
 
     with Screen(err) as screen:
@@ -125,7 +155,7 @@ def run(job: JobArgument) -> None:
 
 
 @_command
-def plan(job: JobArgument) -> None:
+def plan(job: JobArgument, address: AddressOption = None) -> None:
     """Show what a job will cost before anything starts: tiles, pairs, bytes, memory, time.
 
     Images, network, memory and disk are checked as `run` would check them. The time is predicted from the cost of a
@@ -133,9 +163,8 @@ def plan(job: JobArgument) -> None:
     written.
     """
     from equigram.screen import Screen
-    from equigram.spec import JobSpec
 
-    spec = JobSpec.load(job)
+    spec = _load(job, address)
     from equigram.driver import check_address
     from equigram.run import check_disk, check_solver, look_at_images, make_plan, open_store, stored_survey
     from equigram.store import GramStore

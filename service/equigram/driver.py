@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from equigram.errors import ClusterError, EquigramError, TileFailedError
+from equigram.errors import ClusterError, EquigramError, ResourceError, TileFailedError
 from equigram.memory import format_bytes
 from equikernel.errors import EquikernelError
 
@@ -75,6 +77,7 @@ def ray_session(workers: WorkerSpec) -> Iterator[None]:
             options |= {"object_store_memory": LOCAL_OBJECT_STORE, "_temp_dir": stack.enter_context(folder)}
         stack.enter_context(_quiet_ray())
         stack.callback(ray.shutdown)
+        terminate = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(**options)
         except Exception as error:
@@ -85,6 +88,8 @@ def ray_session(workers: WorkerSpec) -> Iterator[None]:
                 f"no connection to the Ray cluster at workers.address = {workers.address!r}: {reason}; run on a "
                 "machine of that cluster, or leave the address out to start a local one"
             ) from error
+        if callable(terminate) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)  # Ray would print a stack and end the process
         yield
 
 
@@ -105,37 +110,41 @@ def check_address(workers: WorkerSpec) -> None:
     """Raise unless a Ray cluster answers at ``workers.address``, or this machine holds a worker if none is given.
 
     Raises:
-      ClusterError: nobody answers there, or not as Ray does; or a worker needs more cores than this machine has.
+      ClusterError: nobody answers there, or not as Ray does.
+      ResourceError: a worker needs more cores than this machine has.
     """
     address = workers.address
-    if address == "auto":
-        return
     if address is None:
         from equikernel.kernel import available_cores
 
         if workers.cpus > available_cores():
-            raise ClusterError(
+            raise ResourceError(
                 f"a worker with workers.cpus = {workers.cpus} does not fit on this machine, which has "
                 f"{available_cores()} CPUs; ask for less, or name a cluster in workers.address"
             )
         return
-    parts = urlsplit(address if "//" in address else f"//{address}")
     remedy = "start one with `ray start --head`, correct the address, or leave it out to start a local one"
-    try:
-        socket.create_connection((parts.hostname, parts.port), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ClusterError(
-            f"no Ray cluster answers at workers.address = {address!r} ({error.strerror or error}); {remedy}"
-        ) from None
-    if parts.scheme == "ray":
-        return
+    nobody = f"workers.address is 'auto', but no Ray cluster answers on this machine or at RAY_ADDRESS; {remedy}"
+    parts = urlsplit(address if "//" in address else f"//{address}")
+    if address != "auto":
+        try:
+            socket.create_connection((parts.hostname, parts.port), timeout=CONNECT_SECONDS).close()
+        except OSError as error:
+            raise ClusterError(
+                f"no Ray cluster answers at workers.address = {address!r} ({error.strerror or error}); {remedy}"
+            ) from None
+        if parts.scheme == "ray":
+            return
     # Ray itself would try for minutes, then end this process.
-    command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", parts.netloc]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status"]
+    command += [] if address == "auto" else ["--address", parts.netloc]
     try:
         answer = subprocess.run(
             command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
+        if address == "auto":
+            raise ClusterError(nobody) from None
         raise ClusterError(
             f"something at workers.address = {address!r} accepts connections, but does not answer as Ray does within "
             f"{ANSWER_SECONDS:g} s; {remedy}"
@@ -145,6 +154,8 @@ def check_address(workers: WorkerSpec) -> None:
             f"the Ray cluster at workers.address = {address!r} refuses the token of this process; set "
             "RAY_AUTH_MODE=token, and the cluster's token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
         )
+    if answer.returncode and address == "auto":
+        raise ClusterError(nobody)
     if answer.returncode:
         reason = answer.stderr.strip().rpartition("\n")[2]
         raise ClusterError(f"no Ray cluster answers at workers.address = {address!r} ({reason}); {remedy}")
@@ -154,7 +165,7 @@ def worker_count(workers: WorkerSpec, memory: int) -> int:
     """How many workers of ``memory`` bytes the connected cluster holds, or as many as were asked for.
 
     Raises:
-      ClusterError: a single worker does not fit on any node.
+      ResourceError: a single worker does not fit on any node.
     """
     import ray
 
@@ -163,7 +174,7 @@ def worker_count(workers: WorkerSpec, memory: int) -> int:
     fit = sum(min(int(node.get(name, 0) // need) for name, need in needs.items() if need) for node in nodes)
     if fit == 0:
         most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in needs}
-        raise ClusterError(
+        raise ResourceError(
             f"a worker with workers.cpus = {workers.cpus}, workers.gpus = {workers.gpus:g} and {format_bytes(memory)} "
             f"of memory fits on no node of the Ray cluster; the largest have {most['CPU']:g} CPUs, {most['GPU']:g} "
             f"GPUs and {format_bytes(most['memory'])}; ask for less"

@@ -73,7 +73,7 @@ class DamagedTileError(StoreError):
 
 
 class ResourceError(EquigramError, MemoryError):
-    """The job needs more memory or disk than there is."""
+    """The job needs more memory, disk, cores or GPUs than there are."""
 
     exit_code = 2
 

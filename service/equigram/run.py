@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from equigram.data import Survey, fingerprint, load_dataset, load_images, survey
+from equigram.data.sources import some
 from equigram.driver import check_address, ray_session, run_tiles, worker_count
 from equigram.errors import DamagedTileError, DataNotFoundError, ResourceError, SpecError, StoreMismatchError
 from equigram.memory import available_memory, format_bytes
@@ -17,6 +18,7 @@ from equigram.plan import Plan, Tiling, choose_edge, image_bytes, tile_bytes, wo
 from equigram.solve.regression import memory_needed
 from equigram.solve.stage import Result, check_solvable, solve_run
 from equigram.store import GramStore, free_space
+from equikernel.errors import EquikernelError, NetworkError
 from equikernel.groups import common_turns, needs_square_images
 from equikernel.kernel import KernelFunction, available_cores
 from equikernel.worker import CACHED_BLOCKS, measure_pair_seconds, processor_kind
@@ -87,9 +89,9 @@ def run(spec: JobSpec, listener: Listener | None = None) -> Finished:
     compute_tiles(store, spec, listener)
     try:
         results = solve(store, spec, listener)
-    except DamagedTileError as error:
+    except DamagedTileError:
         damaged = store.damaged_tiles()
-        listener.note(f"{error}; that is done now, for {len(damaged)} damaged tiles in all")
+        listener.note(f"damaged in the store and computed again: tiles {some(sorted(map(str, damaged)))}")
         for tile in damaged:
             store.discard_tile(tile)
         compute_tiles(store, spec, listener)
@@ -114,7 +116,7 @@ def open_store(spec: JobSpec, listener: Listener) -> GramStore:
         if current != info.fingerprint:
             raise StoreMismatchError(
                 f"the image files of this job have changed since {spec.store} was made on {info.created} (other "
-                "names, sizes or number of files); restore them, or give the job another `store`"
+                "names, sizes, content or number of files); restore them, or give the job another `store`"
             )
     if info.processor != processor_kind():
         listener.note(
@@ -282,7 +284,10 @@ def predicted_pair_seconds(spec: JobSpec, shape: tuple[int, int, int]) -> float:
     most = max(MEASURED_SIDE[gram.engine == "reference"], 2 * network.margin + network.filter_size)
     rows, cols = min(height, most), min(width, most)
     images = np.random.default_rng(0).normal(size=(2, rows, cols, channels)).astype(gram.dtype)
-    pair = measure_pair_seconds(network, gram.groups, gram.engine, gram.dtype, spec.workers.cpus, images)
+    try:
+        pair = measure_pair_seconds(network, gram.groups, gram.engine, gram.dtype, spec.workers.cpus, images)
+    except EquikernelError as error:
+        raise NetworkError(f"this network fails already on noise of mean 0 and standard deviation 1: {error}") from None
     return pair * (height * width / (rows * cols)) ** 2
 
 

@@ -584,13 +584,14 @@ class GramStore:
 
 
 def free_space(url: str) -> int | None:
-    """Bytes free where a local store is or would be; ``None`` for other storage."""
+    """Bytes free where a local store is or would be; ``None`` for storage that does not say."""
     store = GramStore(url)
     fs, path = store._place
     if not _is_local(fs):
         return None
     with store._storage("look at the place of the run store"):
-        return shutil.disk_usage(_nearest(Path(path))).free
+        usage = shutil.disk_usage(_nearest(Path(path)))
+    return usage.free if usage.total else None
 
 
 def _nearest(place: Path) -> Path:

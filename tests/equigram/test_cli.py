@@ -491,6 +491,14 @@ def test_a_learning_curve_beyond_the_images_is_refused(place: Place) -> None:
         place.refuses(words, command, place.job(solve={"train_sizes": [4]}))
 
 
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_an_address_on_the_command_line_replaces_that_of_the_job(place: Place, verb: str) -> None:
+    job = place.job(workers={"address": "auto"})
+    place.refuses("error: --address: workers.address: 'here' is no Ray address; write", verb, job, "--address", "here")
+    words = "error: no Ray cluster answers at workers.address = '127.0.0.1:1' (Connection refused); start one with"
+    place.refuses(words, verb, job, "--address", "127.0.0.1:1", code=1)
+
+
 def test_padding_that_eats_the_image_is_refused(place: Place) -> None:
     job = place.job(network={"depth": 4, "padding": "VALID"})
     words = (

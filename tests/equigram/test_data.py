@@ -984,8 +984,9 @@ def test_new_images_of_another_size_or_channels_are_refused(tmp_path: Path) -> N
     class_folders(tmp_path / "train", {"a": 2}, size=4)
     preprocessing = load(tmp_path / "train").preprocessing
     big, colour = save(tmp_path / "big.png", noise(5, 6)), save(tmp_path / "colour.png", noise(4, 4, 3))
-    refuses_new(f"{big} is 6 pixels wide and 5 high, but every training image is 4 wide and 4 high", big, preprocessing)
-    refuses_new("colour.png has 3 channels, but every training image has 1|data.color: gray", colour, preprocessing)
+    words = f"{big} is 6 pixels wide and 5 high, but every training image is 4 wide and 4 high; bring"
+    refuses_new(words, big, preprocessing)
+    refuses_new("colour.png has 3 channels, but every training image has 1|bring new images", colour, preprocessing)
     np.save(tmp_path / "x.npy", noise(1, 4, 4, 2))
     refuses_new("x.npy[0]|has 2 channels, but every training image has 1", tmp_path / "x.npy", preprocessing)
     gray = load(tmp_path / "train", color="gray").preprocessing
@@ -1112,6 +1113,9 @@ def test_the_fingerprint_covers_arrays_labels_and_zarr(tmp_path: Path) -> None:
     before = fingerprint(spec)
     assert fingerprint(spec) == before
     (tmp_path / "x.zarr/c/1/0/0").unlink()
+    assert fingerprint(spec) != before
+    before = fingerprint(spec)
+    np.save(tmp_path / "y.npy", [1, 0])  # as many bytes
     assert fingerprint(spec) != before
     (tmp_path / "y.npy").unlink()
     with pytest.raises(DataNotFoundError, match=r"y\.npy does not exist"):

@@ -20,7 +20,7 @@ from numpy.testing import assert_array_equal
 
 import equigram.driver
 from equigram.driver import check_address, run_tiles, worker_count
-from equigram.errors import ClusterError, StoreError, TileFailedError
+from equigram.errors import ClusterError, ResourceError, StoreError, TileFailedError
 from equigram.plan import Part, Tile
 from equigram.spec import JobSpec, WorkerSpec
 from equigram.store import GramStore
@@ -249,22 +249,32 @@ def test_as_many_workers_as_the_cluster_holds(cluster: None) -> None:
 
 def test_a_worker_that_fits_on_no_node_is_refused_with_both_numbers(cluster: None) -> None:
     with pytest.raises(
-        ClusterError, match=f"workers.cpus = 999, .* fits on no node .* largest have {available_cores()} C"
+        ResourceError, match=f"workers.cpus = 999, .* fits on no node .* largest have {available_cores()} C"
     ):
         worker_count(WorkerSpec(cpus=999), MEMORY)
-    with pytest.raises(ClusterError, match=r"workers.gpus = 7 .* have \d+ CPUs, \d+ GPUs and"):
+    with pytest.raises(ResourceError, match=r"workers.gpus = 7 .* have \d+ CPUs, \d+ GPUs and"):
         worker_count(WorkerSpec(gpus=7), MEMORY)
-    with pytest.raises(ClusterError, match=r"and 1024\.0 TiB of memory fits on no node .* GPUs and [\d.]+ [GT]iB; ask"):
+    with pytest.raises(
+        ResourceError, match=r"and 1024\.0 TiB of memory fits on no node .* GPUs and [\d.]+ [GT]iB; ask"
+    ):
         worker_count(WorkerSpec(), memory=2**50)
 
 
 def test_more_cores_than_this_machine_has_are_refused_before_a_cluster_is_started() -> None:
     with pytest.raises(
-        ClusterError, match=f"workers.cpus = 999 does not fit on this machine, which has {available_cores()} "
+        ResourceError, match=f"workers.cpus = 999 does not fit on this machine, which has {available_cores()} "
     ):
         check_address(WorkerSpec(cpus=999))
     check_address(WorkerSpec())
-    check_address(WorkerSpec(address="auto", cpus=999))
+
+
+def test_a_cluster_that_is_to_be_found_but_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equigram.driver, "ANSWER_SECONDS", 3.0)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(
+        ClusterError, match=r"is 'auto', but no Ray cluster answers on this machine or at RAY_ADDRESS; st"
+    ):
+        check_address(WorkerSpec(address="auto"))
 
 
 @pytest.fixture

@@ -195,7 +195,7 @@ def test_all_damaged_tiles_are_computed_again_at_once(without_cluster: None, fin
     before = chunks(finished)
     listener = Listening()
     assert run(simple(), listener).results
-    assert "computes that tile again; that is done now, for 2 damaged tiles in all" in listener
+    assert "damaged in the store and computed again: tiles cross[1, 1], gram[0, 2]" in listener
     assert_array_equal(finished.matrix("gram", "C1", "ntk"), ntk)
     written = {path for path, mark in chunks(finished).items() if mark != before[path]}
     assert len(written) == 2 * 2 + 2

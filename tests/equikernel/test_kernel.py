@@ -103,6 +103,19 @@ def test_branch_point(group: str, padding: str, filter_size: int, activation: st
     assert_kernels_close(net.kernel(x, engine="cpu", dtype=dtype), expected, dtype, scale=self_scale(expected))
 
 
+@pytest.mark.parametrize(("side", "filter_size"), [(1, 3), (2, 3), (4, 5), (5, 1), (8, 1)])
+@pytest.mark.parametrize("activation", ["relu", "erf"])
+def test_where_nothing_averages_float32_results_are_exact_all_the_same(
+    side: int, filter_size: int, activation: str
+) -> None:
+    f = images(1, side=side, channels=1)[0]
+    special = [f, np.rot90(f), f / 2, -2 * f, np.full_like(f, 0.5), np.full_like(f, -2.0)]
+    net = GroupCNN(depth=4, filter_size=filter_size, activation=activation, w_std=1.4142, b_std=1.0)
+    x = np.array(special, np.float32)
+    expected = net.kernel(x, engine="reference")
+    assert_kernels_close(net.kernel(x, engine="cpu"), expected, "float32", scale=self_scale(expected))
+
+
 @pytest.mark.parametrize(("group", "filter_size", "side"), [("C4", 3, 5), ("C4", 3, 7), ("C2", 3, 5), ("C1", 1, 5)])
 def test_cancellation_in_the_pooling_does_not_hide_equal_images_from_the_head(
     group: str, filter_size: int, side: int
@@ -243,6 +256,7 @@ def test_reference_accepts_any_dtype_and_computes_in_float64() -> None:
     [
         (np.zeros((2, 3, 3)), None, r"x1 has shape \(2, 3, 3\); images are \(n, height, width, channels\)"),
         (np.zeros((0, 3, 3, 1)), None, "holds no pixels"),
+        ([[1, 2], [3]], None, r"x1 is no array \(.*\); images are \(n, height, width, channels\)"),
         (np.full((2, 3, 3, 1), [[[[0]]], [[[np.nan]]]]), None, r"x1\[1\] has NaN or infinite pixels"),
         (np.zeros((2, 3, 4, 1)), None, "images are 3x4 pixels, but C4 turns them by quarter turns"),
         (np.zeros((2, 3, 3, 1)), np.zeros((2, 4, 4, 1)), "x1 has images of 3x3x1, x2 of 4x4x1"),
@@ -260,8 +274,9 @@ def test_unusable_engine_dtype_and_network() -> None:
     x = images(1, side=6)
     with pytest.raises(EngineError, match=r"engine 'cpuu' does not exist; choose .*did you mean 'cpu'"):
         GroupCNN().kernel(x, engine="cpuu")
-    with pytest.raises(EngineError, match="dtype 'float16' does not exist"):
-        GroupCNN().kernel(x, dtype="float16")
+    for dtype in ("float16", None):
+        with pytest.raises(EngineError, match=f"dtype {dtype!r} does not exist"):
+            GroupCNN().kernel(x, dtype=dtype)
     with pytest.raises(NetworkError, match="VALID padding eats the image: 3 convolutions of size 3 remove 6 of 6"):
         GroupCNN(padding="VALID").kernel(x)
     with pytest.raises(NetworkError, match="CIRCULAR padding: a filter of size 7 wraps around an image of 6 pixels"):
@@ -280,4 +295,4 @@ def test_a_kernel_that_overflows_is_refused() -> None:
     with pytest.raises(NonFiniteKernelError, match=message):
         GroupCNN(depth=1, head=("relu",), w_std=1e6).kernel(1e12 * images(2))
     with pytest.raises(ImageError, match="the kernel of image 0 with itself leaves the range of float32"):
-        GroupCNN(depth=9, w_std=1e6).kernel(images(2))
+        GroupCNN(depth=9, w_std=1e6).kernel(images(2, side=7))

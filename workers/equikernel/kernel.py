@@ -39,6 +39,9 @@ class Engine(Protocol):
     def pairs(self, block1: Any, block2: Any, rows: NDArray[np.intp], cols: NDArray[np.intp]) -> dict[str, Pooled]:
         """Pooled kernels ``(p,)`` float64 of the pairs ``(block1[rows[p]], block2[cols[p]])``, by group."""
 
+    def epsilon(self, block: Any) -> float:
+        """The machine epsilon of the computation with images of a block."""
+
     def pooled_bound(self, block: Any) -> NDArray[np.float64]:
         """What the NNGP of each image with itself, ``(n,)``, would be if nothing cancelled in the pooling.
 
@@ -172,11 +175,11 @@ class KernelFunction:
     def _rounding(self, group: str, block: Block) -> NDArray[np.float64]:
         """Relative rounding error of the pooled NNGP of each image with itself, ``(n,)``.
 
-        The epsilon of the dtype, times what cancellation in the pooling costs (erf kernels change sign).
+        The epsilon of the computation, times what cancellation in the pooling costs (erf kernels change sign).
         """
         variance, bound = self._self_kernels(group, block), self._engine.pooled_bound(block.prepared)
         lost = np.divide(bound, variance, out=np.ones_like(bound), where=variance > 0)
-        rounding: NDArray[np.float64] = np.finfo(self.dtype).eps * np.maximum(lost, 1)
+        rounding: NDArray[np.float64] = self._engine.epsilon(block.prepared) * np.maximum(lost, 1)
         return rounding
 
 
@@ -222,13 +225,16 @@ def available_cores() -> int:
 def _checked_dtype(dtype: Any) -> np.dtype[Any]:
     for name in DTYPES:
         with contextlib.suppress(TypeError):
-            if np.dtype(dtype) == name:
+            if dtype is not None and np.dtype(dtype) == name:
                 return np.dtype(name)
     raise EngineError(f"dtype {dtype!r} does not exist for kernels; choose {_listing(DTYPES)}")
 
 
 def _checked_images(images: ArrayLike, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
-    array = np.asarray(images)
+    try:
+        array = np.asarray(images)
+    except ValueError as error:
+        raise ImageError(f"{name} is no array ({error}); images are (n, height, width, channels)") from None
     if array.dtype.kind not in "fiub":
         raise ImageError(f"{name} has dtype {array.dtype}; images are real numbers, float32 or float64")
     if array.ndim != 4:

@@ -198,6 +198,10 @@ class ReferenceEngine:
             )
         return np.asarray(images, dtype=np.float64)
 
+    def epsilon(self, block: Array) -> float:
+        """The machine epsilon of float64."""
+        return float(np.finfo(block.dtype).eps)
+
     def pooled_bound(self, block: Array) -> Array:
         """``(mean over t of √K(t,t))²`` after the last activation, ``(n,)``."""
         q = preactivation_variances(self.network, (0,), block)[-1]

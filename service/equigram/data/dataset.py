@@ -11,13 +11,16 @@ from numpy.typing import NDArray
 
 from equigram.data.arrays import Indices, Labels
 from equigram.data.files import Header, Pixels
-from equigram.data.locations import locate, sizes
+from equigram.data.locations import files, locate, reaching
 from equigram.data.preprocessing import Preprocessing
 from equigram.data.selection import choose_test, choose_train, like_train, to_classes
 from equigram.data.sources import ArraySource, Progress, Source, open_source, own_test_source, source_notes
 from equigram.errors import DataError, ResourceError
 from equigram.memory import available_memory, format_bytes
 from equigram.spec import DataSpec
+
+READ_FILES = 64
+"""Files of a source whose content is compared when a run goes on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +193,10 @@ def load_images(url: str, preprocessing: Preprocessing, *, progress: Progress | 
     source = open_source(url, "new")
     chosen = _Chosen.look(source, np.arange(len(source)), None, "new", progress)
     for place, header in enumerate(chosen.headers):
-        preprocessing.check(header, chosen.where(place), "every training image", is_file=source.is_files)
+        preprocessing.check(
+            header, chosen.where(place), "every training image", is_file=source.is_files,
+            remedy="bring new images to the form of the training images",
+        )  # fmt: skip
     _check_memory(preprocessing, len(source))
     images, _ = chosen.read(preprocessing, progress)
     preprocessing.check_scale(images, url, integer=chosen.headers[0].integer)
@@ -199,20 +205,28 @@ def load_images(url: str, preprocessing: Preprocessing, *, progress: Progress | 
 
 
 def fingerprint(spec: DataSpec) -> str:
-    """SHA-256 over the relative path and size of every file that ``spec`` names, without reading them.
+    """SHA-256 over the relative path and size of every file that ``spec`` names, and the content of some.
 
-    Changes when files are added, removed, renamed or change size; not when a source moves as a whole.
+    Of each source :data:`READ_FILES` files, evenly spread, are read, so all of an .npy or .npz. Changes when files are
+    added, removed, renamed or change size, or when those files change; not when a source moves as a whole.
 
     Raises:
       DataNotFoundError: a source is gone.
-      DataError: a source cannot be listed.
+      DataError: a source cannot be listed or read.
     """
     digest = hashlib.sha256()
     for role in ("train", "train_labels", "test", "test_labels"):
         url = getattr(spec, role)
-        if url is not None:
-            for path, size in sizes(locate(url)):
-                digest.update(f"{role}\0{path}\0{size}\n".encode(errors="surrogateescape"))
+        if url is None:
+            continue
+        location = locate(url)
+        found = files(location)
+        for name, size, _ in found:
+            digest.update(f"{role}\0{name}\0{size}\n".encode(errors="surrogateescape"))
+        for index in np.unique(np.linspace(0, len(found) - 1, min(len(found), READ_FILES)).astype(int)).tolist():
+            name, _, path = found[index]
+            with reaching(f"{name} in {url}"), location.open(path) as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 

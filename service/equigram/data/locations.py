@@ -127,9 +127,8 @@ def locate(url: str) -> Location:
             raise _nothing_at(url)
     if suffix in SUFFIXES:
         return Location(url, "image", fs, path)
-    raise DataError(
-        f"{url} is neither a folder nor an .npz, .npy or zarr; unpack it, or name what is in a zip as zip://::{url}"
-    )
+    remedy = f"unpack it, or name what is in it as zip://::{url}" if suffix == ".zip" else "name one of these"
+    raise DataError(f"{url} is neither a folder nor an .npz, .npy or zarr; {remedy}")
 
 
 def list_images(folder: Location) -> Listing:
@@ -163,16 +162,16 @@ def list_images(folder: Location) -> Listing:
     return Listing(tuple(files), tuple(sorted(classes)), tuple(sorted(ignored)))
 
 
-def sizes(location: Location) -> list[tuple[str, int | None]]:
-    """``(relative path, bytes)`` of every file that is read from ``location``, sorted by path."""
+def files(location: Location) -> list[tuple[str, int | None, str]]:
+    """``(relative path, bytes, path in the file system)`` of every file read from ``location``, sorted."""
     if location.kind == "folder":
-        return sorted((file.name, file.size) for file in list_images(location).files)
+        return sorted((file.name, file.size, file.path) for file in list_images(location).files)
     with reaching(location.url):
         if location.kind == "zarr":
             found = location.fs.find(location.path, detail=True)
             start = len(location.path.rstrip("/"))
-            return sorted((path[start:].lstrip("/"), info["size"]) for path, info in found.items())
-        return [(location.name, location.fs.size(location.path))]
+            return sorted((path[start:].lstrip("/"), info["size"], path) for path, info in found.items())
+        return [(location.name, location.fs.size(location.path), location.path)]
 
 
 def _children(folder: Location, path: str) -> list[tuple[str, str, int | None, bool]]:

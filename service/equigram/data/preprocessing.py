@@ -66,7 +66,7 @@ class Preprocessing:
             std=(1.0,) * channels,
         )
 
-    def check(self, header: Header, where: str, reference: str, *, is_file: bool) -> None:
+    def check(self, header: Header, where: str, reference: str, *, is_file: bool, remedy: str | None = None) -> None:
         """Refuse an image that cannot be brought to the shape of the others.
 
         Args:
@@ -74,6 +74,7 @@ class Preprocessing:
           where: what it is called.
           reference: what the images that it must match are called.
           is_file: an image file, whose grey becomes colour where the others have it; arrays keep their channels.
+          remedy: what to do about it; by default, what to change in the job.
 
         Raises:
           DataError: it is not square where it is resized, differs in size, or in channels.
@@ -83,28 +84,28 @@ class Preprocessing:
         if self.size is not None and height != width:
             raise DataError(
                 f"{where} is {_dimensions(header)} and cannot be resized to {self.size} x {self.size} without "
-                "distortion; set data.crop: center to cut the central square, or crop the images"
+                f"distortion; {remedy or 'set data.crop: center to cut the central square, or crop the images'}"
             )
         if self.size is None and (height, width) != (self.height, self.width):
             raise DataError(
                 f"{where} is {_dimensions(header)}{' (cropped to a square)' if self.crop else ''}, but {reference} is "
-                f"{self.width} wide and {self.height} high; set data.size to resize all images"
+                f"{self.width} wide and {self.height} high; {remedy or 'set data.size to resize all images'}"
             )
-        self._check_channels(header.channels, where, reference, is_file=is_file)
+        self._check_channels(header.channels, where, reference, is_file, remedy)
 
-    def _check_channels(self, channels: int, where: str, reference: str, *, is_file: bool) -> None:
+    def _check_channels(self, channels: int, where: str, reference: str, is_file: bool, remedy: str | None) -> None:
         if channels == self.channels:
             return
         if self.color != "auto" and channels not in (1, 3):
             raise DataError(
-                f"{where} has {channels} channels, and data.color: {self.color} converts images of 1 or 3; set "
-                "data.color: auto to keep the channels"
+                f"{where} has {channels} channels, and data.color: {self.color} converts images of 1 or 3; "
+                f"{remedy or 'set data.color: auto to keep the channels'}"
             )
         if (channels, self.channels) == (1, 3) and (is_file or self.color == "rgb"):
             return
         if (channels, self.channels) == (3, 1) and self.color == "gray":
             return
-        remedy = {
+        remedy = remedy or {
             (1, 3): "store grey images as RGB, or set data.color: rgb",
             (3, 1): "store them as grey, or set data.color: gray",
         }.get((channels, self.channels), "all images need the same channels")

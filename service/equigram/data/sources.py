@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, Protocol, TypeAlias, TypeVar
@@ -14,6 +13,7 @@ from equigram.data.files import Header, Pixels, quiet_pillow, read_header, read_
 from equigram.data.locations import ImageFile, Listing, Location, list_images, locate, reaching
 from equigram.data.preprocessing import Preprocessing, scaled
 from equigram.errors import DataError
+from equikernel.kernel import available_cores
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 Role: TypeAlias = Literal["train", "test", "new"]
@@ -271,9 +271,8 @@ def _in_threads(
     function: Callable[[Item], Result], items: Sequence[Item], what: str, progress: Progress | None
 ) -> list[Result]:
     """``function`` of each item, on all cores; the error of the first item that fails, in their order."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     results = []
-    with quiet_pillow(), ThreadPoolExecutor(cores, "equigram-images") as pool:
+    with quiet_pillow(), ThreadPoolExecutor(available_cores(), "equigram-images") as pool:
         try:
             for done, result in enumerate(pool.map(function, items), 1):
                 results.append(result)

@@ -1,7 +1,7 @@
-"""Kernel regression with a Gram matrix in memory: μ(x) = Θ(x, X) (Θ(X, X) + λ s I)⁻¹ Y.
+"""Kernel regression with a Gram matrix in memory: μ(x) = ȳ + Θ(x, X) (Θ(X, X) + λ s I)⁻¹ (Y - ȳ).
 
-``X`` are the n training images, ``Y`` their centred targets, ``s`` the mean diagonal of Θ(X, X). The ridge λ is in
-units of s, so one value means the same for every group and kernel, and scaling a kernel changes no prediction.
+``X`` are the n training images, ``Y`` their targets with mean ``ȳ``, ``s`` the mean diagonal of Θ(X, X). The ridge λ is
+in units of s, so one value means the same for every group and kernel, and scaling a kernel changes no prediction.
 Everything is solved in float64 by a Cholesky factorisation of A = Θ(X, X) / s + λ I, one for each λ.
 """
 

@@ -34,6 +34,10 @@ LONGEST_ROW = 640
 ROW_OVERHEAD = 64
 """Cost of starting a row, in entries."""
 
+FLOAT64_PIXELS = 36
+"""Images of up to so many pixels, and networks of 1x1 filters, are computed in float64 for any dtype of the result:
+nothing averages there, so float32 would lose up to half of its digits near ``c = ±1``."""
+
 TASKS_PER_THREAD = 8
 """Pieces that the work of a call is cut into, per thread, so that all threads end together."""
 
@@ -42,7 +46,7 @@ TASKS_PER_THREAD = 8
 class Prepared:
     """Images and their turned copies, packed for the inner loops.
 
-    ``packed[turn]``: ``(n, C + 2 depth, H, W)`` in the dtype of the engine: the pixels, then for each convolution
+    ``packed[turn]``: ``(n, C + 2 depth, H, W)`` in the dtype of the computation: the pixels, then for each convolution
     ``√q`` (for erf ``1/√(1+2q)``) and ``1/√q`` of its preactivation variances ``q``.
     """
 
@@ -72,7 +76,9 @@ class CpuEngine:
             raise ImageError(
                 f"images are {images.shape[1]}x{images.shape[2]} pixels; the cpu engine takes up to {widest} per side"
             )
-        pixels = images.transpose(0, 3, 1, 2)
+        delicate = images.shape[1] * images.shape[2] <= FLOAT64_PIXELS or self.network.filter_size == 1
+        dtype = np.dtype(np.float64) if delicate else self.dtype
+        pixels = images.transpose(0, 3, 1, 2).astype(dtype, copy=False)
         factors = [pixels]
         q = np.square(images, dtype=np.float64).sum(axis=3) / images.shape[3]
         dual = DUALS[self.network.activation]
@@ -81,13 +87,13 @@ class CpuEngine:
             root = np.sqrt(q)
             inverse = np.divide(1, root, out=np.zeros_like(root), where=root > 0)
             scale = 1 / np.sqrt(1 + 2 * q) if self.network.activation == "erf" else root
-            factors += [scale[:, None].astype(self.dtype), inverse[:, None].astype(self.dtype)]
+            factors += [scale[:, None].astype(dtype), inverse[:, None].astype(dtype)]
             q = dual(q, q, q)[0]
         packed = np.concatenate(factors, axis=1)
         if not np.isfinite(packed).all():
             index = int(np.argmin(np.isfinite(packed).all(axis=(1, 2, 3))))
             raise ImageError(
-                f"the kernel of image {index} with itself leaves the range of {self.dtype.name}; rescale the "
+                f"the kernel of image {index} with itself leaves the range of {dtype.name}; rescale the "
                 "images, change w_std or depth, or use float64"
             )
         turned = {
@@ -99,6 +105,10 @@ class CpuEngine:
     def pooled_bound(self, block: Prepared) -> NDArray[np.float64]:
         """``(mean over t of √K(t,t))²`` after the last activation, ``(n,)``."""
         return block.bound
+
+    def epsilon(self, block: Prepared) -> float:
+        """The machine epsilon of the computation."""
+        return float(np.finfo(block.packed[0].dtype).eps)
 
     def pairs(
         self, block1: Prepared, block2: Prepared, rows: NDArray[np.intp], cols: NDArray[np.intp]
@@ -144,9 +154,10 @@ class CpuEngine:
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Plain CNN kernels after pooling of one image against several: ``(len(others),)`` each."""
         network, u = self.network, np.uint64
+        scalar = packed1.dtype.type
+        branch = BRANCH_POINT * max(1, network.radius) * float(np.finfo(packed1.dtype).eps)
         height, width = packed1.shape[2:]
         activation, factor = ACTIVATIONS[network.activation]
-        scalar = self.dtype.type
         offsets_x = _useful_offsets(width, network.margin)
         sums_k, sums_theta = np.empty(len(others)), np.empty(len(others))
         planes.pooled_pairs(
@@ -154,15 +165,11 @@ class CpuEngine:
             u(network.depth), u(network.radius), PADDINGS[network.padding], activation,
             _useful_offsets(height, network.margin), offsets_x,
             u(offsets_per_block(len(offsets_x), width + 2 * network.radius)), u(network.margin),
-            scalar(network.w_std**2), scalar(network.b_std**2), scalar(factor), scalar(self._branch()),
+            scalar(network.w_std**2), scalar(network.b_std**2), scalar(factor), scalar(branch),
             sums_k, sums_theta,
         )  # fmt: skip
         pixel_pairs = ((height - 2 * network.margin) * (width - 2 * network.margin)) ** 2
         return sums_k / pixel_pairs, sums_theta / pixel_pairs
-
-    def _branch(self) -> float:
-        """How close to ``±1`` a correlation is taken as ``±1``; sums over larger filters round more."""
-        return BRANCH_POINT * max(1, self.network.radius) * float(np.finfo(self.dtype).eps)
 
     def _box_mean(self, q: NDArray[np.float64]) -> NDArray[np.float64]:
         """The mean of ``(n, H, W)`` over the filter support, beyond the border zeros or the opposite side.
