@@ -226,7 +226,10 @@ def fingerprint(spec: DataSpec) -> str:
         for index in np.unique(np.linspace(0, len(found) - 1, min(len(found), READ_FILES)).astype(int)).tolist():
             name, _, path = found[index]
             with reaching(f"{name} in {url}"), location.open(path) as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+                content = hashlib.sha256()
+                while part := stream.read(2**20):
+                    content.update(part)
+            digest.update(content.digest())
     return digest.hexdigest()
 
 
