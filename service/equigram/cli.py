@@ -231,7 +231,7 @@ def predict(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="CSV file; by default standard output.")
     ] = None,
     group: Annotated[
-        str | None, typer.Option(metavar="GROUP", help="Network: C1, C2 or C4; by default the last of the job.")
+        str | None, typer.Option(metavar="GROUP", help="Network: C1, C4, …; by default the last of the job.")
     ] = None,
     kernel: Annotated[
         str | None, typer.Option(metavar="KERNEL", help="nngp or ntk; by default the last that was solved.")

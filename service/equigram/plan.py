@@ -161,17 +161,17 @@ def image_bytes(tiling: Tiling, values: int) -> int:
     return 4 * values * (tiling.train + tiling.test)
 
 
-def worker_bytes(edge: int, image: int, cached_blocks: int, turns: int, groups: int, itemsize: int) -> int:
+def worker_bytes(edge: int, image: int, cached_blocks: int, elements: int, groups: int, itemsize: int) -> int:
     """Bytes a worker holds at most: prepared image blocks, and what a pair takes while a tile is computed.
 
-    That is two indices, both kernels in float64 for every turn and group, and in the end in the dtype of the run.
+    That is two indices, both kernels in float64 for every element and group, and in the end in the dtype of the run.
 
     Args:
       edge: of a tile, in images.
       image: bytes of a prepared image.
       cached_blocks: prepared blocks of ``edge`` images that are kept; one more is in the making.
-      turns, groups: relative turns of two images, and groups that share them.
+      elements, groups: relative rotations and reflections of two images, and groups that share them.
       itemsize: bytes of a stored value.
     """
-    pair = 16 + 16 * turns + (16 + 2 * itemsize) * groups + 2 * itemsize
+    pair = 16 + 16 * elements + (16 + 2 * itemsize) * groups + 2 * itemsize
     return (cached_blocks + 1) * edge * image + pair * edge**2

@@ -19,7 +19,7 @@ from equigram.solve.regression import memory_needed
 from equigram.solve.stage import Result, check_solvable, solve_run
 from equigram.store import GramStore, free_space
 from equikernel.errors import EquikernelError, NetworkError
-from equikernel.groups import common_turns, needs_square_images
+from equikernel.groups import needs_square_images, union
 from equikernel.kernel import KernelFunction, available_cores
 from equikernel.worker import CACHED_BLOCKS, measure_pair_seconds, processor_kind
 
@@ -178,10 +178,10 @@ def solver_memory(spec: JobSpec, train: int, test: int) -> int:
 def worker_memory(spec: JobSpec, tiling: Tiling, image_shape: tuple[int, int, int]) -> int:
     """Bytes that a worker needs at most, for images of ``(H, W, C)``."""
     height, width, channels = image_shape
-    turns = len(common_turns(spec.gram.groups))
-    image = height * width * (channels + 2 * spec.network.depth) * turns * np.dtype(spec.gram.dtype).itemsize
+    elements = len(union(spec.gram.groups))
+    image = height * width * (channels + 2 * spec.network.depth) * elements * np.dtype(spec.gram.dtype).itemsize
     return WORKER_BYTES + worker_bytes(
-        tiling.edge, image, CACHED_BLOCKS, turns, len(spec.gram.groups), np.dtype(spec.gram.dtype).itemsize
+        tiling.edge, image, CACHED_BLOCKS, elements, len(spec.gram.groups), np.dtype(spec.gram.dtype).itemsize
     )
 
 

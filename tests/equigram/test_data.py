@@ -498,7 +498,7 @@ def test_an_image_that_is_not_square_is_refused_where_it_is_resized(tmp_path: Pa
 
 def test_an_image_that_is_not_square_is_refused_for_quarter_turns(tmp_path: Path) -> None:
     one_class(tmp_path, noise(4, 6))
-    refuses("only/a.png|6 pixels wide and 4 high|data.crop: center|C1 and C2", tmp_path, square=True)
+    refuses("only/a.png|6 pixels wide and 4 high|data.crop: center|C1, C2, D1 and D2", tmp_path, square=True)
     assert load(tmp_path).train.images.shape == (1, 4, 6, 1)
 
 

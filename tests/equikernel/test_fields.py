@@ -168,7 +168,7 @@ def test_every_wrong_field_has_a_line() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"group": "D4"}, "group: 'D4' is not allowed; choose 'C1', 'C2' or 'C4'"),
+        ({"group": "D8"}, "group: 'D8' is not allowed; choose 'C1', 'C2', 'C4', 'D1', 'D2' or 'D4'"),
         ({"depht": 3}, "depht: no such field; did you mean 'depth'? Allowed here: depth, filter_size, padding, "),
         ({"depth": 0}, "depth: 0 is not allowed; it must be a whole number from 1 to 1000"),
         ({"depth": 2.0}, "depth: 2.0 is not allowed; it must be a whole number from 1 to 1000"),

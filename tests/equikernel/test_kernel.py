@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from equikernel import EngineError, GroupCNN, ImageError, NetworkError, NonFiniteKernelError
-from equikernel.groups import quarter_turns
-from equikernel.kernel import Kernel, KernelFunction, compute
+from equikernel.groups import GROUPS, needs_square_images, symmetries
+from equikernel.kernel import Kernel, KernelFunction
 
 Array = NDArray[np.float64]
 
@@ -53,7 +53,7 @@ def test_exact_answers(case: dict[str, Any], engine: str, dtype: str) -> None:
 
 networks = st.builds(
     GroupCNN,
-    group=st.sampled_from(["C1", "C2", "C4"]),
+    group=st.sampled_from(GROUPS),
     depth=st.integers(1, 4),
     filter_size=st.sampled_from([3, 5]),
     padding=st.sampled_from(PADDINGS),
@@ -76,7 +76,7 @@ networks = st.builds(
 def test_cpu_engine_equals_the_literal_recursion(
     net: GroupCNN, height: int, width: int, channels: int, seed: int, dtype: str
 ) -> None:
-    width = height if net.group == "C4" else width
+    width = height if needs_square_images(net.group) else width
     try:
         net.check_images(height, width, net.group)
     except NetworkError:
@@ -89,13 +89,25 @@ def test_cpu_engine_equals_the_literal_recursion(
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("activation", ["relu", "erf"])
 @pytest.mark.parametrize(
-    ("group", "padding", "filter_size"), list(itertools.product(["C1", "C2", "C4"], PADDINGS, [3, 5]))
+    ("group", "padding", "filter_size"),
+    [*itertools.product(["C1", "C2", "C4"], PADDINGS, [3, 5]), ("D2", "SAME", 3), ("D4", "SAME", 3)],
 )
 def test_branch_point(group: str, padding: str, filter_size: int, activation: str, dtype: str) -> None:
     """Identical, rotated, proportional, constant and zero images: c = ±1 and q = 0, where √ε lurks."""
     f = images(1, side=5, channels=1)[0]
     stripes = np.tile(f[:1], (5, 1, 1))
-    special = [f, f, 3.7 * f, -0.3 * f, 0 * f, np.full_like(f, 0.8), np.full_like(f, -1.3), np.rot90(f), np.rot90(f, 2)]
+    special = [
+        f,
+        f,
+        f[:, ::-1],
+        3.7 * f,
+        -0.3 * f,
+        0 * f,
+        np.full_like(f, 0.8),
+        np.full_like(f, -1.3),
+        np.rot90(f),
+        np.rot90(f, 2),
+    ]
     x = np.array([*special, stripes, 2 * stripes]).astype(dtype)
     depth = 1 if padding == "VALID" else 3
     net = GroupCNN(group=group, depth=depth, filter_size=filter_size, padding=padding, activation=activation)
@@ -144,30 +156,33 @@ def test_constant_images_of_opposite_sign_share_nothing_through_relu(side: int) 
 
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("turns", [1, 2, 3])
-def test_rotating_an_image_leaves_the_gram_unchanged(turns: int, padding: str, engine: str) -> None:
-    """Of the first image: over turns of the second the orbit reduction averages by construction."""
+@pytest.mark.parametrize("group", ["C4", "D1", "D2", "D4"])
+def test_rotating_or_mirroring_an_image_leaves_the_gram_unchanged(group: str, padding: str, engine: str) -> None:
+    """The first image: over those of the second the orbit reduction averages by construction."""
     x, y = images(3, seed=1), images(2, seed=2)
-    net = GroupCNN(group="C4", depth=2, padding=padding, b_std=0.1, head=("relu",))
+    net = GroupCNN(group=group, depth=2, padding=padding, b_std=0.1, head=("relu",))
     kernel = net.kernel(x, y, engine=engine, dtype="float64")
-    turned = net.kernel(np.rot90(x, turns, axes=(1, 2)), y, engine=engine, dtype="float64")
-    assert_kernels_close(turned, kernel, "float64")
+    for element in symmetries(group)[1:]:
+        moved = net.kernel(element.on_images(x), y, engine=engine, dtype="float64")
+        assert_kernels_close(moved, kernel, "float64")
 
 
-def test_rotating_an_image_changes_the_plain_cnn() -> None:
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_is_not_in_the_group_changes_the_gram(group: str) -> None:
     x, y = images(3, seed=1), images(2, seed=2)
-    net = GroupCNN(group="C1", depth=2)
-    assert not np.allclose(net.kernel(np.rot90(x, axes=(1, 2)), y).ntk, net.kernel(x, y).ntk, rtol=1e-3)
+    net = GroupCNN(group=group, depth=2)
+    for element in set(symmetries("D4")) - set(symmetries(group)):
+        assert not np.allclose(net.kernel(element.on_images(x), y).ntk, net.kernel(x, y).ntk, rtol=1e-3)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("group", ["C2", "C4"])
-def test_group_kernel_is_the_mean_of_plain_kernels_over_rotated_images(group: str, padding: str) -> None:
+@pytest.mark.parametrize("group", GROUPS[1:])
+def test_group_kernel_is_the_mean_of_plain_kernels_over_rotated_and_mirrored_images(group: str, padding: str) -> None:
     x, y = images(2, seed=3), images(3, seed=4)
     fields: dict[str, Any] = {"depth": 2, "padding": padding, "w_std": 1.3, "b_std": 0.2}
     plain = [
-        GroupCNN(group="C1", **fields).kernel(x, np.rot90(y, turn, axes=(1, 2)), engine="reference")
-        for turn in quarter_turns(group)
+        GroupCNN(group="C1", **fields).kernel(x, element.on_images(y), engine="reference")
+        for element in symmetries(group)
     ]
     mean = Kernel(*(np.mean(values, axis=0) for values in zip(*plain, strict=True)))
     assert_kernels_close(GroupCNN(group=group, **fields).kernel(x, y, engine="reference"), mean, "float64")
@@ -188,8 +203,8 @@ def test_gram_matrix_is_symmetric_and_positive_semidefinite(head: tuple[str, ...
 def test_all_groups_come_from_one_pass() -> None:
     x, y = images(3), images(2, seed=1)
     net = GroupCNN(group="C4", depth=2, head=("relu",))
-    together = compute(net, ("C1", "C4", "C2"), x, y, engine="cpu", dtype="float32")
-    assert list(together) == ["C1", "C4", "C2"]
+    together = net.kernel(x, y, groups=["C1", "D4", "C2", "D1", "C4", "C2"])
+    assert list(together) == ["C1", "D4", "C2", "D1", "C4"]
     for group, kernel in together.items():
         alone = net.model_copy(update={"group": group}).kernel(x, y)
         np.testing.assert_array_equal(kernel.nngp, alone.nngp)
@@ -283,6 +298,17 @@ def test_unusable_engine_dtype_and_network() -> None:
         GroupCNN(padding="CIRCULAR", filter_size=7).kernel(x)
     with pytest.raises(NetworkError, match="filter_size: 4 is even"):
         GroupCNN(filter_size=4)
+
+
+def test_unusable_groups() -> None:
+    for group, message in (
+        ("D3", "'D3' is not allowed; choose of C1, C2, C4, D1, D2, D4"),
+        ("c4", "did you mean 'C4'"),
+    ):
+        with pytest.raises(NetworkError, match=message):
+            GroupCNN().kernel(images(1), groups=["C1", group])
+    with pytest.raises(NetworkError, match="groups: the list is empty; choose of C1,"):
+        GroupCNN().kernel(images(1), groups=[])
 
 
 def test_the_reference_refuses_what_no_memory_holds() -> None:

@@ -1,11 +1,10 @@
 r"""Finite-width group CNNs in JAX, and their empirical NNGP and NTK: the networks whose limit the kernels are.
 
-``z_r(t)`` are the features at pixel ``t`` and rotation ``r``, and ``x = σ(z)``; ``S`` is the square filter support;
-``ρ(r)`` is the rotation by ``r``; the parameters ``κ`` and ``β`` are standard normal.
-
+``z_r(t)`` are the features at pixel ``t`` and rotation or reflection ``r``, and ``x = σ(z)``; ``S`` is the square
+filter support; ``ρ(r)`` acts on pixels as ``r``; the parameters ``κ`` and ``β`` are standard normal.
 
 - lifting: ``z_r(t) = w / √(|S| C) Σ_v Σ_c κ[v, c] f_c(t + ρ(r)v) + b β``
-- group convolution: ``z_r(t) = w / √(n |S| width) Σ_q Σ_v Σ_c κ[v, q, c] x_{rq, c}(t + ρ(r)v) + b β``
+- group convolution: ``z_r(t) = w / √(|G| |S| width) Σ_q Σ_v Σ_c κ[v, q, c] x_{rq, c}(t + ρ(r)v) + b β``
 - group pooling: the mean over ``r`` and ``t``
 - dense: ``w / √width Σ_c κ[c] h_c + b β``
 
@@ -39,9 +38,9 @@ ACTIVATIONS = {"relu": jax.nn.relu, "erf": jax.lax.erf}
 class Layer(NamedTuple):
     """The parameters of one layer, standard normal at initialisation; the scales are applied in the forward pass.
 
-    ``weights``: ``(k, k, m, c_in, c_out)`` for a convolution, with ``m = 1`` rotation of the input in the lifting layer
-    and ``m = n`` after it; ``(c_in, c_out)`` for a dense layer. ``bias``: ``(c_out,)``, shared by all pixels and
-    rotations.
+    ``weights``: ``(k, k, m, c_in, c_out)`` for a convolution, with ``m = 1`` element of the input in the lifting layer
+    and ``m = |G|`` after it; ``(c_in, c_out)`` for a dense layer. ``bias``: ``(c_out,)``, shared by all pixels and
+    elements.
     """
 
     weights: jax.Array
@@ -68,7 +67,7 @@ def init(net: GroupCNN, width: int, key: jax.Array, channels: int) -> Params:
         raise NetworkError(
             f"a network of width {width} on images of {channels} channels has no parameters; use 1 or more"
         )
-    n, k = groups.order(net.group), net.filter_size
+    n, k = len(groups.symmetries(net.group)), net.filter_size
     shapes: list[tuple[int, ...]] = [(k, k, 1, channels, width)]
     shapes += [(k, k, n, width, width)] * (net.depth - 1)
     shapes += [(width, width)] * len(net.head)
@@ -112,14 +111,18 @@ def features(net: GroupCNN, params: Params, images: ArrayLike) -> jax.Array:
 
 
 def _group_convolution(net: GroupCNN, layer: Layer, x: jax.Array) -> jax.Array:
-    """From ``(n, H, W, rotations, c_in)`` to ``(n, H', W', rotations, c_out)``; one input rotation means lifting."""
+    """From ``(n, H, W, |G|, c_in)`` to ``(n, H', W', |G|, c_out)``; one input element means lifting."""
     k, _, m, c_in, c_out = layer.weights.shape
-    turns = groups.quarter_turns(net.group)
-    # The filter of rotation r is turned by r, and its tap q reads the input at rotation rq.
-    rotated = [jnp.roll(jnp.rot90(layer.weights, turn, axes=(0, 1)), r, axis=2) for r, turn in enumerate(turns)]
-    filters = jnp.stack(rotated, axis=4).reshape(k * k * m * c_in, len(turns) * c_out)
+    elements = groups.symmetries(net.group)
+    # The filter of element r is moved by r, and its tap q reads the input at element rq.
+    moved = []
+    for element, rq in zip(elements, groups.multiplication_table(net.group), strict=True):
+        weights = jnp.flip(layer.weights, 1) if element.mirrored else layer.weights
+        weights = jnp.rot90(weights, element.turns, axes=(0, 1))
+        moved.append(weights if m == 1 else weights[:, :, np.argsort(rq)])
+    filters = jnp.stack(moved, axis=4).reshape(k * k * m * c_in, len(elements) * c_out)
     z = _patches(net, x.reshape(*x.shape[:3], m * c_in)) @ filters
-    z = z.reshape(*z.shape[:3], len(turns), c_out)
+    z = z.reshape(*z.shape[:3], len(elements), c_out)
     return net.w_std / np.sqrt(k * k * m * c_in) * z + net.b_std * layer.bias
 
 

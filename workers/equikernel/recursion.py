@@ -2,7 +2,8 @@ r"""The literal recursions of arXiv 2406.06504 over ``(r, r', t, t')``: the judg
 
 Notation: ``K[p, r, r', y, x, y', x']`` is the kernel of image pair ``p`` between the group elements ``(t, r)`` and
 ``(t', r')`` with ``t = (y, x)``; ``q[p, r, y, x]`` its diagonal for one image of the pair. ``S`` is the square filter
-support, ``ρ(r)`` the rotation by ``r``. Everything is float64 and slow on purpose: ``O(n² (HW)² |S|)`` per layer.
+support, ``ρ(r)`` the rotation or reflection ``r``. Everything is float64 and slow on purpose: ``O(|G|² (HW)² |S|)`` per
+layer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from equikernel.activations import DUALS
 from equikernel.errors import ImageError
-from equikernel.groups import order, quarter_turns, rotate_offset
+from equikernel.groups import multiplication_table, symmetries
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -72,34 +73,34 @@ def input_diagonal(x: Array) -> Array:
     return diagonal
 
 
-def lifting(k: Array, turns: Sequence[int], radius: int, padding: str) -> Array:
+def lifting(k: Array, group: str, radius: int, padding: str) -> Array:
     """``A(K)(tr, t'r') = 1/|S| Σ_v K⁰(t + ρ(r)v, t' + ρ(r')v)``: from ``(p, H, W, H, W)`` to all ``(r, r')``."""
-    everywhere = np.broadcast_to(k[:, None, None], (len(k), len(turns), len(turns), *k.shape[1:]))
-    return _average(everywhere, turns, radius, padding)
+    n = len(symmetries(group))
+    everywhere = np.broadcast_to(k[:, None, None], (len(k), n, n, *k.shape[1:]))
+    return _average(everywhere, group, radius, padding)
 
 
-def group_convolution(k: Array, turns: Sequence[int], radius: int, padding: str) -> Array:
-    """``A(K)(tr, t'r') = 1/(n|S|) Σ_q Σ_v K[rq, r'q](t + ρ(r)v, t' + ρ(r')v)``."""
-    n = len(turns)
-    over_rotations = np.zeros_like(k)
-    for q in range(n):
-        rq = (np.arange(n) + q) % n
-        over_rotations += k[:, rq[:, None], rq[None, :]]
-    return _average(over_rotations / n, turns, radius, padding)
+def group_convolution(k: Array, group: str, radius: int, padding: str) -> Array:
+    """``A(K)(tr, t'r') = 1/(|G||S|) Σ_q Σ_v K[rq, r'q](t + ρ(r)v, t' + ρ(r')v)``."""
+    over_group = np.zeros_like(k)
+    table = multiplication_table(group)
+    for rq in table.T:
+        over_group += k[:, rq[:, None], rq[None, :]]
+    return _average(over_group / len(table), group, radius, padding)
 
 
-def _average(k: Array, turns: Sequence[int], radius: int, padding: str) -> Array:
+def _average(k: Array, group: str, radius: int, padding: str) -> Array:
     """``1/|S| Σ_v K[r, r'](t + ρ(r)v, t' + ρ(r')v)``."""
     padded = _pad(k, radius, padding, axes=(3, 4, 5, 6))
     height, width = padded.shape[3] - 2 * radius, padded.shape[4] - 2 * radius
     out: Array = np.empty((*k.shape[:3], height, width, height, width))
-    for (i, r), (j, s) in product(enumerate(turns), enumerate(turns)):
+    for (i, r), (j, s) in product(enumerate(symmetries(group)), repeat=2):
         out[:, i, j] = _mean(
             padded[
                 (
                     slice(None), i, j,
-                    *_window(rotate_offset(v, r), radius, height, width),
-                    *_window(rotate_offset(v, s), radius, height, width),
+                    *_window(r.on_offset(v), radius, height, width),
+                    *_window(s.on_offset(v), radius, height, width),
                 )
             ]
             for v in _support(radius)
@@ -107,16 +108,16 @@ def _average(k: Array, turns: Sequence[int], radius: int, padding: str) -> Array
     return out
 
 
-def diagonal_convolution(q: Array, turns: Sequence[int], radius: int, padding: str) -> Array:
-    """The convolutions above on the diagonal ``g = g'``: ``1/(n|S|) Σ_q Σ_v q[rq](t + ρ(r)v)``, ``(p, n, H, W)``.
+def diagonal_convolution(q: Array, group: str, radius: int, padding: str) -> Array:
+    """The convolutions above on the diagonal ``g = g'``: ``1/(|G||S|) Σ_q Σ_v q[rq](t + ρ(r)v)``, ``(p, n, H, W)``.
 
-    For the lifting layer pass ``K⁰(t, t)`` repeated over the rotations.
+    For the lifting layer pass ``K⁰(t, t)`` repeated over the group.
     """
     padded = _pad(q.mean(axis=1), radius, padding, axes=(1, 2))
     height, width = padded.shape[1] - 2 * radius, padded.shape[2] - 2 * radius
     rotated = [
-        _mean(padded[(slice(None), *_window(rotate_offset(v, r), radius, height, width))] for v in _support(radius))
-        for r in turns
+        _mean(padded[(slice(None), *_window(r.on_offset(v), radius, height, width))] for v in _support(radius))
+        for r in symmetries(group)
     ]
     return np.stack(rotated, axis=1)
 
@@ -142,14 +143,14 @@ def group_pooling(k: Array) -> Array:
     return pooled
 
 
-def preactivation_variances(network: Architecture, turns: Sequence[int], x: Array) -> list[Array]:
+def preactivation_variances(network: Architecture, group: str, x: Array) -> list[Array]:
     """``K_{g,g}(f, f)`` before each activation, one ``(p, n, H, W)`` array per convolution."""
     dual = DUALS[network.activation]
     w2, b2 = network.w_std**2, network.b_std**2
-    q = np.repeat(input_diagonal(x)[:, None], len(turns), axis=1)
+    q = np.repeat(input_diagonal(x)[:, None], len(symmetries(group)), axis=1)
     variances = []
     for _ in range(network.depth):
-        q = w2 * diagonal_convolution(q, turns, network.radius, network.padding) + b2
+        q = w2 * diagonal_convolution(q, group, network.radius, network.padding) + b2
         variances.append(q)
         q = dual(q, q, q)[0]
     return variances
@@ -157,17 +158,16 @@ def preactivation_variances(network: Architecture, turns: Sequence[int], x: Arra
 
 def pooled_pairs(network: Architecture, group: str, x1: Array, x2: Array) -> tuple[Array, Array]:
     """Pooled NNGP and NTK, ``(p,)`` each, of the pairs ``(x1[p], x2[p])``; images ``(p, H, W, C)`` float64."""
-    turns = quarter_turns(group)
     dual = DUALS[network.activation]
     w2, b2 = network.w_std**2, network.b_std**2
-    variances1 = preactivation_variances(network, turns, x1)
-    variances2 = preactivation_variances(network, turns, x2)
+    variances1 = preactivation_variances(network, group, x1)
+    variances2 = preactivation_variances(network, group, x2)
     k = input_kernel(x1, x2)
     theta = np.zeros_like(k)
     convolution = lifting
     for q1, q2 in zip(variances1, variances2, strict=True):
-        k = w2 * convolution(k, turns, network.radius, network.padding) + b2
-        theta = k + w2 * convolution(theta, turns, network.radius, network.padding)
+        k = w2 * convolution(k, group, network.radius, network.padding) + b2
+        theta = k + w2 * convolution(theta, group, network.radius, network.padding)
         k, derivative = dual(k, q1[:, :, None, :, :, None, None], q2[:, None, :, None, None, :, :])
         theta = derivative * theta
         convolution = group_convolution
@@ -188,7 +188,7 @@ class ReferenceEngine:
           ImageError: a single pair needs more memory than the machine has.
         """
         height, width = images.shape[1:3]
-        largest = max(self.groups, key=order)
+        largest = max(self.groups, key=lambda group: len(symmetries(group)))
         needed = ARRAYS_AT_ONCE * self._covariance_bytes(largest, height, width)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > memory:
@@ -204,14 +204,14 @@ class ReferenceEngine:
 
     def pooled_bound(self, block: Array) -> Array:
         """``(mean over t of √K(t,t))²`` after the last activation, ``(n,)``."""
-        q = preactivation_variances(self.network, (0,), block)[-1]
+        q = preactivation_variances(self.network, "C1", block)[-1]
         bound: Array = np.sqrt(DUALS[self.network.activation](q, q, q)[0]).mean(axis=(1, 2, 3)) ** 2
         return bound
 
     @staticmethod
     def _covariance_bytes(group: str, height: int, width: int) -> int:
         """Bytes of ``K[r, r', t, t']`` of one pair."""
-        return 8 * order(group) ** 2 * (height * width) ** 2
+        return 8 * len(symmetries(group)) ** 2 * (height * width) ** 2
 
     def pairs(self, block1: Array, block2: Array, rows: NDArray[np.intp], cols: NDArray[np.intp]) -> dict[str, Pooled]:
         """Pooled kernels of the pairs ``(block1[rows[p]], block2[cols[p]])``: ``(p,)`` float64 per group."""

@@ -287,7 +287,7 @@ def _planned(spec: DataSpec, parts: Sequence[_Chosen], *, square: bool) -> Prepr
     if square and plan.height != plan.width:
         raise DataError(
             f"{parts[0].where(0)} is {plan.width} pixels wide and {plan.height} high, but quarter turns need square "
-            "images; set data.crop: center, or use the groups C1 and C2 only"
+            "images; set data.crop: center, or use the groups C1, C2, D1 and D2 only"
         )
     return plan
 

@@ -1,8 +1,8 @@
 """The CPU engine: orbit reduction and offset decoupling, in Numba, on all cores.
 
-Orbit reduction: the pooled kernel of ``C_n`` is the mean of plain CNN kernels over rotated images,
-``K_{C_n}(f, f') = 1/n Σ_d K_{C_1}(f, ρ(d) f')``, and likewise Θ, because square filters are mapped to themselves. So
-one pass over the quarter turns of the largest group holds the kernels of all its subgroups.
+Orbit reduction: the pooled kernel of ``G`` is the mean of plain CNN kernels over rotated and mirrored
+images, ``K_G(f, f') = 1/|G| Σ_{d ∈ G} K_{C_1}(f, ρ(d) f')``, and likewise Θ, because square filters are mapped to
+themselves. So one pass over the elements of the largest group holds the kernels of all its subgroups.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from equikernel import groups as grid
 from equikernel.activations import BRANCH_POINT, DUALS
 from equikernel.engines import planes
 from equikernel.errors import ImageError
+from equikernel.groups import Symmetry, symmetries, union
 from equikernel.recursion import Pooled
 
 if TYPE_CHECKING:
@@ -44,13 +44,13 @@ TASKS_PER_THREAD = 8
 
 @dataclass(frozen=True)
 class Prepared:
-    """Images and their turned copies, packed for the inner loops.
+    """Images and their copies under each symmetry, packed for the inner loops.
 
-    ``packed[turn]``: ``(n, C + 2 depth, H, W)`` in the dtype of the computation: the pixels, then for each convolution
-    ``√q`` (for erf ``1/√(1+2q)``) and ``1/√q`` of its preactivation variances ``q``.
+    ``packed[element]``: ``(n, C + 2 depth, H, W)`` in the dtype of the computation: the pixels, then for each
+    convolution ``√q`` (for erf ``1/√(1+2q)``) and ``1/√q`` of its preactivation variances ``q``.
     """
 
-    packed: dict[int, NDArray[Any]]
+    packed: dict[Symmetry, NDArray[Any]]
     channels: int
     bound: NDArray[np.float64]
     """``(mean over t of √K(t,t))²`` after the last activation, ``(n,)``."""
@@ -66,7 +66,7 @@ class CpuEngine:
         self.threads = threads
 
     def prepare(self, images: NDArray[Any]) -> Prepared:
-        """Compute the preactivation variances of ``(n, H, W, C)`` images and pack all turned copies.
+        """Compute the preactivation variances of ``(n, H, W, C)`` images and pack all copies.
 
         Raises:
           ImageError: a row does not fit the scratch memory, or an image's kernel with itself overflows the dtype.
@@ -96,11 +96,11 @@ class CpuEngine:
                 f"the kernel of image {index} with itself leaves the range of {dtype.name}; rescale the "
                 "images, change w_std or depth, or use float64"
             )
-        turned = {
-            turn: np.ascontiguousarray(np.rot90(packed, turn, axes=(2, 3))) for turn in grid.common_turns(self.groups)
+        copies = {
+            element: np.ascontiguousarray(element.on_images(packed, axes=(2, 3))) for element in union(self.groups)
         }
         inner = slice(self.network.margin, -self.network.margin or None)
-        return Prepared(turned, images.shape[3], np.sqrt(q[:, inner, inner]).mean(axis=(1, 2)) ** 2)
+        return Prepared(copies, images.shape[3], np.sqrt(q[:, inner, inner]).mean(axis=(1, 2)) ** 2)
 
     def pooled_bound(self, block: Prepared) -> NDArray[np.float64]:
         """``(mean over t of √K(t,t))²`` after the last activation, ``(n,)``."""
@@ -108,21 +108,25 @@ class CpuEngine:
 
     def epsilon(self, block: Prepared) -> float:
         """The machine epsilon of the computation."""
-        return float(np.finfo(block.packed[0].dtype).eps)
+        return float(np.finfo(next(iter(block.packed.values())).dtype).eps)
 
     def pairs(
         self, block1: Prepared, block2: Prepared, rows: NDArray[np.intp], cols: NDArray[np.intp]
     ) -> dict[str, Pooled]:
         """Pooled kernels ``(p,)`` float64 of the pairs ``(block1[rows[p]], block2[cols[p]])``, by group."""
-        turns = grid.common_turns(self.groups)
-        k = np.empty((len(turns), len(rows)))
+        elements = union(self.groups)
+        k = np.empty((len(elements), len(rows)))
         theta = np.empty_like(k)
-        pieces = self._pieces(rows, len(turns))
+        pieces = self._pieces(rows, len(elements))
 
         def run(piece: tuple[int, int, int]) -> None:
             which, start, stop = piece
             result = self._one_against(
-                block1.packed[0], int(rows[start]), block2.packed[turns[which]], cols[start:stop], block1.channels
+                block1.packed[elements[0]],
+                int(rows[start]),
+                block2.packed[elements[which]],
+                cols[start:stop],
+                block1.channels,
             )
             k[which, start:stop], theta[which, start:stop] = result
 
@@ -134,19 +138,19 @@ class CpuEngine:
                 list(pool.map(run, pieces))
         results = {}
         for group in self.groups:
-            members = [turns.index(turn) for turn in grid.quarter_turns(group)]
+            members = [elements.index(element) for element in symmetries(group)]
             results[group] = Pooled(k[members].mean(axis=0), theta[members].mean(axis=0))
         return results
 
-    def _pieces(self, rows: NDArray[np.intp], turns: int) -> list[tuple[int, int, int]]:
-        """Cut the pairs into ``(turn index, start, stop)`` with one first image each, in a few pieces per thread."""
-        most = max(1, -(-len(rows) * turns // (self.threads * TASKS_PER_THREAD)))
+    def _pieces(self, rows: NDArray[np.intp], elements: int) -> list[tuple[int, int, int]]:
+        """Cut the pairs into ``(place of the element, start, stop)`` with one first image each, a few per thread."""
+        most = max(1, -(-len(rows) * elements // (self.threads * TASKS_PER_THREAD)))
         bounds = [0, *(np.flatnonzero(np.diff(rows)) + 1).tolist(), len(rows)]
         return [
             (which, start, min(start + most, end))
             for begin, end in pairwise(bounds)
             for start in range(begin, end, most)
-            for which in range(turns)
+            for which in range(elements)
         ]
 
     def _one_against(
