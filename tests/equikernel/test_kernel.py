@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -218,11 +220,34 @@ def test_bits_depend_neither_on_the_other_images_nor_on_threads(padding: str, dt
     net = GroupCNN(group="C4", depth=3, padding=padding, head=("relu",))
     whole = net.kernel(x, dtype=dtype)
     for threads in (1, 3):
+        np.testing.assert_array_equal(net.kernel(x, dtype=dtype, threads=threads).ntk, whole.ntk)
         function = KernelFunction(net, ("C4",), dtype=dtype, threads=threads)
         top, bottom = function.prepare(x[:3]), function.prepare(x[3:])
         np.testing.assert_array_equal(function(top)["C4"].ntk, whole.ntk[:3, :3])
         np.testing.assert_array_equal(function(top, bottom)["C4"].ntk, whole.ntk[:3, 3:])
         np.testing.assert_array_equal(function(top, bottom)["C4"].nngp, whole.nngp[:3, 3:])
+
+
+LONG_CALL = """
+import _thread, threading
+import numpy as np
+from equikernel import GroupCNN
+
+x, net = np.ones((2000, 32, 32, 3)), GroupCNN(group="D4")
+net.kernel(x[:1])
+threading.Timer(0.5, _thread.interrupt_main).start()
+try:
+    net.kernel(x, threads={threads})
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_call_of_hours_can_be_interrupted(threads: int) -> None:
+    command = [sys.executable, "-c", LONG_CALL.format(threads=threads)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
 
 
 def test_two_sets_equal_one_set_with_itself() -> None:
@@ -292,6 +317,8 @@ def test_unusable_engine_dtype_and_network() -> None:
     for dtype in ("float16", None):
         with pytest.raises(EngineError, match=f"dtype {dtype!r} does not exist"):
             GroupCNN().kernel(x, dtype=dtype)
+    with pytest.raises(EngineError, match="0 threads compute nothing; use 1 or more"):
+        GroupCNN().kernel(x, threads=0)
     with pytest.raises(NetworkError, match="VALID padding eats the image: 3 convolutions of size 3 remove 6 of 6"):
         GroupCNN(padding="VALID").kernel(x)
     with pytest.raises(NetworkError, match="CIRCULAR padding: a filter of size 7 wraps around an image of 6 pixels"):

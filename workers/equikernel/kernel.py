@@ -73,7 +73,7 @@ class KernelFunction:
       threads: CPU threads of the fast engine; ``None`` means all cores this process may use.
 
     Raises:
-      EngineError: no such engine or dtype.
+      EngineError: no such engine or dtype, or less than one thread.
     """
 
     def __init__(
@@ -87,6 +87,8 @@ class KernelFunction:
         if engine not in ENGINES:
             hint = suggestion(engine, ENGINES)
             raise EngineError(f"engine {engine!r} does not exist; choose {_listing(ENGINES)}{hint}")
+        if threads is not None and threads < 1:
+            raise EngineError(f"{threads} threads compute nothing; use 1 or more, or None for all cores")
         self.network = network
         self.groups = groups
         self.dtype = np.dtype(np.float64) if engine == "reference" else _checked_dtype(dtype)
@@ -207,10 +209,17 @@ def dense_layers(
 
 
 def compute(
-    network: Architecture, groups: tuple[str, ...], x1: ArrayLike, x2: ArrayLike | None, *, engine: str, dtype: Any
+    network: Architecture,
+    groups: tuple[str, ...],
+    x1: ArrayLike,
+    x2: ArrayLike | None,
+    *,
+    engine: str,
+    dtype: Any,
+    threads: int | None = None,
 ) -> dict[str, Kernel]:
     """The kernels of ``x1`` against ``x2`` by group; see :meth:`equikernel.GroupCNN.kernel`."""
-    function = KernelFunction(network, groups, engine, dtype)
+    function = KernelFunction(network, groups, engine, dtype, threads)
     block1 = function.prepare(x1, "x1")
     return function(block1, None if x2 is None else function.prepare(x2, "x2"))
 

@@ -130,7 +130,13 @@ class GroupCNN(Architecture):
 
     @overload
     def kernel(
-        self, x1: ArrayLike, x2: ArrayLike | None = None, engine: str = "auto", dtype: Any = "float32"
+        self,
+        x1: ArrayLike,
+        x2: ArrayLike | None = None,
+        engine: str = "auto",
+        dtype: Any = "float32",
+        *,
+        threads: int | None = None,
     ) -> Kernel: ...
     @overload
     def kernel(
@@ -141,6 +147,7 @@ class GroupCNN(Architecture):
         dtype: Any = "float32",
         *,
         groups: Iterable[str],
+        threads: int | None = None,
     ) -> dict[str, Kernel]: ...
     def kernel(
         self,
@@ -150,6 +157,7 @@ class GroupCNN(Architecture):
         dtype: Any = "float32",
         *,
         groups: Iterable[str] | None = None,
+        threads: int | None = None,
     ) -> Kernel | dict[str, Kernel]:
         """The NNGP and NTK of this network on pairs of images.
 
@@ -162,6 +170,8 @@ class GroupCNN(Architecture):
             and always computes and returns float64.
           groups: compute the networks over these groups, instead of ``self.group``, all in one pass at the cost of
             their union: ``("C1", "C4")`` costs as much as C4 alone.
+          threads: CPU threads of the engine ``"cpu"``; ``None`` means all cores this process may use. They change the
+            time and not the bits.
 
         Returns:
           ``k`` with ``k.nngp`` and ``k.ntk``, ``(n1, n2)`` arrays of ``dtype``, without units. Both are symmetric
@@ -170,14 +180,15 @@ class GroupCNN(Architecture):
         Raises:
           ImageError: wrong shapes, unequal sizes or channels, NaN or infinite pixels, non-square images for C4.
           NetworkError: the network does not fit the images (VALID padding that leaves no pixel), or no such group.
-          EngineError: no such engine or dtype.
+          EngineError: no such engine or dtype, or less than one thread.
+          KeyboardInterrupt: within a second or the time of one pair after Ctrl-C.
           NonFiniteKernelError: the result overflows ``dtype``.
         """
         from equikernel.kernel import compute
 
         if groups is None:
-            return compute(self, (self.group,), x1, x2, engine=engine, dtype=dtype)[self.group]
-        return compute(self, _checked_groups(groups), x1, x2, engine=engine, dtype=dtype)
+            return compute(self, (self.group,), x1, x2, engine=engine, dtype=dtype, threads=threads)[self.group]
+        return compute(self, _checked_groups(groups), x1, x2, engine=engine, dtype=dtype, threads=threads)
 
 
 def _checked_groups(names: Iterable[str]) -> tuple[str, ...]:

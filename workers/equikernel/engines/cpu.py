@@ -7,10 +7,11 @@ themselves. So one pass over the elements of the largest group holds the kernels
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from threading import Event
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -21,9 +22,14 @@ from equikernel.groups import Symmetry, symmetries, union
 from equikernel.recursion import Pooled
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from equikernel.network import Architecture
+
+Piece: TypeAlias = tuple[int, int, int]
+"""``(place of the element, start, stop)`` of pairs with one first image."""
 
 PADDINGS = {"SAME": planes.SAME, "VALID": planes.VALID, "CIRCULAR": planes.CIRCULAR}
 ACTIVATIONS = {"relu": (planes.RELU, 1 / (2 * np.pi)), "erf": (planes.ERF, 2 / np.pi)}
@@ -40,6 +46,12 @@ nothing averages there, so float32 would lose up to half of its digits near ``c 
 
 TASKS_PER_THREAD = 8
 """Pieces that the work of a call is cut into, per thread, so that all threads end together."""
+
+ENTRY_SECONDS = 2e-9
+"""Rough time of one thread for one entry of one plane and layer."""
+
+PIECE_SECONDS = 0.3
+"""Time that a piece takes at most, roughly, unless it is a single pair: an interrupted call ends after so long."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +129,9 @@ class CpuEngine:
         elements = union(self.groups)
         k = np.empty((len(elements), len(rows)))
         theta = np.empty_like(k)
-        pieces = self._pieces(rows, len(elements))
+        pieces = self._pieces(rows, len(elements), block1.packed[elements[0]].shape[2:])
 
-        def run(piece: tuple[int, int, int]) -> None:
+        def run(piece: Piece) -> None:
             which, start, stop = piece
             result = self._one_against(
                 block1.packed[elements[0]],
@@ -130,21 +142,18 @@ class CpuEngine:
             )
             k[which, start:stop], theta[which, start:stop] = result
 
-        if self.threads == 1 or len(pieces) <= 1:
-            for piece in pieces:
-                run(piece)
-        else:
-            with ThreadPoolExecutor(min(self.threads, len(pieces)), "equikernel") as pool:
-                list(pool.map(run, pieces))
+        _in_threads(run, pieces, self.threads)
         results = {}
         for group in self.groups:
             members = [elements.index(element) for element in symmetries(group)]
             results[group] = Pooled(k[members].mean(axis=0), theta[members].mean(axis=0))
         return results
 
-    def _pieces(self, rows: NDArray[np.intp], elements: int) -> list[tuple[int, int, int]]:
-        """Cut the pairs into ``(place of the element, start, stop)`` with one first image each, a few per thread."""
-        most = max(1, -(-len(rows) * elements // (self.threads * TASKS_PER_THREAD)))
+    def _pieces(self, rows: NDArray[np.intp], elements: int, shape: tuple[int, int]) -> list[Piece]:
+        """Cut the pairs into pieces of bounded time, a few for each thread."""
+        by_threads = -(-len(rows) * elements // (self.threads * TASKS_PER_THREAD))
+        by_time = int(PIECE_SECONDS / (ENTRY_SECONDS * self.network.depth * float(shape[0] * shape[1]) ** 2))
+        most = max(1, min(by_threads, by_time))
         bounds = [0, *(np.flatnonzero(np.diff(rows)) + 1).tolist(), len(rows)]
         return [
             (which, start, min(start + most, end))
@@ -187,6 +196,34 @@ class CpuEngine:
         rows = sum(padded[:, v : v + q.shape[1]] for v in range(side))
         total: NDArray[np.float64] = sum(rows[:, :, v : v + q.shape[2]] for v in range(side))
         return total / side**2
+
+
+def _in_threads(run: Callable[[Piece], None], pieces: list[Piece], threads: int) -> None:
+    """Run all pieces. Interrupted, or when one fails, no further piece is begun."""
+    threads = min(threads, len(pieces))
+    if threads <= 1:
+        for piece in pieces:
+            run(piece)
+        return
+    waiting = iter(pieces)  # the threads share it: a step of a list's iterator is atomic
+    stop = Event()
+
+    def work() -> None:
+        for piece in waiting:
+            if stop.is_set():
+                return
+            run(piece)
+
+    with ThreadPoolExecutor(threads, "equikernel") as pool:
+        busy = {pool.submit(work) for _ in range(threads)}
+        try:
+            while busy:  # with a timeout, so that Ctrl-C is heard whichever thread the signal reaches
+                done, busy = wait(busy, timeout=0.2, return_when=FIRST_EXCEPTION)
+                for worker in done:
+                    worker.result()
+        except BaseException:
+            stop.set()
+            raise
 
 
 def offsets_per_block(offsets: int, row: int) -> int:
