@@ -386,7 +386,10 @@ def test_a_job_file_that_cannot_be_read_is_refused(place: Place) -> None:
         ({"network": {"activation": "rleu"}}, "network.activation: 'rleu' is not allowed; choose 'relu' or 'erf'; did"),
         ({"network": {"padding": "FULL"}}, "network.padding: 'FULL' is not allowed; choose 'SAME', 'VALID' or 'CIRC"),
         ({"network": {"filter_size": 4}}, "network.filter_size: 4 is even, and an even filter has no centre pixel"),
-        ({"gram": {"groups": ["C3"]}}, "gram.groups[0]: 'C3' is not allowed; choose 'C1', 'C2' or 'C4'"),
+        (
+            {"gram": {"groups": ["C3"]}},
+            "gram.groups[0]: 'C3' is not allowed; choose 'C1', 'C2', 'C4', 'D1', 'D2' or 'D4'",
+        ),
         ({"gram": {"engine": "gpu"}}, "gram.engine: 'gpu' is not allowed; choose 'auto', 'cpu' or 'reference'"),
         ({"gram": {"dtype": "float16"}}, "gram.dtype: 'float16' is not allowed; choose 'float32' or 'float64'"),
         ({"gram": {"tile": "foo"}}, "gram.tile: 'foo' is not allowed; choose 'auto' or a whole number from 1 to 65536"),

@@ -126,6 +126,6 @@ def test_the_predicted_bytes_of_the_matrices_are_those_of_a_finished_store(
 
 
 def test_more_of_anything_takes_more_memory() -> None:
-    least = {"edge": 8, "image": 100, "cached_blocks": 1, "turns": 1, "groups": 1, "itemsize": 4}
+    least = {"edge": 8, "image": 100, "cached_blocks": 1, "elements": 1, "groups": 1, "itemsize": 4}
     for name in least:
         assert worker_bytes(**{**least, name: 2 * least[name]}) > worker_bytes(**least)

@@ -251,7 +251,10 @@ def test_an_unknown_field_is_refused_with_a_suggestion(tmp_path: Path, more: str
         ("network: {activation: rleu}", "network.activation: 'rleu' is not allowed; choose 'relu' or 'erf'; did you m"),
         ("network: {w_std: yes}", "network.w_std: True is not allowed; it must be a number above 0 and up to 1000000"),
         ("network: {head: [relu, tanh]}", "network.head[1]: 'tanh' is not allowed; choose 'relu' or 'erf'"),
-        ("gram: {groups: [C1, C8]}", "gram.groups[1]: 'C8' is not allowed; choose 'C1', 'C2' or 'C4'"),
+        (
+            "gram: {groups: [C1, C8]}",
+            "gram.groups[1]: 'C8' is not allowed; choose 'C1', 'C2', 'C4', 'D1', 'D2' or 'D4'",
+        ),
         ("gram: {groups: []}", "gram.groups: the list is empty; name at least one"),
         ("gram: {groups: [C1, C1]}", "gram.groups: 'C1' is named twice; name each once"),
         (
