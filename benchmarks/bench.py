@@ -142,12 +142,18 @@ def table(rows: list[Competitor]) -> Table:
     title = f"NNGP and NTK, {BLOCK}x{BLOCK} pairs of RGB images, 3x3 filters, SAME, ReLU"
     caption = "faster: than neural-tangents' plain CNN (C1) on one pair"
     out = Table(
-        title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE, pad_edge=False
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
     )
     for name in ("size", "depth", "program", "group", "dtype"):
         out.add_column(name, no_wrap=True)
     for name in ("ms/pair", "pairs/s", "faster"):
-        out.add_column(name, justify="right")
+        out.add_column(name, justify="right", no_wrap=True, min_width=7)
     for row in rows:
         same_case = [other for other in rows if other.case == row.case]
         out.add_row(
