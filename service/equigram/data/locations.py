@@ -114,8 +114,7 @@ def locate(url: str) -> Location:
         suffix = PurePosixPath(path.rstrip("/")).suffix.lower()
         if suffix in (".npy", ".npz"):
             if not fs.isfile(path):
-                _explain_absence(fs, path)
-                raise _nothing_at(url)
+                raise _absence(fs, path, url)
             return Location(url, "npy" if suffix == ".npy" else "npz", fs, path)
         inside = f"{path.rstrip('/')}/" if path else ""
         if any(fs.isfile(inside + marker) for marker in _ZARR_MARKERS):
@@ -123,8 +122,7 @@ def locate(url: str) -> Location:
         if fs.isdir(path):
             return Location(url, "folder", fs, path)
         if not fs.exists(path):
-            _explain_absence(fs, path)
-            raise _nothing_at(url)
+            raise _absence(fs, path, url)
     if suffix in SUFFIXES:
         return Location(url, "image", fs, path)
     remedy = f"unpack it, or name what is in it as zip://::{url}" if suffix == ".zip" else "name one of these"
@@ -192,13 +190,14 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def _explain_absence(fs: Any, path: str) -> None:
-    """Raise why nothing is at ``path``, if that is more than its absence: HTTP calls a silent server so, too."""
+def _absence(fs: Any, path: str, url: str) -> Exception:
+    """What to raise where a file system says that nothing is there: HTTP says so of a silent server, too."""
     try:
         fs.info(path)
     except Exception as error:
-        if error.__cause__ is not None and not isinstance(error.__cause__, FileNotFoundError):
-            raise error.__cause__ from None
+        if isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, FileNotFoundError):
+            return error.__cause__
+    return _nothing_at(url)
 
 
 def _nothing_at(url: str) -> DataNotFoundError:

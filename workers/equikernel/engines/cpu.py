@@ -168,6 +168,7 @@ class CpuEngine:
         """Plain CNN kernels after pooling of one image against several: ``(len(others),)`` each."""
         network, u = self.network, np.uint64
         scalar = packed1.dtype.type
+        # How close to ±1 a correlation is taken as ±1; sums over larger filters round more.
         branch = BRANCH_POINT * max(1, network.radius) * float(np.finfo(packed1.dtype).eps)
         height, width = packed1.shape[2:]
         activation, factor = ACTIVATIONS[network.activation]
