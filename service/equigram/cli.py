@@ -388,7 +388,7 @@ def _print_facts(*facts: tuple[str, str]) -> None:
 
 
 def _print_plan(spec: JobSpec, plan: Plan, image_shape: tuple[int, int, int], *, begun: bool) -> None:
-    from equigram.memory import available_memory, format_bytes
+    from equikernel.memory import available_memory, format_bytes
     from equigram.screen import duration
 
     tiling, workers = plan.tiling, spec.workers

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from equigram.errors import ClusterError, EquigramError, ResourceError, TileFailedError
-from equigram.memory import format_bytes
+from equikernel.memory import format_bytes
 from equikernel.errors import EquikernelError
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from equigram.data import Survey, fingerprint, load_dataset, load_images, survey
 from equigram.data.sources import some
 from equigram.driver import check_address, ray_session, run_tiles, worker_count
 from equigram.errors import DamagedTileError, DataNotFoundError, ResourceError, SpecError, StoreMismatchError
-from equigram.memory import available_memory, format_bytes
+from equikernel.memory import available_memory, format_bytes
 from equigram.plan import Plan, Tiling, choose_edge, image_bytes, tile_bytes, worker_bytes
 from equigram.solve.regression import memory_needed
 from equigram.solve.stage import Result, check_solvable, solve_run
 from equigram.store import GramStore, free_space
 from equikernel.errors import EquikernelError, NetworkError
-from equikernel.groups import needs_square_images, union
+from equikernel.groups import keeps_rectangles, union
 from equikernel.kernel import KernelFunction, available_cores
 from equikernel.worker import CACHED_BLOCKS, measure_pair_seconds, processor_kind
 
@@ -165,7 +165,7 @@ def stored_survey(store: GramStore) -> Survey:
 
 def needs_square(spec: JobSpec) -> bool:
     """Whether a group of the job turns images by quarter turns."""
-    return any(needs_square_images(group) for group in spec.gram.groups)
+    return any(not keeps_rectangles(group) for group in spec.gram.groups)
 
 
 def solver_memory(spec: JobSpec, train: int, test: int) -> int:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from equigram.errors import SpecError
 from equigram.yamlfile import read_yaml
 from equikernel.fields import describe
-from equikernel.groups import GroupName
+from equikernel.groups import GridGroupName as GroupName
 from equikernel.network import Architecture, GroupCNN
 
 KernelName = Literal["nngp", "ntk"]

@@ -19,7 +19,7 @@ from numpy.testing import assert_array_equal
 from equigram.plan import Tile
 from equigram.spec import JobSpec
 from equigram.store import GramStore
-from equikernel.groups import GroupName
+from equikernel.groups import GridGroupName as GroupName
 
 LIMIT = 90.0
 """Seconds that anything may take here before it counts as hanging."""

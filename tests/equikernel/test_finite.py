@@ -81,7 +81,7 @@ def output_of_moved_images(net: GroupCNN, size: int) -> NDArray[Any]:
 
 @pytest.mark.parametrize("size", [6, 7])
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("group", groups.GROUPS)
+@pytest.mark.parametrize("group", groups.GRID_GROUPS)
 def test_the_symmetries_of_its_group_are_the_ones_that_a_network_does_not_see(
     group: str, padding: str, size: int
 ) -> None:

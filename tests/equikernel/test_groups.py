@@ -7,18 +7,18 @@ from itertools import product
 import numpy as np
 import pytest
 
-from equikernel.groups import GROUPS, Symmetry, multiplication_table, needs_square_images, symmetries, union
+from equikernel.groups import GRID_GROUPS, Symmetry, keeps_rectangles, multiplication_table, symmetries, union
 
 D4 = symmetries("D4")
 IMAGES = np.random.default_rng(0).normal(size=(1, 5, 5, 2))
 
 
 def test_the_groups_have_the_orders_of_rotations_and_reflections() -> None:
-    orders = {group: len(set(symmetries(group))) for group in GROUPS}
+    orders = {group: len(set(symmetries(group))) for group in GRID_GROUPS}
     assert orders == {"C1": 1, "C2": 2, "C4": 4, "D1": 2, "D2": 4, "D4": 8}
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", GRID_GROUPS)
 def test_the_table_is_that_of_a_group_whose_first_element_is_the_identity(group: str) -> None:
     table = multiplication_table(group)
     places = np.arange(len(table))
@@ -56,5 +56,5 @@ def test_a_union_holds_each_element_once_and_the_identity_first() -> None:
     assert union(("D1", "C4")) == (*symmetries("C4"), symmetries("D1")[1])
 
 
-def test_only_quarter_turns_need_square_images() -> None:
-    assert [group for group in GROUPS if needs_square_images(group)] == ["C4", "D4"]
+def test_quarter_turns_need_square_images() -> None:
+    assert [group for group in GRID_GROUPS if keeps_rectangles(group)] == ["C1", "C2", "D1", "D2"]

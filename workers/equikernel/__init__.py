@@ -4,15 +4,30 @@
 >>> k = GroupCNN(group="C4", depth=3).kernel(images)        # k.nngp, k.ntk: (n, n) arrays
 """
 
-from equikernel.errors import EngineError, EquikernelError, ImageError, NetworkError, NonFiniteKernelError
+from equikernel.activations import Custom
+from equikernel.errors import (
+    EngineError,
+    EquikernelError,
+    ImageError,
+    MemoryLimitError,
+    NetworkError,
+    NonFiniteKernelError,
+)
+from equikernel.layers import Activation, AvgPool, Conv, Residual
 from equikernel.network import Architecture, GroupCNN
 
 __all__ = [
+    "Activation",
     "Architecture",
+    "AvgPool",
+    "Conv",
+    "Custom",
     "EngineError",
     "EquikernelError",
     "GroupCNN",
     "ImageError",
+    "MemoryLimitError",
     "NetworkError",
     "NonFiniteKernelError",
+    "Residual",
 ]

@@ -1,64 +1,451 @@
-"""Each activation σ once: its finite-width function and its two dual kernels on arrays.
+"""Each activation σ once: its function, and its two dual kernels on NumPy or JAX arrays.
 
 For ``(u, v) ~ N(0, [[q1, k], [k, q2]])`` the dual kernels are ``E[σ(u) σ(v)]``, the NNGP after the activation, and
-``K̇ = E[σ'(u) σ'(v)]``, the factor that multiplies the NTK. The fast engines evaluate the same formulas entry by
-entry; these are their judge.
+``K̇ = E[σ'(u) σ'(v)]``, the factor that multiplies the NTK. They are computed in two steps, the same in every engine:
+:meth:`Activation.factors` of the variance of each image alone, and :meth:`Activation.combine` of covariance and
+factors for each pair. The row loops of the CPU engine evaluate ``combine`` entry by entry; these are their judge.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+
+from equikernel.errors import NetworkError, suggestion
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Array = NDArray[np.float64]
+Array: TypeAlias = Any
+"""A NumPy or JAX array."""
 
 EPS = float(np.finfo(np.float64).eps)
 
 BRANCH_POINT = 4
 """A correlation with ``1 - |c| < BRANCH_POINT · eps`` is taken as ``±1``: there a rounding error ε becomes √ε in K̇."""
 
+LARGEST_DEGREE = 6
+"""The largest degree of ``hermite`` and ``monomial``."""
 
-def correlation(k: Array, q1: Array, q2: Array, eps: float | Array) -> Array:
+
+class Activation:
+    """An activation σ with its dual kernels; ``str()`` gives its name in job files.
+
+    Attributes:
+      flops: floating-point operations of the dual kernels of one entry, roughly.
+    """
+
+    flops: int
+
+    def __call__(self, x: Array, xp: Any = np) -> Array:
+        """``σ(x)``, entry by entry; ``xp`` is ``numpy`` or ``jax.numpy``."""
+        raise NotImplementedError
+
+    def factors(self, q: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+        """What the dual kernels need of each variance alone: ``√q``, ``1/√q`` (0 where ``q = 0``), and more."""
+        root = np.sqrt(q)
+        return root, np.divide(1, root, out=np.zeros_like(root), where=root > 0)
+
+    def combine(
+        self, k: Array, x: tuple[Array, ...], y: tuple[Array, ...], eps: Any, xp: Any = np
+    ) -> tuple[Array, Array]:
+        """``(E[σ(u)σ(v)], K̇)`` of covariances ``k``.
+
+        Args:
+          k: covariance, any shape.
+          x, y: the :meth:`factors` of both variances, of shapes that broadcast with ``k``.
+          eps: relative rounding error of ``k``: the machine epsilon of its precision, or more after cancellation.
+          xp: ``numpy`` or ``jax.numpy``.
+        """
+        raise NotImplementedError
+
+    def dual(
+        self, k: NDArray[np.float64], q1: NDArray[np.float64], q2: NDArray[np.float64], eps: Any = EPS
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """``(E[σ(u)σ(v)], K̇)`` of covariances ``k`` and variances ``q1``, ``q2``, shapes that broadcast; float64."""
+        nngp, derivative = self.combine(k, self.factors(q1), self.factors(q2), eps)
+        return nngp, derivative
+
+    def moment(self, q: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``E[σ(u)²]`` for ``u ~ N(0, q)``: the variances after the activation."""
+        factors = self.factors(q)
+        moment: NDArray[np.float64] = self.combine(q, factors, factors, EPS)[0]
+        return moment
+
+
+def correlation(k: Array, root1: Array, root2: Array, eps: Any, xp: Any = np) -> Array:
     """``c = k / √(q1 q2)`` in ``[-1, 1]``, exactly ``±1`` near the branch point, and 0 where ``q1 q2 = 0``.
 
     Args:
-      k, q1, q2: covariance and variances, any shapes that broadcast.
-      eps: relative rounding error of ``k``: the machine epsilon of its precision, or more after cancellation.
+      k, root1, root2: covariance, and square roots of the variances, any shapes that broadcast.
+      eps: relative rounding error of ``k``.
+      xp: ``numpy`` or ``jax.numpy``.
     """
-    scale = np.sqrt(q1) * np.sqrt(q2)
-    c = np.divide(k, scale, out=np.zeros(np.broadcast_shapes(k.shape, scale.shape)), where=scale > 0)
-    snapped: Array = np.where(1 - np.abs(c) < BRANCH_POINT * eps, np.sign(c), c)
-    return snapped
+    scale = root1 * root2
+    c = xp.where(scale > 0, k / xp.where(scale > 0, scale, 1), 0)
+    return xp.where(1 - abs(c) < BRANCH_POINT * eps, xp.sign(c), c)
 
 
-def relu(k: Array, q1: Array, q2: Array, eps: float | Array = EPS) -> tuple[Array, Array]:
-    """Dual kernels of ``max(u, 0)``: the arc-cosine kernels of degree 1 and 0 (Cho and Saul 2009).
+@dataclass(frozen=True)
+class Homogeneous(Activation):
+    """``σ(u) = α u + β |u|``: ReLU, its leaky forms, the absolute value and the identity (Cho and Saul 2009).
 
-    ``E[σσ] = √(q1 q2) (√(1-c²) + (π - arccos c) c) / 2π`` and ``K̇ = (π - arccos c) / 2π``.
+    ``E[σσ] = α² k + β² √(q1 q2) (2/π) (√(1-c²) + c arcsin c)`` and ``K̇ = α² + β² (2/π) arcsin c``.
     """
-    c = correlation(k, q1, q2, eps)
-    angle = np.pi - np.arccos(c)
-    nngp = np.sqrt(q1) * np.sqrt(q2) * (np.sqrt((1 - c) * (1 + c)) + angle * c) / (2 * np.pi)
-    return nngp, angle / (2 * np.pi)
+
+    name: str
+    alpha: float
+    beta: float
+
+    @property
+    def flops(self) -> int:  # type: ignore[override]
+        """Two polynomials and a square root; nothing for the identity."""
+        return 40 if self.beta else 0
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __call__(self, x: Array, xp: Any = np) -> Array:
+        """``α x + β |x|``."""
+        if self.name == "relu":
+            return xp.maximum(x, 0)
+        return self.alpha * x + self.beta * abs(x) if self.beta else x
+
+    def combine(
+        self, k: Array, x: tuple[Array, ...], y: tuple[Array, ...], eps: Any, xp: Any = np
+    ) -> tuple[Array, Array]:
+        """``E[σσ]`` and ``K̇``, in the form of one arc cosine, which keeps a ReLU exactly 0 at ``c = -1``."""
+        if not self.beta:
+            return k, xp.ones_like(k)
+        c = correlation(k, x[0], y[0], eps, xp)
+        factor, shift = self.arc_cosine
+        angle = math.pi - xp.arccos(c) + shift
+        nngp = factor * x[0] * y[0] * (xp.sqrt((1 - c) * (1 + c)) + angle * c)
+        return nngp, factor * angle
+
+    @property
+    def arc_cosine(self) -> tuple[float, float]:
+        """``(f, s)`` with ``K̇ = f (π - arccos c + s)`` and ``E[σσ] = f √(q1 q2) (√(1-c²) + c (π - arccos c + s))``."""
+        factor = 2 * self.beta**2 / math.pi
+        return factor, 0.0 if self.alpha == self.beta else self.alpha**2 / factor - math.pi / 2
 
 
-def erf(k: Array, q1: Array, q2: Array, eps: float | Array = EPS) -> tuple[Array, Array]:
-    """Dual kernels of ``erf(u)`` (Williams 1997).
+@dataclass(frozen=True)
+class Erf(Activation):
+    """``σ(u) = erf u`` (Williams 1997).
 
     With ``z = 2k / √((1+2q1)(1+2q2))``: ``E[σσ] = (2/π) arcsin z`` and
     ``K̇ = (4/π) / √((1+2q1)(1+2q2) - 4k²)``. For large variances ``z`` comes close to 1; ``1 - z²`` is then summed from
     positive terms, with ``1 - c²`` of the correlation ``c``, instead of being a difference of large numbers.
     """
-    c = correlation(k, q1, q2, eps)
-    e1, e2 = 1 / (1 + 2 * q1), 1 / (1 + 2 * q2)
-    z = 2 * k * np.sqrt(e1) * np.sqrt(e2)
-    rest = e1 + (1 - e1) * (e2 + (1 - e2) * (1 - c) * (1 + c))
-    return 2 / np.pi * np.arctan2(z, np.sqrt(rest)), 4 / np.pi * np.sqrt(e1) * np.sqrt(e2) / np.sqrt(rest)
+
+    flops = 45
+
+    def __str__(self) -> str:
+        return "erf"
+
+    def __call__(self, x: Array, xp: Any = np) -> Array:
+        """``erf x``."""
+        return _erf(x, xp)
+
+    def factors(self, q: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+        """``√q``, ``1/√q`` and ``1/√(1+2q)``."""
+        return *super().factors(q), 1 / np.sqrt(1 + 2 * q)
+
+    def combine(
+        self, k: Array, x: tuple[Array, ...], y: tuple[Array, ...], eps: Any, xp: Any = np
+    ) -> tuple[Array, Array]:
+        """``E[σσ]`` and ``K̇``."""
+        rest = _one_minus_square(correlation(k, x[0], y[0], eps, xp), x[2], y[2])
+        both = x[2] * y[2]
+        return 2 / math.pi * xp.arctan2(2 * k * both, xp.sqrt(rest)), 4 / math.pi * both / xp.sqrt(rest)
 
 
-DUALS = {"relu": relu, "erf": erf}
-"""Activation name to its dual kernels ``(k, q1, q2, eps) -> (nngp, K̇)``."""
+@dataclass(frozen=True)
+class Gelu(Activation):
+    """``σ(u) = u Φ(u)``, Φ the normal distribution function (Hendrycks and Gimpel 2016).
+
+    With ``g = 1/√(1+q)``, ``z = k g1 g2``, ``P = E[ΦΦ] = 1/4 + arcsin(z)/2π``, ``R = E[Φ'Φ'] = g1 g2 / (2π √(1-z²))`` and
+    ``h = g1² + g2² - 1``, integration by parts gives ``E[σσ] = k P + R (q1 q2 + h k²)``; ``K̇ = ∂E[σσ]/∂k`` (Price 1958).
+    """
+
+    flops = 65
+
+    def __str__(self) -> str:
+        return "gelu"
+
+    def __call__(self, x: Array, xp: Any = np) -> Array:
+        """``x Φ(x)``."""
+        return x * (1 + _erf(x / math.sqrt(2), xp)) / 2
+
+    def factors(self, q: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+        """``√q``, ``1/√q`` and ``1/√(1+q)``."""
+        return *super().factors(q), 1 / np.sqrt(1 + q)
+
+    def combine(
+        self, k: Array, x: tuple[Array, ...], y: tuple[Array, ...], eps: Any, xp: Any = np
+    ) -> tuple[Array, Array]:
+        """``E[σσ]`` and ``K̇``."""
+        rest = _one_minus_square(correlation(k, x[0], y[0], eps, xp), x[2], y[2])
+        both = x[2] * y[2]
+        p = 0.25 + xp.arctan2(k * both, xp.sqrt(rest)) / (2 * math.pi)
+        r = both / (2 * math.pi * xp.sqrt(rest))
+        h = x[2] ** 2 + y[2] ** 2 - 1
+        bracket = (x[0] * y[0]) ** 2 + h * k**2
+        return k * p + r * bracket, p + k * r * (1 + 2 * h + bracket * both**2 / rest)
+
+
+@dataclass(frozen=True)
+class Wave(Activation):
+    """``σ(u) = sin u`` or ``cos u``.
+
+    ``E[sin sin] = e^{-(q1+q2)/2} sinh k`` and ``E[cos cos] = e^{-(q1+q2)/2} cosh k``; each is the other's ``K̇``. The
+    exponents ``±k - (q1+q2)/2 = -(√q1 - √q2)²/2 - √(q1 q2) (1 ∓ c)`` have only negative terms.
+    """
+
+    name: str
+    flops = 70
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __call__(self, x: Array, xp: Any = np) -> Array:
+        """``sin x`` or ``cos x``."""
+        return xp.sin(x) if self.name == "sin" else xp.cos(x)
+
+    def factors(self, q: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+        """``√q``, ``1/√q`` and ``e^{-q/2}``."""
+        return *super().factors(q), np.exp(-q / 2)
+
+    def combine(
+        self, k: Array, x: tuple[Array, ...], y: tuple[Array, ...], eps: Any, xp: Any = np
+    ) -> tuple[Array, Array]:
+        """``E[σσ]`` and ``K̇``."""
+        c = correlation(k, x[0], y[0], eps, xp)
+        both, apart = x[0] * y[0], (x[0] - y[0]) ** 2 / 2
+        near, far = xp.exp(-apart - both * (1 - c)), xp.exp(-apart - both * (1 + c))
+        even = (near + far) / 2
+        small = abs(k) < 1  # there the difference of the exponentials would cancel
+        odd = xp.where(small, xp.sinh(xp.where(small, k, 0)) * x[2] * y[2], (near - far) / 2)
+        return (odd, even) if self.name == "sin" else (even, odd)
+
+
+class Series(Activation):
+    """An activation through its Hermite series, with coefficients by Gauss-Hermite quadrature.
+
+    With the normalised probabilists' polynomials ``h_m`` and ``b_m(q) = E[σ(√q z) h_m(z)]``, ``z ~ N(0, 1)``:
+    ``E[σσ] = Σ_m c^m b_m(q1) b_m(q2)`` and ``K̇ = Σ_m m c^{m-1} b_m(q1) b_m(q2) / √(q1 q2)``. With as many terms as nodes
+    the value at ``c = 1`` is the quadrature of ``E[σ²]`` itself, and the kernel is positive semi-definite exactly.
+    """
+
+    nodes: int
+    terms: int
+
+    @property
+    def flops(self) -> int:  # type: ignore[override]
+        """Two steps of Horner's scheme per term."""
+        return 8 + 5 * self.terms
+
+    def factors(self, q: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+        """``√q``, ``1/√q`` and ``b_0 … b_{terms-1}``."""
+        root, inverse = super().factors(q)
+        z, basis = _quadrature(self.nodes, self.terms)
+        coefficients = np.zeros((self.terms, *root.shape))
+        for node, weighted in zip(z, basis, strict=True):
+            coefficients += weighted.reshape(-1, *[1] * root.ndim) * self(root * node)
+        return root, inverse, *coefficients
+
+    def combine(
+        self, k: Array, x: tuple[Array, ...], y: tuple[Array, ...], eps: Any, xp: Any = np
+    ) -> tuple[Array, Array]:
+        """``E[σσ]`` and ``K̇``, by Horner's scheme."""
+        c = correlation(k, x[0], y[0], eps, xp)
+        nngp = derivative = xp.zeros_like(c)
+        for b1, b2 in zip(reversed(x[2:]), reversed(y[2:]), strict=True):
+            derivative = derivative * c + nngp
+            nngp = nngp * c + b1 * b2
+        return nngp, derivative * (x[1] * y[1])
+
+
+@dataclass(frozen=True)
+class Polynomial(Series):
+    """``monomial(n)``, ``u^n``, or ``hermite(n)``, the normalised probabilists' polynomial ``He_n(u) / √n!``."""
+
+    name: str
+    degree: int
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.degree})"
+
+    def __call__(self, x: Array, xp: Any = np) -> Array:
+        """The polynomial at ``x``."""
+        if self.name == "monomial":
+            return x**self.degree
+        before, here = xp.ones_like(x), x
+        for m in range(1, self.degree):
+            before, here = here, (x * here - math.sqrt(m) * before) / math.sqrt(m + 1)
+        return here
+
+    @property
+    def nodes(self) -> int:  # type: ignore[override]
+        """Enough for exact moments."""
+        return self.degree + 1
+
+    @property
+    def terms(self) -> int:  # type: ignore[override]
+        """One per power."""
+        return self.degree + 1
+
+
+@dataclass(frozen=True)
+class Custom(Series):
+    """A user's own activation, through Gauss-Hermite quadrature.
+
+    >>> GroupCNN(activation=Custom(jnp.tanh))
+
+    Args:
+      function: ``σ``, on arrays entry by entry. Kernels call it on float64 arrays, finite networks on JAX arrays, so
+        it is best written with ``jax.numpy``.
+      nodes: quadrature nodes, and terms of the Hermite series. A kernel costs in proportion to them. The error falls
+        exponentially with their number for smooth functions of moderate variance, and only as their power -1 or so
+        where σ has a kink: for such, see whether twice as many give the same.
+    """
+
+    function: Callable[[Any], Any]
+    nodes: int = 32
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise NetworkError(f"Custom needs a function of one array; {self.function!r} is none")
+        if not (isinstance(self.nodes, int) and 2 <= self.nodes <= 100):
+            raise NetworkError(f"Custom: {self.nodes!r} quadrature nodes; use a whole number from 2 to 100")
+
+    def __str__(self) -> str:
+        return f"custom {getattr(self.function, '__name__', repr(self.function))}"
+
+    @property
+    def terms(self) -> int:  # type: ignore[override]
+        """As many as nodes."""
+        return self.nodes
+
+    def __call__(self, x: Array, xp: Any = np) -> Array:
+        """``σ(x)``."""
+        if xp is not np:
+            return self.function(x)
+        if "jax" not in sys.modules:
+            return np.asarray(self.function(x))
+        import jax
+
+        with jax.enable_x64(True):
+            return np.asarray(self.function(x))
+
+    def factors(self, q: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+        """``√q``, ``1/√q`` and the coefficients of the series.
+
+        Raises:
+          NetworkError: ``E[σ(u)²]`` is not finite, or its quadrature does not settle; or ``σ`` does not act entry by
+            entry.
+        """
+        self._check(float(np.max(q)))
+        return super().factors(q)
+
+    def _check(self, q: float) -> None:
+        """Refuse a function without a second moment at variance ``q``: with it all smaller ones exist."""
+        probe = np.linspace(-1, 1, 6).reshape(2, 3)
+        values = self(probe)
+        if np.shape(values) != probe.shape or np.asarray(values).dtype.kind != "f":
+            raise NetworkError(
+                f"{self}: on a float array of shape {probe.shape} the function returns shape {np.shape(values)} and "
+                f"dtype {np.asarray(values).dtype}; it must act on arrays entry by entry and return real numbers"
+            )
+        with np.errstate(all="ignore"):
+            moments = []
+            for nodes in (self.nodes, 2 * self.nodes):
+                z, basis = _quadrature(nodes, 1)
+                moments.append(float(np.sum(basis[:, 0] * np.asarray(self(np.sqrt(q) * z)) ** 2)))
+        settled = np.isfinite(moments).all() and abs(moments[1] - moments[0]) <= 0.1 * abs(moments[1])
+        if not settled:
+            raise NetworkError(
+                f"{self}: E[σ(u)²] is not finite for u ~ N(0, {q:.3g}), or needs more nodes: the quadrature gives "
+                f"{moments[0]:.6g} with {self.nodes} nodes and {moments[1]:.6g} with {2 * self.nodes}; use a function "
+                "that grows more slowly, smaller variances (w_std, the images), or more nodes"
+            )
+
+
+@cache
+def _quadrature(nodes: int, terms: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Gauss-Hermite nodes ``z_i`` of N(0, 1), and ``w_i h_m(z_i)``, ``(nodes, terms)``."""
+    z, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    basis = np.empty((nodes, terms))
+    before, here = np.zeros(nodes), np.sqrt(weights / math.sqrt(2 * math.pi))
+    root = here.copy()
+    for m in range(terms):
+        basis[:, m] = root * here
+        before, here = here, (z * here - math.sqrt(m) * before) / math.sqrt(m + 1)
+    return z, basis
+
+
+def _one_minus_square(c: Array, e1: Array, e2: Array) -> Array:
+    """``1 - z²`` of ``z = c √((1-e1²)(1-e2²))``, summed from positive terms."""
+    return e1**2 + (1 - e1**2) * (e2**2 + (1 - e2**2) * (1 - c) * (1 + c))
+
+
+def _erf(x: Array, xp: Any) -> Array:
+    if xp is np:
+        from scipy.special import erf
+
+        return erf(x)
+    import jax
+
+    return jax.lax.erf(x)
+
+
+RELU, IDENTITY = Homogeneous("relu", 0.5, 0.5), Homogeneous("identity", 1.0, 0.0)
+
+NAMED: dict[str, Activation] = {
+    "relu": RELU,
+    "abs": Homogeneous("abs", 0.0, 1.0),
+    "erf": Erf(),
+    "gelu": Gelu(),
+    "sin": Wave("sin"),
+    "cos": Wave("cos"),
+    "identity": IDENTITY,
+}
+"""The activations without arguments."""
+
+CHOICES = "relu, leaky_relu(a), abs, erf, gelu, sin, cos, identity, monomial(n) or hermite(n)"
+
+
+def parse(text: str) -> Activation:
+    """The activation called ``text``: a name, or a name with one argument, ``leaky_relu(0.1)``, ``hermite(3)``.
+
+    Raises:
+      ValueError: there is none, with what is allowed.
+    """
+    if text in NAMED:
+        return NAMED[text]
+    match = re.fullmatch(r"\s*(\w+)\s*\(\s*([^()\s]*)\s*\)\s*", text)
+    if match is None or match[1] not in ("leaky_relu", "monomial", "hermite"):
+        hint = suggestion(text.partition("(")[0], [*NAMED, "leaky_relu", "monomial", "hermite"])
+        raise ValueError(f"{text!r} is not allowed; choose {CHOICES}{hint}")
+    name, argument = match.groups()
+    if name == "leaky_relu":
+        try:
+            slope = float(argument)
+        except ValueError:
+            slope = math.nan
+        if not -1e6 <= slope <= 1e6:
+            raise ValueError(f"{text!r} is not allowed; the slope below zero is a number, as in leaky_relu(0.1)")
+        return Homogeneous(f"leaky_relu({slope!r})", (1 + slope) / 2, (1 - slope) / 2) if slope else RELU
+    if not re.fullmatch(r"[1-9]\d?", argument) or int(argument) > LARGEST_DEGREE:
+        raise ValueError(
+            f"{text!r} is not allowed; the degree is a whole number from 1 to {LARGEST_DEGREE}, as in {name}(3)"
+        )
+    return Polynomial(name, int(argument))

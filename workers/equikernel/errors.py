@@ -31,6 +31,10 @@ class EngineError(EquikernelError, ValueError):
     """The engine or dtype asked for does not exist."""
 
 
+class MemoryLimitError(EquikernelError, MemoryError):
+    """The computation does not fit in memory, however it is cut."""
+
+
 class NonFiniteKernelError(EquikernelError, ArithmeticError):
     """A kernel came out as NaN or infinity: the images or weights overflow the dtype."""
 

@@ -60,6 +60,8 @@ def _describe_one(detail: ErrorDetails, model: type[BaseModel]) -> tuple[str, st
             return field, f"this field is required; give {_words(annotation)}"
         case "value_error":
             return field, str(detail["ctx"]["error"])
+        case "layer":
+            return field, f"{_short(value)} is not allowed; {detail['msg']}"
         case _:
             given = "nothing (null)" if value is None else _short(value)
             verb = "choose" if _choices(annotation) else "it must be"

@@ -5,33 +5,53 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from equikernel.activations import DUALS
-from equikernel.errors import EngineError, ImageError, NonFiniteKernelError, suggestion
-from equikernel.recursion import Pooled, ReferenceEngine
+from equikernel.errors import EngineError, ImageError, MemoryLimitError, NonFiniteKernelError, suggestion
+from equikernel.groups import on_grid, union
+from equikernel.layers import Branch, Convolution, Pooling
+from equikernel.memory import available_memory, format_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import ArrayLike, NDArray
 
+    from equikernel.layers import Step
     from equikernel.network import Architecture
+    from equikernel.recursion import Pooled
 
-EngineName = Literal["auto", "cpu", "reference"]
-ENGINES = ("auto", "cpu", "reference")
+EngineName = Literal["auto", "cpu", "xla", "general", "reference"]
+ENGINES = ("auto", "cpu", "xla", "general", "reference")
 DTYPES = ("float32", "float64")
 
+SHARE = 0.5
+"""Share of the free memory that a call uses unless told otherwise."""
 
-class Kernel(NamedTuple):
-    """NNGP and NTK of a network on pairs of images: ``(n1, n2)`` arrays, without units."""
+PAIR_BYTES = 24
+"""Bytes per pair and element of the group that a call holds beside the result: indices and float64 sums."""
 
+
+class _Matrices(NamedTuple):
     nngp: NDArray[Any]
     ntk: NDArray[Any]
 
 
+class Kernel(_Matrices):
+    """NNGP and NTK of a network on pairs of images: a tuple of two ``(n1, n2)`` arrays, without units."""
+
+    engine: str = ""
+    """The engine that computed them."""
+
+
 class Engine(Protocol):
     """What computes pooled kernels: everything before the dense layers."""
+
+    name: str
 
     def prepare(self, images: NDArray[Any]) -> Any:
         """Per-image constants of ``(n, H, W, C)`` images."""
@@ -48,6 +68,12 @@ class Engine(Protocol):
         ``(mean over t of √K(t,t))²`` after the last activation: the mean of ``|K(t,t')|`` is at most that.
         """
 
+    def image_bytes(self, height: int, width: int, channels: int) -> int:
+        """Bytes of one prepared image."""
+
+    def pair_bytes(self, height: int, width: int) -> int:
+        """Bytes of working memory without which not even a single pair can be computed."""
+
 
 @dataclass
 class Block:
@@ -60,20 +86,97 @@ class Block:
     """Pooled NNGP of each image with itself, ``(n,)`` by group; filled when a dense head needs it."""
 
 
+@dataclass(frozen=True)
+class Explanation:
+    """Which engine computes a network's kernels, and what they cost; ``str()`` says it in words.
+
+    Attributes:
+      engine: its name.
+      reason: why this one.
+      flops: floating-point operations of one pair of images, roughly.
+      pair_bytes: working memory of one pair.
+      image_bytes: memory of each image with its per-image constants.
+    """
+
+    engine: str
+    reason: str
+    flops: float
+    pair_bytes: int
+    image_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"engine {self.engine!r}: {self.reason}; {self.flops:.2g} flop and {format_bytes(self.pair_bytes)} of "
+            f"working memory per pair, {format_bytes(self.image_bytes)} per image"
+        )
+
+
+def needs_dense(steps: Iterable[Step], groups: tuple[str, ...]) -> str:
+    """Why a network has no offset decoupling, in words; empty if it has.
+
+    Exactly those networks have it whose group maps pixels to pixels, and whose layers all keep the offset ``t' - t``.
+    """
+    for group in groups:
+        if not on_grid(group):
+            return f"{group} does not map the pixel grid to itself"
+    for step in steps:
+        if isinstance(step, Convolution) and step.stride > 1:
+            return f"the stride of {step.place} does not keep the offset between pixels"
+        if isinstance(step, Pooling):
+            return f"the pooling {step.place} does not keep the offset between pixels"
+        if isinstance(step, Branch) and (why := needs_dense(step.steps, groups)):
+            return why
+    return ""
+
+
+def choose_engine(network: Architecture, groups: tuple[str, ...], engine: str) -> tuple[str, str]:
+    """The engine to use and the reason, for the name that a user gave.
+
+    Raises:
+      EngineError: there is no such engine, or it cannot do this network.
+    """
+    if engine not in ENGINES:
+        hint = suggestion(engine, ENGINES)
+        raise EngineError(f"engine {engine!r} does not exist; choose {_listing(ENGINES)}{hint}")
+    why = needs_dense(network.steps, groups)
+    if engine in ("cpu", "xla") and why:
+        raise EngineError(f"the engine {engine!r} cannot do this network: {why}; use 'general' or 'auto'")
+    if engine == "general" and len(groups) > 1 and not all(map(on_grid, groups)):
+        raise EngineError(f"the groups {', '.join(groups)} do not share a pass; compute {groups[-1]} alone")
+    if engine != "auto":
+        return engine, "it was asked for"
+    if why:
+        return "general", why
+    if has_gpu():
+        return "xla", "offsets decouple, and JAX has a GPU"
+    return "cpu", "offsets decouple, and JAX has no GPU"
+
+
+@cache
+def has_gpu() -> bool:
+    """Whether JAX computes on a GPU here. JAX is only imported where a plug-in for GPUs is installed."""
+    if not entry_points(group="jax_plugins"):
+        return False
+    import jax
+
+    return str(jax.default_backend()) in ("gpu", "cuda", "rocm")
+
+
 class KernelFunction:
     """The kernels of one architecture for several groups at once, on blocks of images.
 
-    The bits of a pair depend on nothing but the two images, their order and the processor kind: not on the other
-    images of a block, the block sizes or the number of threads.
+    With the engine ``"cpu"`` the bits of a pair depend on nothing but the two images, their order and the processor
+    kind: not on the other images of a block, the block sizes or the number of threads.
 
     Args:
       network: everything but the group.
       groups: names of the groups; all of them come from one pass at the cost of the largest.
       engine, dtype: as in :meth:`equikernel.GroupCNN.kernel`.
-      threads: CPU threads of the fast engine; ``None`` means all cores this process may use.
+      threads: CPU threads of the engine ``"cpu"``; ``None`` means all cores this process may use.
+      memory_limit: bytes that a call may use besides its result; ``None`` means half of what is free now.
 
     Raises:
-      EngineError: no such engine or dtype, or less than one thread.
+      EngineError: no such engine or dtype, an engine that cannot do this network, or less than one thread.
     """
 
     def __init__(
@@ -83,38 +186,52 @@ class KernelFunction:
         engine: str = "auto",
         dtype: Any = "float32",
         threads: int | None = None,
+        memory_limit: int | None = None,
     ) -> None:
-        if engine not in ENGINES:
-            hint = suggestion(engine, ENGINES)
-            raise EngineError(f"engine {engine!r} does not exist; choose {_listing(ENGINES)}{hint}")
         if threads is not None and threads < 1:
             raise EngineError(f"{threads} threads compute nothing; use 1 or more, or None for all cores")
+        if memory_limit is not None and memory_limit < 1:
+            raise EngineError(f"memory_limit = {memory_limit} bytes hold nothing; give a positive number, or None")
+        name, self.reason = choose_engine(network, groups, engine)
         self.network = network
         self.groups = groups
-        self.dtype = np.dtype(np.float64) if engine == "reference" else _checked_dtype(dtype)
-        self._engine: Engine
-        if engine == "reference":
-            self._engine = ReferenceEngine(network, groups)
-        else:
-            from equikernel.engines.cpu import CpuEngine
+        self.memory = int(SHARE * available_memory()) if memory_limit is None else memory_limit
+        self.dtype = np.dtype(np.float64) if name == "reference" else _checked_dtype(dtype)
+        self.engine = _engine(name, network, groups, self.dtype, threads or available_cores(), self.memory)
 
-            self._engine = CpuEngine(network, groups, self.dtype, threads or available_cores())
-
-    def prepare(self, images: ArrayLike, name: str = "images") -> Block:
+    def prepare(self, images: ArrayLike, name: str = "images", first: int = 0) -> Block:
         """Validate ``(n, H, W, C)`` images and compute what each needs on its own.
+
+        ``name`` and the number ``first`` of the first image are what errors call them.
 
         Raises:
           ImageError: wrong shape or dtype, no images, NaN or infinite pixels (naming the first such image), values
             whose squares leave the range of the dtype, or non-square images for a group with quarter turns.
           NetworkError: the network does not fit the images.
         """
-        array = _checked_images(images, self.dtype, name)
+        array = _checked_images(images, self.dtype, name, first)
         _, height, width, channels = array.shape
+        self.check_size(height, width)
+        with np.errstate(over="ignore", invalid="ignore"):
+            prepared = self.engine.prepare(array)
+        return Block(len(array), (height, width, channels), prepared)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise unless the network is defined on images of ``height x width`` and one pair fits in memory.
+
+        Raises:
+          ImageError, NetworkError: as :meth:`prepare`.
+          MemoryLimitError: a single pair needs more memory than there is.
+        """
         for group in self.groups:
             self.network.check_images(height, width, group)
-        with np.errstate(over="ignore", invalid="ignore"):
-            prepared = self._engine.prepare(array)
-        return Block(len(array), (height, width, channels), prepared)
+        needed = self.engine.pair_bytes(height, width)
+        if needed > self.memory:
+            raise MemoryLimitError(
+                f"the engine {self.engine.name!r} needs {format_bytes(needed)} for a pair of {height}x{width} images, "
+                f"and may use {format_bytes(self.memory)}; use smaller images (resize, crop, AvgPool or a stride come "
+                "too late: the first covariance counts), a smaller group, or raise memory_limit"
+            )
 
     def __call__(self, block1: Block, block2: Block | None = None) -> dict[str, Kernel]:
         """The kernels ``(n1, n2)`` of all pairs, by group; without ``block2`` each pair of ``block1`` only once.
@@ -133,7 +250,7 @@ class KernelFunction:
         else:
             rows, cols = (index.ravel() for index in np.indices((block1.count, other.count)))
         with np.errstate(over="ignore", invalid="ignore"):
-            pooled = self._engine.pairs(block1.prepared, other.prepared, rows, cols)
+            pooled = self.engine.pairs(block1.prepared, other.prepared, rows, cols)
             return {
                 group: self._finish(group, pooled[group], block1, other, rows, cols, symmetric=block2 is None)
                 for group in self.groups
@@ -164,13 +281,14 @@ class KernelFunction:
                 matrix[cols, rows] = matrix[rows, cols]
             matrices.append(matrix)
         kernel = Kernel(*matrices)
+        kernel.engine = self.engine.name
         _refuse_non_finite(kernel, group)
         return kernel
 
     def _self_kernels(self, group: str, block: Block) -> NDArray[np.float64]:
         if group not in block.variances:
             diagonal = np.arange(block.count)
-            for name, pooled in self._engine.pairs(block.prepared, block.prepared, diagonal, diagonal).items():
+            for name, pooled in self.engine.pairs(block.prepared, block.prepared, diagonal, diagonal).items():
                 block.variances[name] = pooled.nngp
         return block.variances[group]
 
@@ -179,9 +297,9 @@ class KernelFunction:
 
         The epsilon of the computation, times what cancellation in the pooling costs (erf kernels change sign).
         """
-        variance, bound = self._self_kernels(group, block), self._engine.pooled_bound(block.prepared)
+        variance, bound = self._self_kernels(group, block), self.engine.pooled_bound(block.prepared)
         lost = np.divide(bound, variance, out=np.ones_like(bound), where=variance > 0)
-        rounding: NDArray[np.float64] = self._engine.epsilon(block.prepared) * np.maximum(lost, 1)
+        rounding: NDArray[np.float64] = self.engine.epsilon(block.prepared) * np.maximum(lost, 1)
         return rounding
 
 
@@ -197,15 +315,14 @@ def dense_layers(
     """
     w2, b2 = network.w_std**2, network.b_std**2
     k, theta = pooled
-    for activation in network.head:
+    for activation in network.head_activations:
         k, q1, q2 = w2 * k + b2, w2 * q1 + b2, w2 * q2 + b2
         theta = k + w2 * theta
-        dual = DUALS[activation]
-        k, derivative = dual(k, q1, q2, eps)
+        k, derivative = activation.dual(k, q1, q2, eps)
         theta = derivative * theta
-        q1, q2 = dual(q1, q1, q1)[0], dual(q2, q2, q2)[0]
+        q1, q2 = activation.moment(q1), activation.moment(q2)
     k = w2 * k + b2
-    return Pooled(k, k + w2 * theta)
+    return type(pooled)(k, k + w2 * theta)
 
 
 def compute(
@@ -217,11 +334,108 @@ def compute(
     engine: str,
     dtype: Any,
     threads: int | None = None,
+    memory_limit: int | None = None,
 ) -> dict[str, Kernel]:
-    """The kernels of ``x1`` against ``x2`` by group; see :meth:`equikernel.GroupCNN.kernel`."""
-    function = KernelFunction(network, groups, engine, dtype, threads)
-    block1 = function.prepare(x1, "x1")
-    return function(block1, None if x2 is None else function.prepare(x2, "x2"))
+    """The kernels of ``x1`` against ``x2`` by group, block by block; see :meth:`equikernel.GroupCNN.kernel`."""
+    function = KernelFunction(network, groups, engine, dtype, threads, memory_limit)
+    first = _as_images(x1, "x1")
+    second = first if x2 is None else _as_images(x2, "x2")
+    results = _empty_results(function, len(first), len(second))
+    edge = block_edge(function, first.shape[1:], max(len(first), len(second)))
+    if edge >= max(len(first), len(second)):
+        return function(function.prepare(first, "x1"), None if x2 is None else function.prepare(second, "x2"))
+    for i in range(0, len(first), edge):
+        rows = function.prepare(first[i : i + edge], "x1", first=i)
+        for j in range(i if x2 is None else 0, len(second), edge):
+            if x2 is None and i == j:
+                part = function(rows)
+            else:
+                part = function(rows, function.prepare(second[j : j + edge], "x1" if x2 is None else "x2", first=j))
+            for group, kernel in part.items():
+                for matrix, values in zip(results[group], kernel, strict=True):
+                    matrix[i : i + edge, j : j + edge] = values
+                    if x2 is None:
+                        matrix[j : j + edge, i : i + edge] = values.T
+    return results
+
+
+def block_edge(function: KernelFunction, image_shape: tuple[int, ...], largest: int) -> int:
+    """Images per side of a block, so that two blocks and their pairs fit in the memory of ``function``."""
+    height, width, channels = image_shape
+    image = function.engine.image_bytes(height, width, channels)
+    pair = PAIR_BYTES * max(len(union(function.groups)), 1)
+    budget = function.memory - function.engine.pair_bytes(height, width)
+
+    def fits(edge: int) -> bool:
+        return 2 * edge * image + edge**2 * pair <= budget
+
+    edge = largest
+    while edge > 1 and not fits(edge):
+        edge = -(-edge // 2)
+    return edge
+
+
+def _empty_results(function: KernelFunction, rows: int, cols: int) -> dict[str, Kernel]:
+    """Arrays for the kernels; the memory is taken only when they are filled.
+
+    Raises:
+      MemoryLimitError: they do not fit.
+    """
+    needed, free = 2 * len(function.groups) * rows * cols * function.dtype.itemsize, available_memory()
+    if needed > free:
+        raise MemoryLimitError(
+            f"the kernels of {rows} against {cols} images take {format_bytes(needed)}, and {format_bytes(free)} are "
+            "free; compute them in blocks of images, or into a store with `equigram run`"
+        )
+    results = {}
+    for group in function.groups:
+        results[group] = Kernel(*(np.empty((rows, cols), function.dtype) for _ in range(2)))
+        results[group].engine = function.engine.name
+    return results
+
+
+def explain(
+    network: Architecture, groups: tuple[str, ...], image_shape: tuple[int, int, int], *, engine: str, dtype: Any
+) -> Explanation:
+    """Which engine computes the kernels of ``(H, W, C)`` images; see :meth:`equikernel.GroupCNN.explain`."""
+    from equikernel.cost import pair_flops
+
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise ImageError(f"image_shape = {image_shape} is no shape of an image; give (height, width, channels)")
+    height, width, channels = image_shape
+    function = KernelFunction(network, groups, engine, dtype)
+    for group in groups:
+        network.check_images(height, width, group)
+    return Explanation(
+        function.engine.name,
+        function.reason,
+        pair_flops(network, groups, function.engine.name, image_shape),
+        function.engine.pair_bytes(height, width),
+        function.engine.image_bytes(height, width, channels),
+    )
+
+
+def _engine(
+    name: str, network: Architecture, groups: tuple[str, ...], dtype: np.dtype[Any], threads: int, memory: int
+) -> Engine:
+    """The engine called ``name``; its module is imported only when it is used."""
+    match name:
+        case "reference":
+            from equikernel.recursion import ReferenceEngine
+
+            return ReferenceEngine(network, groups, memory)
+        case "general":
+            from equikernel.engines.general import GeneralEngine
+
+            return GeneralEngine(network, groups, memory)
+        case "xla":
+            from equikernel.engines.xla import XlaEngine
+
+            return XlaEngine(network, groups, dtype, memory)
+        case _:
+            from equikernel.engines.cpu import CpuEngine
+
+            return CpuEngine(network, groups, dtype, threads)
 
 
 def available_cores() -> int:
@@ -239,7 +453,8 @@ def _checked_dtype(dtype: Any) -> np.dtype[Any]:
     raise EngineError(f"dtype {dtype!r} does not exist for kernels; choose {_listing(DTYPES)}")
 
 
-def _checked_images(images: ArrayLike, dtype: np.dtype[Any], name: str) -> NDArray[Any]:
+def _as_images(images: ArrayLike, name: str) -> NDArray[Any]:
+    """An array of shape ``(n, H, W, C)`` of real numbers."""
     try:
         array = np.asarray(images)
     except ValueError as error:
@@ -253,16 +468,22 @@ def _checked_images(images: ArrayLike, dtype: np.dtype[Any], name: str) -> NDArr
         )
     if 0 in array.shape:
         raise ImageError(f"{name} has shape {array.shape}, so it holds no pixels; give at least one image")
+    return array
+
+
+def _checked_images(images: ArrayLike, dtype: np.dtype[Any], name: str, first: int) -> NDArray[Any]:
+    """Images that are finite and in the range of ``dtype``, in it; the first of them is number ``first`` to the user."""
+    array = _as_images(images, name)
     finite = np.isfinite(array).all(axis=(1, 2, 3))
     if not finite.all():
-        raise ImageError(f"{name}[{int(np.argmin(finite))}] has NaN or infinite pixels; remove or repair that image")
+        raise ImageError(f"{name}[{first + int(np.argmin(finite))}] has NaN or infinite pixels; remove or repair that image")
     largest = np.abs(array, dtype=np.float64).max(axis=(1, 2, 3))
     low, high = (1e-15, 1e15) if dtype.itemsize == 4 else (1e-120, 1e120)
     bad = ((largest > high) | (largest < low)) & (largest > 0)
     if bad.any():
         index = int(np.argmax(bad))
         raise ImageError(
-            f"the largest pixel of {name}[{index}] is {largest[index]:.3g}; {dtype.name} kernels need it between "
+            f"the largest pixel of {name}[{first + index}] is {largest[index]:.3g}; {dtype.name} kernels need it between "
             f"{low:g} and {high:g} (or an image of zeros); rescale the images"
         )
     return np.ascontiguousarray(array, dtype=dtype)

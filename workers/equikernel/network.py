@@ -2,107 +2,206 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, overload
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Self, overload
 
-import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from equikernel import groups
+from equikernel import geometry, groups
+from equikernel.activations import Activation, Custom, parse
 from equikernel.errors import ImageError, NetworkError, suggestion
 from equikernel.fields import describe
-from equikernel.groups import GroupName
+from equikernel.layers import (
+    ActivationName,
+    AnyLayer,
+    Branch,
+    Conv,
+    Convolution,
+    Number,
+    Padding,
+    Step,
+    Whole,
+    convolutions,
+    lower,
+    odd,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from numpy.typing import ArrayLike
 
-    from equikernel.kernel import Kernel
-
-Padding = Literal["SAME", "VALID", "CIRCULAR"]
-ActivationName = Literal["relu", "erf"]
-
-
-def _odd(value: int) -> int:
-    if value % 2 == 0:
-        raise ValueError(
-            f"{value} is even, and an even filter has no centre pixel to rotate about; use {value - 1} or {value + 1}"
-        )
-    return value
+    from equikernel.kernel import Explanation, Kernel
 
 
 class Architecture(BaseModel):
     """An infinitely wide convolutional network, but for its symmetry group.
 
-    ``depth`` convolutions, each followed by the activation, then the mean over pixels (and rotations), then one
-    dense layer with activation per name in ``head``, then a linear dense read-out with one output. NTK
-    parameterization: every convolution and dense layer multiplies its mean by ``w_std²`` and adds ``b_std²``.
+    ``depth`` equal convolutions, each followed by the activation, or any ``layers``; then the mean over pixels (and
+    rotations), then one dense layer with activation per name in ``head``, then a linear dense read-out with one output.
+    NTK parameterization: every convolution and dense layer multiplies its mean by ``w_std²`` and adds ``b_std²``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, ignored_types=(cached_property,))
 
-    depth: int = Field(
+    depth: Whole = Field(
         default=3,
         ge=1,
         le=1000,
         strict=True,
         description="Number of convolutions, of which the first is the lifting layer.",
     )
-    filter_size: Annotated[int, AfterValidator(_odd), "an odd number of 1 or more"] = Field(
+    filter_size: Annotated[Whole, AfterValidator(odd), "an odd number of 1 or more"] = Field(
         default=3, ge=1, strict=True, description="Side of the square filters in pixels."
+    )
+    layers: tuple[AnyLayer, ...] | None = Field(
+        default=None, description="Layers of any kind, instead of ``depth`` and ``filter_size``; the first is a Conv."
     )
     padding: Padding = Field(
         default="SAME",
         description="Beyond the border a filter sees zeros (``SAME``) or the opposite side (``CIRCULAR``), or it stays "
         "within (``VALID``), and images shrink.",
     )
-    activation: ActivationName = Field(default="relu", description="Activation after every convolution.")
-    w_std: float = Field(default=1.0, gt=0, le=1e6, strict=True, description="Standard deviation of the weights.")
-    b_std: float = Field(default=0.0, ge=0, le=1e6, strict=True, description="Standard deviation of the biases.")
+    activation: ActivationName = Field(
+        default="relu", description="Activation after every convolution that does not say otherwise."
+    )
+    w_std: Number = Field(default=1.0, gt=0, le=1e6, strict=True, description="Standard deviation of the weights.")
+    b_std: Number = Field(default=0.0, ge=0, le=1e6, strict=True, description="Standard deviation of the biases.")
     head: tuple[ActivationName, ...] = Field(
         default=(), description="Activation of each hidden dense layer after the pooling."
     )
 
-    @field_validator("depth", "filter_size", "w_std", "b_std", mode="before")
-    @classmethod
-    def _plain_number(cls, value: Any) -> Any:
-        return value.item() if isinstance(value, np.generic) else value
-
-    @field_validator("head", mode="before")
+    @field_validator("head", "layers", mode="before")
     @classmethod
     def _one_layer_is_a_list(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        return (value,) if isinstance(value, (str, Custom, BaseModel)) else value
+
+    @model_validator(mode="after")
+    def _layers_make_a_network(self) -> Self:
+        if self.layers is None:
+            return self
+        both = sorted({"depth", "filter_size"} & self.model_fields_set)
+        if both:
+            raise ValueError(f"layers and {both[0]} = {getattr(self, both[0])} both say which convolutions; keep one")
+        if not self.layers or not isinstance(self.layers[0], Conv):
+            given = self.layers[0].kind if self.layers else "nothing"
+            raise ValueError(f"layers[0] is {given}, but the first layer is the lifting convolution; begin with a Conv")
+        _check_branches(self.steps)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _either_layers_or_depth(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        for name in ("layers",) if self.layers is None else ("depth", "filter_size"):
+            fields.pop(name, None)
+        return fields
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """The elementary steps up to the group pooling."""
+        if self.layers is not None:
+            return lower(self.layers, self.w_std, self.b_std, self.activation, lambda i: f"layers[{i}]")
+        equal = Conv(self.filter_size)
+        return lower((equal,) * self.depth, self.w_std, self.b_std, self.activation, lambda i: f"convolution {i + 1}")
 
     @property
-    def radius(self) -> int:
-        """Pixels the filter reaches beyond its centre: ``(filter_size - 1) / 2``."""
-        return self.filter_size // 2
+    def convolutions(self) -> tuple[Convolution, ...]:
+        """All convolutions, those in residual branches included."""
+        return tuple(convolutions(self.steps))
+
+    @cached_property
+    def head_activations(self) -> tuple[Activation, ...]:
+        """The activations of the head."""
+        return tuple(given if isinstance(given, Custom) else parse(given) for given in self.head)
 
     @property
-    def margin(self) -> int:
-        """Pixels that the convolutions take off each border: ``depth · radius`` for VALID padding, else 0."""
-        return self.depth * self.radius if self.padding == "VALID" else 0
+    def margin(self) -> tuple[int, int]:
+        """Pixels that convolutions take off each border, rows and columns: 0 unless the padding is VALID."""
+        return geometry.margin(self.steps, self.padding)
+
+    def fits(self, height: int, width: int, group: str = "C1") -> bool:
+        """Whether the network is defined on images of ``height x width`` pixels."""
+        try:
+            self.check_images(height, width, group)
+        except (ImageError, NetworkError):
+            return False
+        return True
 
     def check_images(self, height: int, width: int, group: str = "C1") -> None:
         """Raise :class:`NetworkError` or :class:`ImageError` unless the network is defined on ``height x width``."""
-        if groups.needs_square_images(group) and height != width:
+        rectangles = groups.keeps_rectangles(group)
+        if not rectangles and height != width:
             raise ImageError(
-                f"images are {height}x{width} pixels, but {group} turns them by quarter turns and needs square ones; "
-                f"crop them to {min(height, width)}x{min(height, width)}, or use the group C1, C2, D1 or D2"
+                f"images are {height}x{width} pixels, but {group} turns them by other than half turns and needs square "
+                f"ones; crop them to {min(height, width)}x{min(height, width)}, or use the group C1, C2, D1 or D2"
             )
-        smallest = min(height, width)
-        if smallest <= 2 * self.margin:
-            shallower = (smallest - 1) // (2 * self.radius)
+        for step in self.convolutions:
+            if step.radii[0] != step.radii[1] and not rectangles:
+                sides = tuple(2 * radius + 1 for radius in step.radii)
+                raise NetworkError(
+                    f"{step.place}: a filter of {sides[0]}x{sides[1]} pixels is no square, and {group} turns it; use "
+                    f"filter ({max(sides)}, {max(sides)}), or the group C1, C2, D1 or D2"
+                )
+        for axis, side in enumerate((height, width)):
+            try:
+                geometry.trace(self.steps, side, axis, group, self.padding)
+            except NetworkError as error:
+                raise NetworkError(self._with_remedy(error, side, axis, group)) from None
+
+    def _with_remedy(self, error: NetworkError, side: int, axis: int, group: str) -> str:
+        """What is wrong with ``side`` pixels along ``axis``, and the nearest sides that work."""
+
+        def works(side: int) -> bool:
+            try:
+                geometry.trace(self.steps, side, axis, group, self.padding)
+            except NetworkError:
+                return False
+            return True
+
+        if self.layers is None and self.padding == "VALID":
+            shrunk = sum(groups.reach(group, step.radii)[axis] for step in self.convolutions)
+            shallower = (side - 1) * self.depth // (2 * shrunk)
             remedy = f"use depth <= {shallower}, " if shallower >= 1 else "use a smaller filter, "
-            raise NetworkError(
+            return (
                 f"VALID padding eats the image: {self.depth} convolutions of size {self.filter_size} remove "
-                f"{2 * self.margin} of {smallest} pixels per side; {remedy}or padding SAME, or larger images"
+                f"{2 * shrunk} of {side} pixels per side; {remedy}or padding SAME, or larger images"
             )
-        if self.padding == "CIRCULAR" and smallest < self.filter_size:
-            raise NetworkError(
-                f"CIRCULAR padding: a filter of size {self.filter_size} wraps around an image of {smallest} pixels "
-                f"more than once; use filter_size <= {smallest - 1 + smallest % 2}"
-            )
+        sides = geometry.nearest_sides(works, side)
+        sizes = " or ".join(map(str, sides))
+        return f"{error}; nearest {'widths' if axis else 'heights'} that work: {sizes}" if sides else str(error)
+
+
+def _check_branches(steps: tuple[Step, ...]) -> None:
+    for step in steps:
+        if isinstance(step, Branch):
+            if not step.steps or not isinstance(step.steps[-1], Convolution):
+                raise ValueError(
+                    f"{step.place}: a residual branch ends in a convolution without activation, whose fresh weights "
+                    "make it independent of its input; end with Conv(activation='identity')"
+                )
+            _check_branches(step.steps)
+
+
+def _group_name(value: str) -> str:
+    if not groups.is_group(value):
+        raise ValueError(f"{value!r} is not allowed; choose {GROUP_CHOICES}{suggestion(value, groups.GRID_GROUPS)}")
+    return value
+
+
+GROUP_CHOICES = (
+    f"{', '.join(groups.GRID_GROUPS)}, or for small images any other C<n> or D<n> with n up to {groups.LARGEST}"
+)
+GroupName = Annotated[str, AfterValidator(_group_name), GROUP_CHOICES]
 
 
 class GroupCNN(Architecture):
@@ -110,11 +209,13 @@ class GroupCNN(Architecture):
 
     ``G`` are rotations of the plane by multiples of ``2π/n`` (``C_n``), or these and ``n`` reflections (``D_n``): D1
     has the left-right mirror image, D2 also the up-down one, D4 also those on the diagonals. ``C1`` is the plain CNN
-    with global average pooling. Source: Misof, Kessel and Gerken, *Equivariant Neural Tangent Kernels*, arXiv
-    2406.06504.
+    with global average pooling. Groups other than C1, C2, C4, D1, D2 and D4 do not map pixels to pixels; their filters
+    are rotated by bilinear interpolation, and their kernels need much memory. Source: Misof, Kessel and Gerken,
+    *Equivariant Neural Tangent Kernels*, arXiv 2406.06504.
 
     >>> net = GroupCNN(group="C4", depth=2)
     >>> k = net.kernel(images, dtype="float64")     # k.nngp, k.ntk: (n, n) arrays
+    >>> net = GroupCNN(group="D4", layers=[Conv(5), AvgPool(2), Residual([Conv(3, activation="identity")])])
     """
 
     group: GroupName = Field(default="C4", description="Rotations and reflections that the network is equivariant to.")
@@ -128,6 +229,16 @@ class GroupCNN(Architecture):
     # pydantic calls an overridden __init__ also for nested fields, where its own errors name the place better.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
+    def explain(self, image_shape: tuple[int, int, int], engine: str = "auto", dtype: Any = "float32") -> Explanation:
+        """Which engine computes kernels of images ``(H, W, C)``, why, and what a pair costs; computes nothing.
+
+        Raises:
+          ImageError, NetworkError, EngineError: as :meth:`kernel`.
+        """
+        from equikernel.kernel import explain
+
+        return explain(self, (self.group,), image_shape, engine=engine, dtype=dtype)
+
     @overload
     def kernel(
         self,
@@ -137,6 +248,7 @@ class GroupCNN(Architecture):
         dtype: Any = "float32",
         *,
         threads: int | None = None,
+        memory_limit: int | None = None,
     ) -> Kernel: ...
     @overload
     def kernel(
@@ -148,6 +260,7 @@ class GroupCNN(Architecture):
         *,
         groups: Iterable[str],
         threads: int | None = None,
+        memory_limit: int | None = None,
     ) -> dict[str, Kernel]: ...
     def kernel(
         self,
@@ -158,46 +271,56 @@ class GroupCNN(Architecture):
         *,
         groups: Iterable[str] | None = None,
         threads: int | None = None,
+        memory_limit: int | None = None,
     ) -> Kernel | dict[str, Kernel]:
         """The NNGP and NTK of this network on pairs of images.
 
         Args:
-          x1: ``(n1, H, W, C)`` images, real and finite.
+          x1: ``(n1, H, W, C)`` images, real and finite; integers and float16 are converted to ``dtype``.
           x2: ``(n2, H, W, C)`` images; ``None`` means ``x1``, and computes each pair once.
-          engine: ``"reference"`` the literal recursion in float64, slow; ``"cpu"`` the fast exact engine; ``"auto"``
-            the best one for this machine.
-          dtype: ``"float32"`` or ``"float64"``, the precision of the fast engines. ``"reference"`` accepts any dtype
-            and always computes and returns float64.
-          groups: compute the networks over these groups, instead of ``self.group``, all in one pass at the cost of
-            their union: ``("C1", "C4")`` costs as much as C4 alone.
+          engine: ``"cpu"`` fast and exact, ``"xla"`` the same mathematics in JAX for CPU and GPU, ``"general"`` any
+            group and layer in JAX with dense covariances, ``"reference"`` the literal recursion in float64, slow;
+            ``"auto"`` the best one for this network and machine, see :meth:`explain`.
+          dtype: ``"float32"`` or ``"float64"``, the precision of the fast engines and of the result. ``"general"``
+            computes in float64 always; ``"reference"`` accepts any dtype and returns float64.
+          groups: compute the networks over these groups of C1, C2, C4, D1, D2 and D4, instead of ``self.group``, all in
+            one pass at the cost of their union: ``("C1", "C4")`` costs as much as C4 alone.
           threads: CPU threads of the engine ``"cpu"``; ``None`` means all cores this process may use. They change the
             time and not the bits.
+          memory_limit: bytes that the computation may use besides its result; ``None`` means half of what is free. The
+            work is cut to fit.
 
         Returns:
-          ``k`` with ``k.nngp`` and ``k.ntk``, ``(n1, n2)`` arrays of ``dtype``, without units. Both are symmetric
-          to the bit when ``x2`` is ``None``. With ``groups`` a dictionary of them, by group.
+          ``k`` with ``k.nngp`` and ``k.ntk``, ``(n1, n2)`` arrays of ``dtype``, without units, and ``k.engine``, the
+          engine that computed them. Both are symmetric to the bit when ``x2`` is ``None``. With ``groups`` a dictionary
+          of them, by group.
 
         Raises:
           ImageError: wrong shapes, unequal sizes or channels, NaN or infinite pixels, non-square images for C4.
-          NetworkError: the network does not fit the images (VALID padding that leaves no pixel), or no such group.
-          EngineError: no such engine or dtype, or less than one thread.
+          NetworkError: the network does not fit the images (VALID padding that leaves no pixel, a stride that breaks
+            the symmetry), an activation without second moment, or no such group.
+          EngineError: no such engine or dtype, an engine that cannot do this network, or less than one thread.
+          MemoryLimitError: a single pair, or the result, does not fit in memory.
           KeyboardInterrupt: within a second or the time of one pair after Ctrl-C.
           NonFiniteKernelError: the result overflows ``dtype``.
         """
         from equikernel.kernel import compute
 
-        if groups is None:
-            return compute(self, (self.group,), x1, x2, engine=engine, dtype=dtype, threads=threads)[self.group]
-        return compute(self, _checked_groups(groups), x1, x2, engine=engine, dtype=dtype, threads=threads)
+        names = (self.group,) if groups is None else _checked_groups(groups)
+        kernels = compute(
+            self, names, x1, x2, engine=engine, dtype=dtype, threads=threads, memory_limit=memory_limit
+        )
+        return kernels[self.group] if groups is None else kernels
 
 
 def _checked_groups(names: Iterable[str]) -> tuple[str, ...]:
     given = (names,) if isinstance(names, str) else tuple(names)
-    choices = ", ".join(groups.GROUPS)
+    choices = ", ".join(groups.GRID_GROUPS)
     if not given:
         raise NetworkError(f"groups: the list is empty; choose of {choices}")
     for name in given:
-        if name not in groups.GROUPS:
-            hint = suggestion(name, groups.GROUPS)
-            raise NetworkError(f"groups: {name!r} is not allowed; choose of {choices}{hint}")
+        if name not in groups.GRID_GROUPS:
+            hint = suggestion(str(name), groups.GRID_GROUPS)
+            alone = f"; it needs a pass of its own, GroupCNN(group={name!r})" if groups.is_group(str(name)) else hint
+            raise NetworkError(f"groups: {name!r} is not allowed; choose of {choices}{alone}")
     return tuple(dict.fromkeys(given))

@@ -1,28 +1,32 @@
 r"""The literal recursions of arXiv 2406.06504 over ``(r, r', t, t')``: the judge of every fast engine.
 
 Notation: ``K[p, r, r', y, x, y', x']`` is the kernel of image pair ``p`` between the group elements ``(t, r)`` and
-``(t', r')`` with ``t = (y, x)``; ``q[p, r, y, x]`` its diagonal for one image of the pair. ``S`` is the square filter
-support, ``ρ(r)`` the rotation or reflection ``r``. Everything is float64 and slow on purpose: ``O(|G|² (HW)² |S|)`` per
-layer.
+``(t', r')`` with ``t = (y, x)``; ``q[p, r, y, x]`` its diagonal for one image of the pair. ``S`` is the filter support,
+``ρ(r)`` the rotation or reflection ``r``; off the pixel grid ``R_r[a, v]`` spreads the tap ``ρ(r)v`` over the pixels
+``a`` around it (:meth:`equikernel.groups.Symmetry.splat`). Everything is float64 and slow on purpose:
+``O(|G|² (HW)² |S|)`` per layer.
 """
 
 from __future__ import annotations
 
-import os
+from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from equikernel.activations import DUALS
-from equikernel.errors import ImageError
-from equikernel.groups import multiplication_table, symmetries
+from equikernel.errors import MemoryLimitError
+from equikernel.geometry import windows
+from equikernel.groups import multiplication_table, order, reach, symmetries
+from equikernel.layers import Branch, Convolution, Nonlinearity, Pooling
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
 
+    from equikernel.groups import Offset
+    from equikernel.layers import Step
     from equikernel.network import Architecture
 
     Array = NDArray[np.float64]
@@ -35,193 +39,254 @@ PAIRS_BYTES = 2**27
 
 
 class Pooled(NamedTuple):
-    """Kernels after group pooling, ``(n1, n2)`` float64 each, before any dense layer."""
+    """Kernels after group pooling, ``(p,)`` float64 each, before any dense layer."""
 
     nngp: Array
     ntk: Array
 
 
-def _pad(k: Array, radius: int, padding: str, axes: Sequence[int]) -> Array:
-    """Zeros (SAME), the opposite border (CIRCULAR) or nothing (VALID) around the pixel axes."""
-    if padding == "VALID":
-        return k
-    widths = [(radius, radius) if axis in axes else (0, 0) for axis in range(k.ndim)]
-    return np.pad(k, widths, mode="wrap" if padding == "CIRCULAR" else "constant")
-
-
-def _support(radius: int) -> list[tuple[int, int]]:
-    """The filter taps ``v ∈ S`` as pixel offsets from the centre."""
-    side = range(-radius, radius + 1)
-    return list(product(side, side))
-
-
-def _window(offset: tuple[int, int], radius: int, height: int, width: int) -> tuple[slice, slice]:
-    """The pixels ``t + offset`` of a padded image, for every output pixel ``t``."""
-    top, left = offset[0] + radius, offset[1] + radius
-    return slice(top, top + height), slice(left, left + width)
-
-
-def input_kernel(x1: Array, x2: Array) -> Array:
-    """``K⁰(t, t') = f(t)·f'(t') / C`` for pairs of images ``(p, H, W, C)``, as ``(p, H, W, H, W)``."""
+def input_kernel(x1: Array, x2: Array, group: str) -> Array:
+    """``K⁰(t, t') = f(t)·f'(t') / C`` of pairs of images ``(p, H, W, C)``, the same for all ``(r, r')``."""
     kernel: Array = np.einsum("pijc,pklc->pijkl", x1 / x1.shape[-1], x2, optimize=True)
-    return kernel
+    n = order(group)
+    return np.broadcast_to(kernel[:, None, None], (len(kernel), n, n, *kernel.shape[1:]))
 
 
-def input_diagonal(x: Array) -> Array:
-    """``K⁰(t, t)``: ``(p, H, W)``."""
-    diagonal: Array = np.einsum("pijc,pijc->pij", x / x.shape[-1], x)
-    return diagonal
-
-
-def lifting(k: Array, group: str, radius: int, padding: str) -> Array:
-    """``A(K)(tr, t'r') = 1/|S| Σ_v K⁰(t + ρ(r)v, t' + ρ(r')v)``: from ``(p, H, W, H, W)`` to all ``(r, r')``."""
-    n = len(symmetries(group))
-    everywhere = np.broadcast_to(k[:, None, None], (len(k), n, n, *k.shape[1:]))
-    return _average(everywhere, group, radius, padding)
-
-
-def group_convolution(k: Array, group: str, radius: int, padding: str) -> Array:
-    """``A(K)(tr, t'r') = 1/(|G||S|) Σ_q Σ_v K[rq, r'q](t + ρ(r)v, t' + ρ(r')v)``."""
-    over_group = np.zeros_like(k)
+def group_average(k: Array, group: str) -> Array:
+    """``1/|G| Σ_q K[rq, r'q]``."""
     table = multiplication_table(group)
+    total: Array = np.zeros_like(k)
     for rq in table.T:
-        over_group += k[:, rq[:, None], rq[None, :]]
-    return _average(over_group / len(table), group, radius, padding)
+        total += k[:, rq[:, None], rq[None, :]]
+    return total / len(table)
 
 
-def _average(k: Array, group: str, radius: int, padding: str) -> Array:
-    """``1/|S| Σ_v K[r, r'](t + ρ(r)v, t' + ρ(r')v)``."""
-    padded = _pad(k, radius, padding, axes=(3, 4, 5, 6))
-    height, width = padded.shape[3] - 2 * radius, padded.shape[4] - 2 * radius
+def filter_average(k: Array, group: str, step: Convolution, padding: str) -> Array:
+    """``1/|S| Σ_v Σ_{a,b} R_r[a, v] R_r'[b, v] K[r, r'](t + a, t' + b)``; on the grid ``a = ρ(r)v``, ``b = ρ(r')v``."""
+    border = reach(group, step.radii) if padding != "VALID" else (0, 0)
+    widths = [(0, 0)] * 3 + [(radius, radius) for radius in border * 2]
+    padded = np.pad(k, widths, mode="wrap" if padding == "CIRCULAR" else "constant")
+    sides = [
+        windows(side, radius, step.stride, padding)  # type: ignore[arg-type]
+        for side, radius in zip(k.shape[3:5], reach(group, step.radii), strict=True)
+    ]
+
+    def seen(offset: Offset) -> tuple[slice, slice]:
+        """The pixels ``t + offset`` for every output pixel ``t``."""
+        starts = [side.first + a + b for side, a, b in zip(sides, offset, border, strict=True)]
+        y, x = (
+            slice(start, start + (side.outputs - 1) * step.stride + 1, step.stride)
+            for start, side in zip(starts, sides, strict=True)
+        )
+        return y, x
+
+    taps = list(product(*(range(-radius, radius + 1) for radius in step.radii)))
+    height, width = (side.outputs for side in sides)
     out: Array = np.empty((*k.shape[:3], height, width, height, width))
     for (i, r), (j, s) in product(enumerate(symmetries(group)), repeat=2):
-        out[:, i, j] = _mean(
-            padded[
-                (
-                    slice(None), i, j,
-                    *_window(r.on_offset(v), radius, height, width),
-                    *_window(s.on_offset(v), radius, height, width),
-                )
-            ]
-            for v in _support(radius)
-        )  # fmt: skip
+        terms = (
+            (wa * wb, padded[(slice(None), i, j, *seen(a), *seen(b))])
+            for v in taps
+            for a, wa in r.splat(v)
+            for b, wb in s.splat(v)
+        )
+        out[:, i, j] = _sum(terms) / len(taps)
     return out
 
 
-def diagonal_convolution(q: Array, group: str, radius: int, padding: str) -> Array:
-    """The convolutions above on the diagonal ``g = g'``: ``1/(|G||S|) Σ_q Σ_v q[rq](t + ρ(r)v)``, ``(p, n, H, W)``.
-
-    For the lifting layer pass ``K⁰(t, t)`` repeated over the group.
-    """
-    padded = _pad(q.mean(axis=1), radius, padding, axes=(1, 2))
-    height, width = padded.shape[1] - 2 * radius, padded.shape[2] - 2 * radius
-    rotated = [
-        _mean(padded[(slice(None), *_window(r.on_offset(v), radius, height, width))] for v in _support(radius))
-        for r in symmetries(group)
-    ]
-    return np.stack(rotated, axis=1)
+def block_average(k: Array, size: int) -> Array:
+    """The mean over blocks of ``size x size`` pixels of both images."""
+    height, width = k.shape[3] // size, k.shape[4] // size
+    split = k.reshape(*k.shape[:3], height, size, width, size, height, size, width, size)
+    mean: Array = split.mean(axis=(4, 6, 8, 10))
+    return mean
 
 
-def _mean(terms: Iterable[Array]) -> Array:
-    """The mean of arrays of one shape, summed with compensation (Neumaier 1974).
+def _sum(terms: Iterable[tuple[float, Array]]) -> Array:
+    """The weighted sum of arrays of one shape, with compensation (Neumaier 1974).
 
     Plain sums of many equal terms, as constant images have, would put ``c`` further from ``±1`` than the branch point
     allows for.
     """
-    count, total, lost = 0, np.zeros(()), np.zeros(())
-    for term in terms:
-        count += 1
+    total, lost = np.zeros(()), np.zeros(())
+    for weight, array in terms:
+        term = array if weight == 1 else weight * array
         following = total + term
         lost = lost + np.where(np.abs(total) >= np.abs(term), (total - following) + term, (term - following) + total)
         total = following
-    return (total + lost) / count
+    return total + lost
 
 
-def group_pooling(k: Array) -> Array:
-    """The mean over all ``g, g'``: ``(p,)``."""
-    pooled: Array = k.mean(axis=(1, 2, 3, 4, 5, 6))
-    return pooled
+def diagonal(k: Array) -> Array:
+    """``q[p, r, y, x] = K[p, r, r, y, x, y, x]``."""
+    return np.einsum("prrijij->prij", k).copy()
 
 
-def preactivation_variances(network: Architecture, group: str, x: Array) -> list[Array]:
-    """``K_{g,g}(f, f)`` before each activation, one ``(p, n, H, W)`` array per convolution."""
-    dual = DUALS[network.activation]
-    w2, b2 = network.w_std**2, network.b_std**2
-    q = np.repeat(input_diagonal(x)[:, None], len(symmetries(group)), axis=1)
-    variances = []
-    for _ in range(network.depth):
-        q = w2 * diagonal_convolution(q, group, network.radius, network.padding) + b2
-        variances.append(q)
-        q = dual(q, q, q)[0]
-    return variances
+def propagate(
+    network: Architecture,
+    group: str,
+    k: Array,
+    variances: Iterator[tuple[Array, Array]],
+    record: Callable[[Array, Array], None] = lambda k, theta: None,
+) -> tuple[Array, Array]:
+    """K and Θ after all steps of the network.
+
+    Args:
+      network, group: the network.
+      k: :func:`input_kernel`.
+      variances: ``(q1, q2)`` at each nonlinearity in turn, from :func:`variances`.
+      record: called with K and Θ after each step.
+    """
+
+    def run(steps: tuple[Step, ...], k: Array, theta: Array, *, lifting: bool = False) -> tuple[Array, Array]:
+        for step in steps:
+            match step:
+                case Convolution() if lifting:  # the input knows no group, and Θ⁰ = 0
+                    theta = k = step.w2 * filter_average(k, group, step, network.padding) + step.b2
+                    lifting = False
+                case Convolution():
+                    k, theta = (
+                        step.w2 * filter_average(group_average(kernel, group), group, step, network.padding)
+                        for kernel in (k, theta)
+                    )
+                    k += step.b2
+                    theta += k
+                case Nonlinearity(activation):
+                    q1, q2 = next(variances)
+                    k, derivative = activation.dual(k, _first(q1), _second(q2))
+                    theta = derivative * theta
+                case Pooling(_, size):
+                    k, theta = block_average(k, size), block_average(theta, size)
+                case Branch(_, inner):
+                    branch = run(inner, k, theta)
+                    k, theta = k + branch[0], theta + branch[1]
+            record(k, theta)
+        return k, theta
+
+    return run(network.steps, k, np.zeros_like(k), lifting=True)
 
 
-def pooled_pairs(network: Architecture, group: str, x1: Array, x2: Array) -> tuple[Array, Array]:
-    """Pooled NNGP and NTK, ``(p,)`` each, of the pairs ``(x1[p], x2[p])``; images ``(p, H, W, C)`` float64."""
-    dual = DUALS[network.activation]
-    w2, b2 = network.w_std**2, network.b_std**2
-    variances1 = preactivation_variances(network, group, x1)
-    variances2 = preactivation_variances(network, group, x2)
-    k = input_kernel(x1, x2)
-    theta = np.zeros_like(k)
-    convolution = lifting
-    for q1, q2 in zip(variances1, variances2, strict=True):
-        k = w2 * convolution(k, group, network.radius, network.padding) + b2
-        theta = k + w2 * convolution(theta, group, network.radius, network.padding)
-        k, derivative = dual(k, q1[:, :, None, :, :, None, None], q2[:, None, :, None, None, :, :])
-        theta = derivative * theta
-        convolution = group_convolution
-    return group_pooling(k), group_pooling(theta)
+def variances(network: Architecture, group: str, x: Array) -> tuple[list[Array], Array]:
+    """``K(f, f)`` on the diagonal before each nonlinearity, and at the end: ``(n, |G|, H', W')`` each.
+
+    From the whole of ``K(f, f)``: pooling between layers, and filters rotated off the grid, mix its diagonal with the
+    rest.
+    """
+    found: list[Array] = []
+
+    def run(steps: tuple[Step, ...], k: Array, *, lifting: bool = False) -> Array:
+        for step in steps:
+            match step:
+                case Convolution():
+                    here = k if lifting else group_average(k, group)
+                    k = step.w2 * filter_average(here, group, step, network.padding) + step.b2
+                    lifting = False
+                case Nonlinearity(activation):
+                    q = diagonal(k)
+                    found.append(q)
+                    k = activation.dual(k, _first(q), _second(q))[0]
+                case Pooling(_, size):
+                    k = block_average(k, size)
+                case Branch(_, inner):
+                    k = k + run(inner, k)
+        return k
+
+    last = run(network.steps, input_kernel(x, x, group), lifting=True)
+    return found, diagonal(last)
+
+
+def _first(q: Array) -> Array:
+    return q[:, :, None, :, :, None, None]
+
+
+def _second(q: Array) -> Array:
+    return q[:, None, :, None, None, :, :]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Images ``(n, H, W, C)`` float64, with the variances of each group's network, per image."""
+
+    images: Array
+    variances: dict[str, list[Array]]
+    bound: Array
+    """``(mean over t of √K(t,t))²`` at the end, ``(n,)``."""
 
 
 class ReferenceEngine:
-    """The literal recursion as an engine: any group, any images, float64, for judging the others."""
+    """The literal recursion as an engine: any network, any images, float64, for judging the others."""
 
-    def __init__(self, network: Architecture, groups: tuple[str, ...]) -> None:
+    name = "reference"
+
+    def __init__(self, network: Architecture, groups: tuple[str, ...], memory: int) -> None:
         self.network = network
         self.groups = groups
+        self.memory = memory
 
-    def prepare(self, images: NDArray[np.floating]) -> Array:
-        """Images ``(n, H, W, C)`` as the engine wants them.
+    def prepare(self, images: NDArray[np.floating]) -> Prepared:
+        """Images ``(n, H, W, C)`` with their variances.
 
         Raises:
-          ImageError: a single pair needs more memory than the machine has.
+          MemoryLimitError: a single pair needs more memory than there is.
         """
-        height, width = images.shape[1:3]
-        largest = max(self.groups, key=lambda group: len(symmetries(group)))
-        needed = ARRAYS_AT_ONCE * self._covariance_bytes(largest, height, width)
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > memory:
-            raise ImageError(
+        x = np.asarray(images, dtype=np.float64)
+        height, width = x.shape[1:3]
+        needed = self.pair_bytes(height, width)
+        if needed > self.memory:
+            largest = max(self.groups, key=order)
+            raise MemoryLimitError(
                 f"the literal recursion of {largest} needs {needed / 2**30:.1f} GiB for a pair of {height}x{width} "
-                f"images, and this machine has {memory / 2**30:.1f} GiB; use the engine 'cpu', or smaller images"
+                f"images, and {self.memory / 2**30:.1f} GiB are free for it; use another engine, or smaller images"
             )
-        return np.asarray(images, dtype=np.float64)
+        found, bounds = {}, []
+        for group in self.groups:
+            step = self._at_once(group, height, width)
+            parts = [variances(self.network, group, x[i : i + step]) for i in range(0, len(x), step)]
+            found[group] = [np.concatenate(layer) for layer in zip(*(part[0] for part in parts), strict=True)]
+            last = np.concatenate([part[1] for part in parts])
+            bounds.append(np.sqrt(np.maximum(last, 0)).mean(axis=(1, 2, 3)) ** 2)
+        return Prepared(x, found, np.max(bounds, axis=0))
 
-    def epsilon(self, block: Array) -> float:
+    def epsilon(self, block: Prepared) -> float:
         """The machine epsilon of float64."""
-        return float(np.finfo(block.dtype).eps)
+        return float(np.finfo(block.images.dtype).eps)
 
-    def pooled_bound(self, block: Array) -> Array:
-        """``(mean over t of √K(t,t))²`` after the last activation, ``(n,)``."""
-        q = preactivation_variances(self.network, "C1", block)[-1]
-        bound: Array = np.sqrt(DUALS[self.network.activation](q, q, q)[0]).mean(axis=(1, 2, 3)) ** 2
-        return bound
+    def pooled_bound(self, block: Prepared) -> Array:
+        """``(mean over t of √K(t,t))²`` after the last step, ``(n,)``."""
+        return block.bound
+
+    def pair_bytes(self, height: int, width: int) -> int:
+        """Bytes that one pair needs."""
+        return ARRAYS_AT_ONCE * max(self._covariance_bytes(group, height, width) for group in self.groups)
+
+    def image_bytes(self, height: int, width: int, channels: int) -> int:
+        """Bytes of one prepared image, roughly."""
+        per_group = sum(order(group) for group in self.groups) * len(self.network.steps)
+        return 8 * height * width * (channels + per_group)
 
     @staticmethod
     def _covariance_bytes(group: str, height: int, width: int) -> int:
         """Bytes of ``K[r, r', t, t']`` of one pair."""
-        return 8 * len(symmetries(group)) ** 2 * (height * width) ** 2
+        return 8 * order(group) ** 2 * (height * width) ** 2
 
-    def pairs(self, block1: Array, block2: Array, rows: NDArray[np.intp], cols: NDArray[np.intp]) -> dict[str, Pooled]:
+    def _at_once(self, group: str, height: int, width: int) -> int:
+        """Pairs that are computed at once."""
+        within = min(PAIRS_BYTES, self.memory // ARRAYS_AT_ONCE)
+        return max(1, within // self._covariance_bytes(group, height, width))
+
+    def pairs(
+        self, block1: Prepared, block2: Prepared, rows: NDArray[np.intp], cols: NDArray[np.intp]
+    ) -> dict[str, Pooled]:
         """Pooled kernels of the pairs ``(block1[rows[p]], block2[cols[p]])``: ``(p,)`` float64 per group."""
         results = {}
         for group in self.groups:
-            step = max(1, PAIRS_BYTES // self._covariance_bytes(group, *block1.shape[1:3]))
-            parts = [
-                pooled_pairs(self.network, group, block1[rows[p : p + step]], block2[cols[p : p + step]])
-                for p in range(0, len(rows), step)
-            ]
-            nngp, ntk = (np.concatenate(values) if parts else np.empty(0) for values in zip(*parts, strict=True))
-            results[group] = Pooled(nngp, ntk)
+            step = self._at_once(group, *block1.images.shape[1:3])
+            parts = []
+            for p in range(0, len(rows), step):
+                i, j = rows[p : p + step], cols[p : p + step]
+                q = zip(block1.variances[group], block2.variances[group], strict=True)
+                k = input_kernel(block1.images[i], block2.images[j], group)
+                final = propagate(self.network, group, k, ((q1[i], q2[j]) for q1, q2 in q))
+                parts.append([values.mean(axis=(1, 2, 3, 4, 5, 6)) for values in final])
+            results[group] = Pooled(*(np.concatenate(values) for values in zip(*parts, strict=True)))
         return results

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from equigram.data.files import Header
 from equigram.data.locations import Location, reaching
 from equigram.errors import DataError, DataNotFoundError, EquigramError, ResourceError
-from equigram.memory import available_memory, format_bytes
+from equikernel.memory import available_memory, format_bytes
 
 Indices: TypeAlias = NDArray[np.intp]
 Labels: TypeAlias = NDArray[Any]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from equigram.memory import available_memory, format_bytes
+from equikernel.memory import available_memory, format_bytes
 
 GIB = 2**30
 

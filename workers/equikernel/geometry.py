@@ -1,0 +1,109 @@
+"""Which pixels each layer sees: image sizes through a network, and where a layer would break the symmetry."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from equikernel import groups
+from equikernel.errors import NetworkError
+from equikernel.layers import Branch, Convolution, Pooling
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from equikernel.layers import Padding, Step
+
+SEARCHED = 4096
+"""Largest image side that is looked at for one that works."""
+
+
+class Windows(NamedTuple):
+    """Where the filters of a convolution lie on one axis: output ``i`` is centred on pixel ``i stride + first``."""
+
+    outputs: int
+    first: int
+    """Centre of the first filter."""
+
+
+def windows(side: int, radius: int, stride: int, padding: Padding) -> Windows:
+    """The filters of ``2 radius + 1`` pixels on a side; for SAME and VALID as in XLA and neural-tangents."""
+    size = 2 * radius + 1
+    if padding == "VALID":
+        return Windows((side - size) // stride + 1, radius)
+    outputs = -(-side // stride)
+    padded = max(0, (outputs - 1) * stride + size - side)
+    return Windows(outputs, radius - (padded // 2 if padding == "SAME" else radius))
+
+
+def trace(steps: tuple[Step, ...], side: int, axis: int, group: str, padding: Padding) -> int:
+    """The side that is left of ``side`` pixels along ``axis`` (0 rows, 1 columns) after ``steps``.
+
+    Raises:
+      NetworkError: a step does not fit, or breaks the symmetry of the group.
+    """
+    for step in steps:
+        if isinstance(step, Convolution):
+            side = _convolved(step, side, axis, group, padding)
+        elif isinstance(step, Pooling):
+            if side % step.size:
+                raise NetworkError(
+                    f"{step.place}: blocks of {step.size} pixels do not divide the {side} pixels there, and would "
+                    "leave some out on one side"
+                )
+            side //= step.size
+        elif isinstance(step, Branch):
+            after = trace(step.steps, side, axis, group, padding)
+            if after != side:
+                raise NetworkError(
+                    f"{step.place}: the branch makes {after} of {side} pixels, and a residual branch must keep the "
+                    "size of the image; use stride 1, and with VALID padding 1x1 filters"
+                )
+    return side
+
+
+def _convolved(step: Convolution, side: int, axis: int, group: str, padding: Padding) -> int:
+    radius = groups.reach(group, step.radii)[axis]
+    size, stride = 2 * radius + 1, step.stride
+    turned = "" if radius == step.radii[axis] else f" (of {2 * step.radii[axis] + 1} pixels, turned by {group})"
+    if padding == "CIRCULAR" and stride > 1:
+        raise NetworkError(
+            f"{step.place}: a stride of {stride} with CIRCULAR padding is refused: the grid of outputs has no centre "
+            "that rotations keep; use stride 1 and AvgPool, or padding SAME or VALID"
+        )
+    if padding == "CIRCULAR" and side < size:
+        raise NetworkError(
+            f"{step.place}: CIRCULAR padding: a filter of size {size}{turned} wraps around an image of {side} pixels "
+            f"more than once; use filter_size <= {side - 1 + side % 2}"
+        )
+    if padding == "VALID" and side < size:
+        raise NetworkError(
+            f"{step.place}: VALID padding: a filter of {size} pixels{turned} does not fit in the {side} left there"
+        )
+    outputs, first = windows(side, radius, stride, padding)
+    if groups.flips(group)[axis] and 2 * first + (outputs - 1) * stride != side - 1:
+        rule = (
+            f"VALID needs a stride that divides side - filter = {side - size}"
+            if padding == "VALID"
+            else f"SAME needs (outputs - 1) · stride + filter - side = {(outputs - 1) * stride + size - side} "
+            "to be even and not negative"
+        )
+        raise NetworkError(
+            f"{step.place}: a stride of {stride} on {side} pixels breaks the symmetry of {group}, because the filters "
+            f"do not lie symmetrically; {rule}"
+        )
+    return outputs
+
+
+def nearest_sides(works: Callable[[int], bool], side: int) -> list[int]:
+    """The nearest sides below and above ``side`` that work, as far as there are any."""
+    below = next((s for s in range(side - 1, 0, -1) if works(s)), None)
+    above = next((s for s in range(side + 1, min(2 * side + 64, SEARCHED)) if works(s)), None)
+    return [s for s in (below, above) if s is not None]
+
+
+def margin(steps: tuple[Step, ...], padding: Padding) -> tuple[int, int]:
+    """Pixels that VALID convolutions without stride take off each border, rows and columns; 0 for other padding."""
+    if padding != "VALID":
+        return (0, 0)
+    radii = [step.radii for step in steps if isinstance(step, Convolution)]
+    return sum(y for y, _ in radii), sum(x for _, x in radii)
