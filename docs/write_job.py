@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from equigram.spec import DataSpec, GramSpec, JobSpec, SolveSpec, WorkerSpec
 from equikernel.fields import allowed
+from equikernel.layers import Activation, AvgPool, Conv, Residual
 from equikernel.network import Architecture
 
 HERE = Path(__file__).parent
@@ -23,6 +24,25 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "workers": WorkerSpec,
     "solve": SolveSpec,
 }
+
+LAYERS = """\
+## Layers
+
+`network.layers` is a list of sections, each with a `kind`:
+
+```yaml
+network:
+  layers:
+    - {kind: conv, filter: 5, activation: gelu}
+    - {kind: avg_pool, size: 2}
+    - {kind: residual, layers: [{kind: activation, activation: relu}, {kind: conv}]}
+  padding: SAME
+```
+
+Strides and pooling must keep the symmetry of the groups, and residual branches the size of the image; a size that does
+not fit is refused with the nearest ones that do. Networks with strides or pooling take the engine `general`, which is
+for small images. docs/engines.md says what each engine can do and costs.
+"""
 
 
 def render() -> str:
@@ -61,6 +81,11 @@ holds the coefficients and `ȳ` (as `offset`) in `solution/<group>/<kernel>`.
 """,
         _table("The job", JobSpec),
         *(_table(f"`{name}`", model) for name, model in SECTIONS.items()),
+        LAYERS,
+        *(
+            _table(f"`kind: {layer.model_fields['kind'].default}`", layer)
+            for layer in (Conv, Activation, AvgPool, Residual)
+        ),
     ]
     return "\n".join(parts)
 
@@ -68,7 +93,7 @@ holds the coefficients and `ȳ` (as `offset`) in `solution/<group>/<kernel>`.
 def _table(title: str, model: type[BaseModel]) -> str:
     about = inspect.cleandoc(model.__doc__ or "").split("\n\n>>>")[0]
     rows = [
-        f"| `{name}` | {_code(field.description)} | {_allowed(model, name)} | {_default(field)} |"
+        f"| `{name}` | {' '.join(_code(field.description).split())} | {_allowed(model, name)} | {_default(field)} |"
         for name, field in model.model_fields.items()
     ]
     head = ["| field | meaning | allowed | default |", "| --- | --- | --- | --- |"]

@@ -388,8 +388,8 @@ def _print_facts(*facts: tuple[str, str]) -> None:
 
 
 def _print_plan(spec: JobSpec, plan: Plan, image_shape: tuple[int, int, int], *, begun: bool) -> None:
-    from equikernel.memory import available_memory, format_bytes
     from equigram.screen import duration
+    from equikernel.memory import available_memory, format_bytes
 
     tiling, workers = plan.tiling, spec.workers
     test = f" and {plan.matrices} of {tiling.test:,} x {tiling.train:,}" if tiling.test else ""

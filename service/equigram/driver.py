@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from equigram.errors import ClusterError, EquigramError, ResourceError, TileFailedError
-from equikernel.memory import format_bytes
 from equikernel.errors import EquikernelError
+from equikernel.memory import format_bytes
 
 if TYPE_CHECKING:
     from equigram.plan import Tile

@@ -13,26 +13,27 @@ from equigram.data import Survey, fingerprint, load_dataset, load_images, survey
 from equigram.data.sources import some
 from equigram.driver import check_address, ray_session, run_tiles, worker_count
 from equigram.errors import DamagedTileError, DataNotFoundError, ResourceError, SpecError, StoreMismatchError
-from equikernel.memory import available_memory, format_bytes
 from equigram.plan import Plan, Tiling, choose_edge, image_bytes, tile_bytes, worker_bytes
 from equigram.solve.regression import memory_needed
 from equigram.solve.stage import Result, check_solvable, solve_run
 from equigram.store import GramStore, free_space
 from equikernel.errors import EquikernelError, NetworkError
 from equikernel.groups import keeps_rectangles, union
-from equikernel.kernel import KernelFunction, available_cores
+from equikernel.kernel import KernelFunction, available_cores, choose_engine
+from equikernel.memory import available_memory, format_bytes
 from equikernel.worker import CACHED_BLOCKS, measure_pair_seconds, processor_kind
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from equigram.spec import JobSpec
+    from equikernel.network import Architecture
 
 WORKER_BYTES = 350 * 2**20
 """Memory of a worker process before it holds images: Python, NumPy, Numba and Ray."""
 
-MEASURED_SIDE = {False: 48, True: 8}
-"""Pixels per side of the images that the cost of a pair is measured with at most; by whether it is the reference."""
+MEASURED_SIDE = {"reference": 8, "general": 16}
+"""Pixels per side of the images that the cost of a pair is measured with at most, by engine; 48 for the others."""
 
 PREDICT_BLOCK = 64
 """New images that are predicted at once."""
@@ -179,9 +180,15 @@ def worker_memory(spec: JobSpec, tiling: Tiling, image_shape: tuple[int, int, in
     """Bytes that a worker needs at most, for images of ``(H, W, C)``."""
     height, width, channels = image_shape
     elements = len(union(spec.gram.groups))
-    image = height * width * (channels + 2 * spec.network.depth) * elements * np.dtype(spec.gram.dtype).itemsize
-    return WORKER_BYTES + worker_bytes(
-        tiling.edge, image, CACHED_BLOCKS, elements, len(spec.gram.groups), np.dtype(spec.gram.dtype).itemsize
+    gram = spec.gram
+    engine = KernelFunction(spec.network, gram.groups, gram.engine, gram.dtype, spec.workers.cpus).engine
+    image = engine.image_bytes(height, width, channels)
+    return (
+        WORKER_BYTES
+        + engine.pair_bytes(height, width)
+        + worker_bytes(
+            tiling.edge, image, CACHED_BLOCKS, elements, len(spec.gram.groups), np.dtype(spec.gram.dtype).itemsize
+        )
     )
 
 
@@ -281,14 +288,28 @@ def predicted_pair_seconds(spec: JobSpec, shape: tuple[int, int, int]) -> float:
     """
     height, width, channels = shape
     network, gram = spec.network, spec.gram
-    most = max(MEASURED_SIDE[gram.engine == "reference"], 2 * network.margin + network.filter_size)
-    rows, cols = min(height, most), min(width, most)
+    engine, _ = choose_engine(network, gram.groups, gram.engine)
+    rows, cols = measured_size(network, gram.groups, height, width, MEASURED_SIDE.get(engine, 48))
     images = np.random.default_rng(0).normal(size=(2, rows, cols, channels)).astype(gram.dtype)
     try:
         pair = measure_pair_seconds(network, gram.groups, gram.engine, gram.dtype, spec.workers.cpus, images)
     except EquikernelError as error:
         raise NetworkError(f"this network fails already on noise of mean 0 and standard deviation 1: {error}") from None
     return pair * (height * width / (rows * cols)) ** 2
+
+
+def measured_size(
+    network: Architecture, groups: tuple[str, ...], height: int, width: int, most: int
+) -> tuple[int, int]:
+    """The size of images to measure instead of ``height x width``: up to ``most`` pixels a side if the network fits."""
+
+    def fits(side: int) -> bool:
+        return all(network.fits(min(height, side), min(width, side), group) for group in groups)
+
+    largest = max(height, width)
+    smaller = range(min(most, largest), 0, -1)
+    side = next((side for side in (*smaller, *range(most + 1, largest)) if fits(side)), largest)
+    return min(height, side), min(width, side)
 
 
 def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener) -> None:

@@ -10,9 +10,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from equigram.errors import SpecError
 from equigram.yamlfile import read_yaml
+from equikernel.activations import Custom
 from equikernel.fields import describe
-from equikernel.groups import GridGroupName as GroupName
-from equikernel.network import Architecture, GroupCNN
+from equikernel.groups import on_grid
+from equikernel.kernel import EngineName
+from equikernel.network import Architecture, GroupCNN, GroupName
 
 KernelName = Literal["nngp", "ntk"]
 
@@ -98,15 +100,27 @@ class GramSpec(_Section):
     """Which Gram matrices, and how they are computed."""
 
     groups: Several[GroupName] = ("C4",)
-    """Symmetry groups; all of them come from one pass at the cost of the largest."""
+    """Symmetry groups; all of them come from one pass at the cost of the largest. Others than C1, C2, C4, D1, D2 and D4
+    stand alone."""
     kernels: Several[KernelName] = ("nngp", "ntk")
     """Kernels to store."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the engine and of the stored matrices."""
     tile: Literal["auto"] | Annotated[int, Field(ge=1, le=65536, strict=True)] = "auto"
     """Edge of a tile in images; ``auto`` chooses it from the measured cost of a pair."""
-    engine: Literal["auto", "cpu", "reference"] = "auto"
-    """How the kernels are computed: ``cpu`` is fast and exact, ``reference`` the slow literal recursion."""
+    engine: EngineName = "auto"
+    """How the kernels are computed: ``cpu`` is fast and exact, ``xla`` the same in JAX, ``general`` does any network,
+    ``reference`` is the slow literal recursion; ``auto`` takes the best for network and machine."""
+
+    @model_validator(mode="after")
+    def _groups_that_share_a_pass(self) -> Self:
+        for group in self.groups:
+            if len(self.groups) > 1 and not on_grid(group):
+                raise ValueError(
+                    f"groups = {list(self.groups)}: {group} does not map pixels to pixels and shares no pass with "
+                    f"others; make a run of its own for it, groups: [{group}]"
+                )
+        return self
 
 
 class WorkerSpec(_Section):
@@ -175,6 +189,17 @@ class JobSpec(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _activations_have_names(self) -> Self:
+        network = self.network
+        custom = [one for one in (*network.head_activations, *network.activations) if isinstance(one, Custom)]
+        if custom:
+            raise ValueError(
+                f"network: the {custom[0]} is a Python function, which a job cannot hold; use a named activation, or "
+                "equikernel.GroupCNN.kernel in your own program"
+            )
+        return self
+
     @property
     def solved_kernels(self) -> tuple[KernelName, ...]:
         """The kernels that the solver stage uses; empty without one."""
@@ -184,7 +209,7 @@ class JobSpec(_Section):
 
     def network_for(self, group: GroupName) -> GroupCNN:
         """The network of this job with symmetry ``group``."""
-        return GroupCNN(group=group, **self.network.model_dump())
+        return self.network.with_group(group)
 
     @classmethod
     def parse(cls, fields: Any, source: str = "job") -> Self:

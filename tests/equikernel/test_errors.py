@@ -27,6 +27,7 @@ EXPECTED: dict[str, tuple[type[Exception], int]] = {
     "ImageError": (ValueError, WRONG_REQUEST),
     "IncompleteRunError": (OSError, WRONG_REQUEST),
     "NetworkError": (ValueError, WRONG_REQUEST),
+    "MemoryLimitError": (MemoryError, WRONG_REQUEST),
     "NonFiniteKernelError": (ArithmeticError, FAILED_RUN),
     "ResourceError": (MemoryError, WRONG_REQUEST),
     "SolverError": (ArithmeticError, FAILED_RUN),

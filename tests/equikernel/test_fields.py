@@ -168,19 +168,25 @@ def test_every_wrong_field_has_a_line() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"group": "D8"}, "group: 'D8' is not allowed; choose 'C1', 'C2', 'C4', 'D1', 'D2' or 'D4'"),
-        ({"depht": 3}, "depht: no such field; did you mean 'depth'? Allowed here: depth, filter_size, padding, "),
+        (
+            {"group": "C0"},
+            "group: 'C0' is not allowed; choose C1, C2, C4, D1, D2, D4, or for small images any other C_n",
+        ),
+        ({"depht": 3}, "depht: no such field; did you mean 'depth'? Allowed here: depth, filter_size, layers, "),
         ({"depth": 0}, "depth: 0 is not allowed; it must be a whole number from 1 to 1000"),
         ({"depth": 2.0}, "depth: 2.0 is not allowed; it must be a whole number from 1 to 1000"),
         ({"filter_size": 4}, "filter_size: 4 is even, and an even filter has no centre pixel to rotate about; use 3"),
         ({"filter_size": -1}, "filter_size: -1 is not allowed; it must be an odd number of 1 or more"),
         ({"padding": "same"}, "choose 'SAME', 'VALID' or 'CIRCULAR'; did you mean 'SAME'?"),
-        ({"activation": "tanh"}, "activation: 'tanh' is not allowed; choose 'relu' or 'erf'"),
+        (
+            {"activation": "tanh"},
+            "activation: 'tanh' is not allowed; choose relu, leaky_relu(a), abs, erf, gelu, sin, ",
+        ),
         ({"w_std": 0}, "w_std: 0 is not allowed; it must be a number above 0 and up to 1000000"),
         ({"w_std": True}, "w_std: True is not allowed; it must be a number above 0 and up to 1000000"),
         ({"b_std": "0"}, "b_std: '0' is not allowed; it must be a number from 0 to 1000000"),
-        ({"head": ["relu", "eerf"]}, "head[1]: 'eerf' is not allowed; choose 'relu' or 'erf'; did you mean 'erf'?"),
-        ({"head": 3}, "head: 3 is not allowed; it must be a list of 'relu' or 'erf'"),
+        ({"head": ["relu", "eerf"]}, "head[1]: 'eerf' is not allowed; choose relu, leaky_relu(a), abs, "),
+        ({"head": 3}, "head: 3 is not allowed; it must be a list of relu, leaky_relu(a), abs, "),
     ],
 )
 def test_a_wrong_network_is_refused_in_words(fields: dict[str, Any], words: str) -> None:

@@ -172,8 +172,9 @@ class Erf(Activation):
 class Gelu(Activation):
     """``σ(u) = u Φ(u)``, Φ the normal distribution function (Hendrycks and Gimpel 2016).
 
-    With ``g = 1/√(1+q)``, ``z = k g1 g2``, ``P = E[ΦΦ] = 1/4 + arcsin(z)/2π``, ``R = E[Φ'Φ'] = g1 g2 / (2π √(1-z²))`` and
-    ``h = g1² + g2² - 1``, integration by parts gives ``E[σσ] = k P + R (q1 q2 + h k²)``; ``K̇ = ∂E[σσ]/∂k`` (Price 1958).
+    With ``g = 1/√(1+q)``, ``z = k g1 g2``, ``P = E[ΦΦ] = 1/4 + arcsin(z)/2π``,
+    ``R = E[Φ'Φ'] = g1 g2 / (2π √(1-z²))`` and ``h = g1² + g2² - 1``, integration by parts gives
+    ``E[σσ] = k P + R (q1 q2 + h k²)``; ``K̇ = ∂E[σσ]/∂k`` (Price 1958).
     """
 
     flops = 65
@@ -237,49 +238,17 @@ class Wave(Activation):
         return (odd, even) if self.name == "sin" else (even, odd)
 
 
-class Series(Activation):
-    """An activation through its Hermite series, with coefficients by Gauss-Hermite quadrature.
-
-    With the normalised probabilists' polynomials ``h_m`` and ``b_m(q) = E[σ(√q z) h_m(z)]``, ``z ~ N(0, 1)``:
-    ``E[σσ] = Σ_m c^m b_m(q1) b_m(q2)`` and ``K̇ = Σ_m m c^{m-1} b_m(q1) b_m(q2) / √(q1 q2)``. With as many terms as nodes
-    the value at ``c = 1`` is the quadrature of ``E[σ²]`` itself, and the kernel is positive semi-definite exactly.
-    """
-
-    nodes: int
-    terms: int
-
-    @property
-    def flops(self) -> int:  # type: ignore[override]
-        """Two steps of Horner's scheme per term."""
-        return 8 + 5 * self.terms
-
-    def factors(self, q: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
-        """``√q``, ``1/√q`` and ``b_0 … b_{terms-1}``."""
-        root, inverse = super().factors(q)
-        z, basis = _quadrature(self.nodes, self.terms)
-        coefficients = np.zeros((self.terms, *root.shape))
-        for node, weighted in zip(z, basis, strict=True):
-            coefficients += weighted.reshape(-1, *[1] * root.ndim) * self(root * node)
-        return root, inverse, *coefficients
-
-    def combine(
-        self, k: Array, x: tuple[Array, ...], y: tuple[Array, ...], eps: Any, xp: Any = np
-    ) -> tuple[Array, Array]:
-        """``E[σσ]`` and ``K̇``, by Horner's scheme."""
-        c = correlation(k, x[0], y[0], eps, xp)
-        nngp = derivative = xp.zeros_like(c)
-        for b1, b2 in zip(reversed(x[2:]), reversed(y[2:]), strict=True):
-            derivative = derivative * c + nngp
-            nngp = nngp * c + b1 * b2
-        return nngp, derivative * (x[1] * y[1])
-
-
 @dataclass(frozen=True)
-class Polynomial(Series):
-    """``monomial(n)``, ``u^n``, or ``hermite(n)``, the normalised probabilists' polynomial ``He_n(u) / √n!``."""
+class Polynomial(Activation):
+    """``monomial(n)``, ``u^n``, or ``hermite(n)``, the normalised probabilists' polynomial ``He_n(u) / √n!``.
+
+    With the coefficients ``b_m(q) = E[σ(√q z) h_m(z)]``, ``z ~ N(0, 1)``, of the normalised Hermite polynomials
+    ``h_m``: ``E[σσ] = Σ_m c^m b_m(q1) b_m(q2)`` and ``K̇ = ∂E[σσ]/∂k``. Only every second one is not zero.
+    """
 
     name: str
     degree: int
+    flops = 35
 
     def __str__(self) -> str:
         return f"{self.name}({self.degree})"
@@ -293,22 +262,36 @@ class Polynomial(Series):
             before, here = here, (x * here - math.sqrt(m) * before) / math.sqrt(m + 1)
         return here
 
-    @property
-    def nodes(self) -> int:  # type: ignore[override]
-        """Enough for exact moments."""
-        return self.degree + 1
+    def factors(self, q: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+        """``√q``, ``1/√q`` and the coefficients ``b_0, b_2, b_4, b_6`` or ``b_1, b_3, b_5, b_7``."""
+        root, inverse = super().factors(q)
+        return root, inverse, *hermite_coefficients(self, root, LARGEST_DEGREE + 2)[self.degree % 2 :: 2]
 
-    @property
-    def terms(self) -> int:  # type: ignore[override]
-        """One per power."""
-        return self.degree + 1
+    def combine(
+        self, k: Array, x: tuple[Array, ...], y: tuple[Array, ...], eps: Any, xp: Any = np
+    ) -> tuple[Array, Array]:
+        """``E[σσ]`` and ``K̇``, by Horner's scheme in ``c²``."""
+        c = correlation(k, x[0], y[0], eps, xp)
+        square = c * c
+        nngp = derivative = xp.zeros_like(c)
+        for b1, b2 in zip(reversed(x[2:]), reversed(y[2:]), strict=True):
+            derivative = derivative * square + nngp
+            nngp = nngp * square + b1 * b2
+        inverse = x[1] * y[1]
+        if self.degree % 2:
+            return c * nngp, inverse * (nngp + 2 * square * derivative)
+        return nngp, inverse * (2 * c * derivative)
 
 
 @dataclass(frozen=True)
-class Custom(Series):
+class Custom(Activation):
     """A user's own activation, through Gauss-Hermite quadrature.
 
     >>> GroupCNN(activation=Custom(jnp.tanh))
+
+    With the coefficients ``b_m(q) = E[σ(√q z) h_m(z)]``, ``z ~ N(0, 1)``, of the normalised Hermite polynomials
+    ``h_m``: ``E[σσ] = Σ_m c^m b_m(q1) b_m(q2)`` and ``K̇ = ∂E[σσ]/∂k`` (Price 1958). With as many terms as nodes the
+    value at ``c = 1`` is the quadrature of ``E[σ²]`` itself, and the kernel is positive semi-definite exactly.
 
     Args:
       function: ``σ``, on arrays entry by entry. Kernels call it on float64 arrays, finite networks on JAX arrays, so
@@ -331,9 +314,9 @@ class Custom(Series):
         return f"custom {getattr(self.function, '__name__', repr(self.function))}"
 
     @property
-    def terms(self) -> int:  # type: ignore[override]
-        """As many as nodes."""
-        return self.nodes
+    def flops(self) -> int:  # type: ignore[override]
+        """Two steps of Horner's scheme per term."""
+        return 8 + 5 * self.nodes
 
     def __call__(self, x: Array, xp: Any = np) -> Array:
         """``σ(x)``."""
@@ -354,7 +337,19 @@ class Custom(Series):
             entry.
         """
         self._check(float(np.max(q)))
-        return super().factors(q)
+        root, inverse = super().factors(q)
+        return root, inverse, *hermite_coefficients(self, root, self.nodes)
+
+    def combine(
+        self, k: Array, x: tuple[Array, ...], y: tuple[Array, ...], eps: Any, xp: Any = np
+    ) -> tuple[Array, Array]:
+        """``E[σσ]`` and ``K̇``, by Horner's scheme."""
+        c = correlation(k, x[0], y[0], eps, xp)
+        nngp = derivative = xp.zeros_like(c)
+        for b1, b2 in zip(reversed(x[2:]), reversed(y[2:]), strict=True):
+            derivative = derivative * c + nngp
+            nngp = nngp * c + b1 * b2
+        return nngp, derivative * (x[1] * y[1])
 
     def _check(self, q: float) -> None:
         """Refuse a function without a second moment at variance ``q``: with it all smaller ones exist."""
@@ -368,7 +363,7 @@ class Custom(Series):
         with np.errstate(all="ignore"):
             moments = []
             for nodes in (self.nodes, 2 * self.nodes):
-                z, basis = _quadrature(nodes, 1)
+                z, basis = quadrature(nodes, 1)
                 moments.append(float(np.sum(basis[:, 0] * np.asarray(self(np.sqrt(q) * z)) ** 2)))
         settled = np.isfinite(moments).all() and abs(moments[1] - moments[0]) <= 0.1 * abs(moments[1])
         if not settled:
@@ -379,8 +374,17 @@ class Custom(Series):
             )
 
 
+def hermite_coefficients(function: Activation, root: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """``b_m = E[σ(√q z) h_m(z)]`` for ``m < count`` by ``count`` nodes, of any ``√q``: ``(count, ...)``."""
+    z, basis = quadrature(count, count)
+    coefficients = np.zeros((count, *root.shape))
+    for node, weighted in zip(z, basis, strict=True):
+        coefficients += weighted.reshape(-1, *[1] * root.ndim) * function(root * node)
+    return coefficients
+
+
 @cache
-def _quadrature(nodes: int, terms: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def quadrature(nodes: int, terms: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Gauss-Hermite nodes ``z_i`` of N(0, 1), and ``w_i h_m(z_i)``, ``(nodes, terms)``."""
     z, weights = np.polynomial.hermite_e.hermegauss(nodes)
     basis = np.empty((nodes, terms))
@@ -433,7 +437,7 @@ def parse(text: str) -> Activation:
         return NAMED[text]
     match = re.fullmatch(r"\s*(\w+)\s*\(\s*([^()\s]*)\s*\)\s*", text)
     if match is None or match[1] not in ("leaky_relu", "monomial", "hermite"):
-        hint = suggestion(text.partition("(")[0], [*NAMED, "leaky_relu", "monomial", "hermite"])
+        hint = suggestion(text, [*NAMED, "leaky_relu(a)", "monomial(n)", "hermite(n)"])
         raise ValueError(f"{text!r} is not allowed; choose {CHOICES}{hint}")
     name, argument = match.groups()
     if name == "leaky_relu":

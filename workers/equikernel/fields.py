@@ -78,7 +78,10 @@ def _find(model: type[BaseModel], location: Sequence[int | str]) -> tuple[str, A
         members = [member for member, _ in _members(here)]
         section = next((member for member in members if _is_section(member)), None)
         item = next((get_args(member)[0] for member in members if get_origin(member) is tuple), None)
-        if section is not None and part in section.model_fields:
+        one_of_several = [member for member in members if _is_section(member) and _tag(member) == part]
+        if len(members) > 1 and one_of_several:
+            here = one_of_several[0]
+        elif section is not None and part in section.model_fields:
             name, here = f"{name}.{part}", _annotation(section.model_fields[part])
         elif item is not None and isinstance(part, int):
             name, here = f"{name}[{part}]", item
@@ -167,6 +170,11 @@ def _elsewhere(model: type[BaseModel], field: str) -> str:
 def _fields(annotation: Any) -> list[str]:
     """Names of the fields of a section."""
     return [name for member, _ in _members(annotation) if _is_section(member) for name in member.model_fields]
+
+
+def _tag(section: type[BaseModel]) -> Any:
+    """What the field ``kind`` of a section says that is one of several."""
+    return section.model_fields["kind"].default if "kind" in section.model_fields else None
 
 
 def _is_section(member: Any) -> bool:

@@ -229,8 +229,8 @@ class KernelFunction:
         if needed > self.memory:
             raise MemoryLimitError(
                 f"the engine {self.engine.name!r} needs {format_bytes(needed)} for a pair of {height}x{width} images, "
-                f"and may use {format_bytes(self.memory)}; use smaller images (resize, crop, AvgPool or a stride come "
-                "too late: the first covariance counts), a smaller group, or raise memory_limit"
+                f"and may use {format_bytes(self.memory)}; use smaller images, a group with fewer elements, fewer "
+                "threads or a larger memory_limit"
             )
 
     def __call__(self, block1: Block, block2: Block | None = None) -> dict[str, Kernel]:
@@ -472,19 +472,21 @@ def _as_images(images: ArrayLike, name: str) -> NDArray[Any]:
 
 
 def _checked_images(images: ArrayLike, dtype: np.dtype[Any], name: str, first: int) -> NDArray[Any]:
-    """Images that are finite and in the range of ``dtype``, in it; the first of them is number ``first`` to the user."""
+    """Images that are finite and in the range of ``dtype``, in it; the first of them is called number ``first``."""
     array = _as_images(images, name)
     finite = np.isfinite(array).all(axis=(1, 2, 3))
     if not finite.all():
-        raise ImageError(f"{name}[{first + int(np.argmin(finite))}] has NaN or infinite pixels; remove or repair that image")
+        raise ImageError(
+            f"{name}[{first + int(np.argmin(finite))}] has NaN or infinite pixels; remove or repair that image"
+        )
     largest = np.abs(array, dtype=np.float64).max(axis=(1, 2, 3))
     low, high = (1e-15, 1e15) if dtype.itemsize == 4 else (1e-120, 1e120)
     bad = ((largest > high) | (largest < low)) & (largest > 0)
     if bad.any():
         index = int(np.argmax(bad))
         raise ImageError(
-            f"the largest pixel of {name}[{first + index}] is {largest[index]:.3g}; {dtype.name} kernels need it between "
-            f"{low:g} and {high:g} (or an image of zeros); rescale the images"
+            f"the largest pixel of {name}[{first + index}] is {largest[index]:.3g}; {dtype.name} kernels need it "
+            f"between {low:g} and {high:g} (or an image of zeros); rescale the images"
         )
     return np.ascontiguousarray(array, dtype=dtype)
 

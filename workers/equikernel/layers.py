@@ -43,6 +43,16 @@ def odd(value: int) -> int:
     return value
 
 
+def _one_for_both(value: Any) -> Any:
+    return (value, value) if isinstance(value, (int, float, np.number)) else value
+
+
+def _some(layers: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not layers:
+        raise ValueError("the branch is empty; give it layers, of which the last is a Conv")
+    return layers
+
+
 def _known_activation(value: Any) -> Any:
     if isinstance(value, Custom):
         return value
@@ -90,7 +100,9 @@ class Conv(_Layer):
     """
 
     kind: Literal["conv"] = "conv"
-    filter: tuple[Odd, Odd] = Field(default=(3, 3), description="Rows and columns of the filter, odd; one for both.")
+    filter: Annotated[tuple[Odd, Odd], BeforeValidator(_one_for_both)] = Field(
+        default=(3, 3), description="Rows and columns of the filter, odd; one for both."
+    )
     stride: Annotated[Whole, Field(ge=1, strict=True)] = Field(
         default=1, description="Compute only every so many pixels."
     )
@@ -101,7 +113,7 @@ class Conv(_Layer):
     )
 
     def __init__(self, filter: Any = (3, 3), **fields: Any) -> None:  # noqa: A002
-        super().__init__(filter=(filter, filter) if isinstance(filter, (int, np.integer)) else filter, **fields)
+        super().__init__(filter=filter, **fields)
 
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
@@ -146,7 +158,9 @@ class Residual(_Layer):
     """
 
     kind: Literal["residual"] = "residual"
-    layers: tuple[AnyLayer, ...] = Field(min_length=1, description="The layers of the branch.")
+    layers: Annotated[tuple[AnyLayer, ...], AfterValidator(_some), "a list of layers"] = Field(
+        description="The layers of the branch."
+    )
 
     def __init__(self, layers: Any, **fields: Any) -> None:
         super().__init__(layers=layers, **fields)
@@ -217,6 +231,15 @@ def convolutions(steps: tuple[Step, ...]) -> Iterator[Convolution]:
             yield step
         elif isinstance(step, Branch):
             yield from convolutions(step.steps)
+
+
+def nonlinearities(steps: tuple[Step, ...]) -> Iterator[Nonlinearity]:
+    """All nonlinearities, in the order of computation."""
+    for step in steps:
+        if isinstance(step, Nonlinearity):
+            yield step
+        elif isinstance(step, Branch):
+            yield from nonlinearities(step.steps)
 
 
 def lower(

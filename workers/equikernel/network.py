@@ -33,6 +33,7 @@ from equikernel.layers import (
     Whole,
     convolutions,
     lower,
+    nonlinearities,
     odd,
 )
 
@@ -64,8 +65,8 @@ class Architecture(BaseModel):
     filter_size: Annotated[Whole, AfterValidator(odd), "an odd number of 1 or more"] = Field(
         default=3, ge=1, strict=True, description="Side of the square filters in pixels."
     )
-    layers: tuple[AnyLayer, ...] | None = Field(
-        default=None, description="Layers of any kind, instead of ``depth`` and ``filter_size``; the first is a Conv."
+    layers: Annotated[tuple[AnyLayer, ...] | None, "a list of layers"] = Field(
+        default=None, description="Layers of any kind instead of ``depth`` and ``filter_size``; first a convolution."
     )
     padding: Padding = Field(
         default="SAME",
@@ -106,6 +107,15 @@ class Architecture(BaseModel):
             fields.pop(name, None)
         return fields
 
+    def with_group(self, group: str) -> GroupCNN:
+        """The network of this architecture over ``group``.
+
+        Raises:
+          NetworkError: there is no such group.
+        """
+        fields = {name: getattr(self, name) for name in self.model_fields_set if name != "group"}
+        return GroupCNN(group=group, **fields)
+
     @cached_property
     def steps(self) -> tuple[Step, ...]:
         """The elementary steps up to the group pooling."""
@@ -119,6 +129,11 @@ class Architecture(BaseModel):
         """All convolutions, those in residual branches included."""
         return tuple(convolutions(self.steps))
 
+    @property
+    def activations(self) -> tuple[Activation, ...]:
+        """The activation of each nonlinearity before the pooling, in the order of computation."""
+        return tuple(step.activation for step in nonlinearities(self.steps))
+
     @cached_property
     def head_activations(self) -> tuple[Activation, ...]:
         """The activations of the head."""
@@ -129,7 +144,7 @@ class Architecture(BaseModel):
         """Pixels that convolutions take off each border, rows and columns: 0 unless the padding is VALID."""
         return geometry.margin(self.steps, self.padding)
 
-    def fits(self, height: int, width: int, group: str = "C1") -> bool:
+    def fits(self, height: int, width: int, group: str) -> bool:
         """Whether the network is defined on images of ``height x width`` pixels."""
         try:
             self.check_images(height, width, group)
@@ -137,7 +152,7 @@ class Architecture(BaseModel):
             return False
         return True
 
-    def check_images(self, height: int, width: int, group: str = "C1") -> None:
+    def check_images(self, height: int, width: int, group: str) -> None:
         """Raise :class:`NetworkError` or :class:`ImageError` unless the network is defined on ``height x width``."""
         rectangles = groups.keeps_rectangles(group)
         if not rectangles and height != width:
@@ -177,8 +192,9 @@ class Architecture(BaseModel):
                 f"{2 * shrunk} of {side} pixels per side; {remedy}or padding SAME, or larger images"
             )
         sides = geometry.nearest_sides(works, side)
+        names = ("heights", "widths") if groups.keeps_rectangles(group) else ("sides", "sides")
         sizes = " or ".join(map(str, sides))
-        return f"{error}; nearest {'widths' if axis else 'heights'} that work: {sizes}" if sides else str(error)
+        return f"{error}; nearest {names[axis]} that work: {sizes}" if sides else str(error)
 
 
 def _check_branches(steps: tuple[Step, ...]) -> None:
@@ -199,7 +215,7 @@ def _group_name(value: str) -> str:
 
 
 GROUP_CHOICES = (
-    f"{', '.join(groups.GRID_GROUPS)}, or for small images any other C<n> or D<n> with n up to {groups.LARGEST}"
+    f"{', '.join(groups.GRID_GROUPS)}, or for small images any other C_n or D_n with n up to {groups.LARGEST}"
 )
 GroupName = Annotated[str, AfterValidator(_group_name), GROUP_CHOICES]
 
@@ -307,9 +323,7 @@ class GroupCNN(Architecture):
         from equikernel.kernel import compute
 
         names = (self.group,) if groups is None else _checked_groups(groups)
-        kernels = compute(
-            self, names, x1, x2, engine=engine, dtype=dtype, threads=threads, memory_limit=memory_limit
-        )
+        kernels = compute(self, names, x1, x2, engine=engine, dtype=dtype, threads=threads, memory_limit=memory_limit)
         return kernels[self.group] if groups is None else kernels
 
 

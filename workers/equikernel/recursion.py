@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from equikernel.errors import MemoryLimitError
 from equikernel.geometry import windows
 from equikernel.groups import multiplication_table, order, reach, symmetries
 from equikernel.layers import Branch, Convolution, Nonlinearity, Pooling
@@ -74,13 +73,14 @@ def filter_average(k: Array, group: str, step: Convolution, padding: str) -> Arr
     def seen(offset: Offset) -> tuple[slice, slice]:
         """The pixels ``t + offset`` for every output pixel ``t``."""
         starts = [side.first + a + b for side, a, b in zip(sides, offset, border, strict=True)]
-        y, x = (
+        top, left = (
             slice(start, start + (side.outputs - 1) * step.stride + 1, step.stride)
             for start, side in zip(starts, sides, strict=True)
         )
-        return y, x
+        return top, left
 
-    taps = list(product(*(range(-radius, radius + 1) for radius in step.radii)))
+    y, x = step.radii
+    taps = list(product(range(-y, y + 1), range(-x, x + 1)))
     height, width = (side.outputs for side in sides)
     out: Array = np.empty((*k.shape[:3], height, width, height, width))
     for (i, r), (j, s) in product(enumerate(symmetries(group)), repeat=2):
@@ -119,7 +119,8 @@ def _sum(terms: Iterable[tuple[float, Array]]) -> Array:
 
 def diagonal(k: Array) -> Array:
     """``q[p, r, y, x] = K[p, r, r, y, x, y, x]``."""
-    return np.einsum("prrijij->prij", k).copy()
+    q: Array = np.einsum("prrijij->prij", k).copy()
+    return q
 
 
 def propagate(
@@ -224,20 +225,9 @@ class ReferenceEngine:
         self.memory = memory
 
     def prepare(self, images: NDArray[np.floating]) -> Prepared:
-        """Images ``(n, H, W, C)`` with their variances.
-
-        Raises:
-          MemoryLimitError: a single pair needs more memory than there is.
-        """
+        """Images ``(n, H, W, C)`` with their variances."""
         x = np.asarray(images, dtype=np.float64)
         height, width = x.shape[1:3]
-        needed = self.pair_bytes(height, width)
-        if needed > self.memory:
-            largest = max(self.groups, key=order)
-            raise MemoryLimitError(
-                f"the literal recursion of {largest} needs {needed / 2**30:.1f} GiB for a pair of {height}x{width} "
-                f"images, and {self.memory / 2**30:.1f} GiB are free for it; use another engine, or smaller images"
-            )
         found, bounds = {}, []
         for group in self.groups:
             step = self._at_once(group, height, width)

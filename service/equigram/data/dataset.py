@@ -16,8 +16,8 @@ from equigram.data.preprocessing import Preprocessing
 from equigram.data.selection import choose_test, choose_train, like_train, to_classes
 from equigram.data.sources import ArraySource, Progress, Source, open_source, own_test_source, source_notes
 from equigram.errors import DataError, ResourceError
-from equikernel.memory import available_memory, format_bytes
 from equigram.spec import DataSpec
+from equikernel.memory import available_memory, format_bytes
 
 READ_FILES = 64
 """Files of a source whose content is compared when a run goes on."""

@@ -18,20 +18,28 @@ loops with few pointers, one array ``line`` for both K and Θ.
 
 from __future__ import annotations
 
-import math
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from numba import njit
 
-U = np.uint64
+from equikernel.engines.rows import (
+    EXACT,
+    NTK_LINE,
+    U,
+    arc_cosine_row,
+    erf_row,
+    gelu_row,
+    identity_row,
+    polynomial_row,
+    series_row,
+    wave_row,
+)
+
 ZERO, ONE = U(0), U(1)
 
 SAME, VALID, CIRCULAR = range(3)
-RELU, ERF = range(2)
-
-NTK_LINE = U(16384 + 528)
-"""Where Θ starts in ``line``; K starts at 0. Not a multiple of 4 KiB apart, which would stall loads behind stores."""
+IDENTITY, ARC_COSINE, ERF, GELU, SIN, COS, EVEN, ODD, SERIES, SAVE, ADD = range(11)
 
 LINE = 2 * int(NTK_LINE)
 """Entries of the ``line`` scratch array."""
@@ -39,7 +47,6 @@ LINE = 2 * int(NTK_LINE)
 LANES = 32
 """Long rows are padded with zeros to a multiple of this: vectors of up to 16 entries, unrolled, leave no remainder."""
 
-EXACT = {"nogil": True, "error_model": "numpy", "cache": True, "boundscheck": False, "fastmath": {"contract"}}
 REORDERED = {**EXACT, "fastmath": {"contract", "reassoc", "nsz"}}
 
 
@@ -121,16 +128,17 @@ def input_line(x, x_row, y, y_row, channels, plane, length, radius, line):
 
 @njit(**EXACT)
 def horizontal(line, start, length, radius, planes, row):
-    """The horizontal half of the box filter: ``planes[row + p] = Σ_{|v| <= radius} line[start + radius + p + v]``."""
+    """The horizontal half of the box filter: ``planes[row + p] = Σ_{|v| <= radius} line[start + p + v]``."""
+    first = start - radius
     if radius == ONE:
         for p in range(length):
-            q = start + U(p)
+            q = first + U(p)
             planes[row + U(p)] = line[q] + line[q + ONE] + line[q + U(2)]
         return
     for p in range(length):
-        planes[row + U(p)] = line[start + U(p)]
+        planes[row + U(p)] = line[first + U(p)]
     for v in range(ONE, radius + radius + ONE):
-        q = start + U(v)
+        q = first + U(v)
         for p in range(length):
             planes[row + U(p)] += line[q + U(p)]
 
@@ -182,150 +190,17 @@ def copy(line, source, target, length):
 
 
 @njit(**EXACT)
-def relu_float32(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse, mask, branch):
-    """K and Θ of one row through ReLU: ``arccos a = √(1-a) P(a)`` to 3e-8, ``√(1-a²) = √(1-a) Q(a)`` to 3e-8."""
-    one, zero, pi = np.float32(1), np.float32(0), np.float32(math.pi)
-    for i in range(length):
-        p = U(i)
-        c = line[start + p] * (x[x_inverse + p] * y[y_inverse + p])
-        a = abs(c)
-        positive = c >= zero
-        gap = one - a
-        apart = gap >= branch
-        c = c if apart else one  # for c = -1 the angle is zero anyway
-        root = math.sqrt(gap if apart else zero)
-        arc = np.float32(-0.001211737769810765)
-        arc = arc * a + np.float32(0.006491521428436943)
-        arc = arc * a + np.float32(-0.016841052415648962)
-        arc = arc * a + np.float32(0.030722122418260587)
-        arc = arc * a + np.float32(-0.050114303104553254)
-        arc = arc * a + np.float32(0.08896885320062521)
-        arc = arc * a + np.float32(-0.21459815556457223)
-        arc = arc * a + np.float32(1.570796298215578)
-        sine = np.float32(0.001350497625810776)
-        sine = sine * a + np.float32(-0.007282173243122015)
-        sine = sine * a + np.float32(0.019134855550510317)
-        sine = sine * a + np.float32(-0.03583095964805238)
-        sine = sine * a + np.float32(0.06175806488564121)
-        sine = sine * a + np.float32(-0.12491270664306565)
-        sine = sine * a + np.float32(0.4999959701462716)
-        sine = sine * a + np.float32(1.0000000312900168)
-        arc *= root
-        angle = pi - arc if positive else arc
-        scale = mask[p]
-        line[start + p] = (x[x_root + p] * y[y_root + p]) * (scale * (root * sine + angle * c))
-        line[NTK_LINE + start + p] *= scale * angle
+def save_row(line, start, length, saved, row):
+    """``saved[row + p] = line[start + p]``."""
+    for p in range(length):
+        saved[row + U(p)] = line[start + U(p)]
 
 
 @njit(**EXACT)
-def relu_float64(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse, mask, branch):
-    """K and Θ of one row through ReLU, arccos from ``arcsin w = w + w³ R(w²)``, ``w <= 1/2``, to 2e-17."""
-    for i in range(length):
-        p = U(i)
-        c = line[start + p] * (x[x_inverse + p] * y[y_inverse + p])
-        a = abs(c)
-        positive = c >= 0.0
-        gap = 1.0 - a
-        apart = gap >= branch
-        c = c if apart else 1.0  # for c = -1 the angle is zero anyway
-        gap = gap if apart else 0.0
-        large = a > 0.5
-        square = 0.5 * gap if large else a * a
-        w = math.sqrt(square) if large else a
-        arc = w + w * square * arcsine_series(square)
-        angle = arc + arc if large else 0.5 * math.pi - arc
-        angle = math.pi - angle if positive else angle
-        scale = mask[p]
-        line[start + p] = (x[x_root + p] * y[y_root + p]) * (scale * (math.sqrt(gap * (1.0 + a)) + angle * c))
-        line[NTK_LINE + start + p] *= scale * angle
-
-
-@njit(**EXACT)
-def erf_row(line, start, length, x, x_scale, x_inverse, y, y_scale, y_inverse, mask, branch):
-    """K and Θ of one row through erf; the mask holds ``2/π``, the scales ``e = 1/√(1+2q)``.
-
-    ``1 - z² = e₁² + (1 - e₁²)(e₂² + (1 - e₂²)(1 - c²))`` has only positive terms.
-    """
-    one = mask.dtype.type(1)
-    zero = mask.dtype.type(0)
-    half = mask.dtype.type(0.5)
-    right_angle = mask.dtype.type(0.5 * math.pi)
-    for i in range(length):
-        p = U(i)
-        k = line[start + p]
-        a = abs(k * (x[x_inverse + p] * y[y_inverse + p]))
-        gap = one - a
-        gap = gap if gap >= branch else zero
-        e1, e2 = x[x_scale + p], y[y_scale + p]
-        z = k * (e1 * e2)
-        z += z
-        e1_squared, e2_squared = e1 * e1, e2 * e2
-        rest = e1_squared + (one - e1_squared) * (e2_squared + (one - e2_squared) * (gap * (one + a)))
-        a = abs(z)
-        large = a > half
-        square = half * rest / (one + a) if large else a * a
-        w = math.sqrt(square) if large else a
-        arc = w + w * square * arcsine_series(square)
-        arc = right_angle - (arc + arc) if large else arc
-        scale = mask[p]
-        line[start + p] = scale * (arc if z >= zero else -arc)
-        line[NTK_LINE + start + p] *= (scale + scale) * (e1 * e2 / math.sqrt(rest))
-
-
-@njit(**EXACT)
-def arcsine_float32(x):
-    """``R(x)`` with ``arcsin w = w + w³ R(w²)`` for ``w² <= 1/4``, to 4e-9."""
-    r = np.float32(0.03369084720283012)
-    r = r * x + np.float32(0.017149238357677253)
-    r = r * x + np.float32(0.03110066273549457)
-    r = r * x + np.float32(0.04459940152851218)
-    r = r * x + np.float32(0.07500094543497424)
-    return r * x + np.float32(0.16666666337430908)
-
-
-@njit(**EXACT)
-def arcsine_float64(x):
-    """``R(x)`` with ``arcsin w = w + w³ R(w²)`` for ``w² <= 1/4``, to 2e-17."""
-    r = 0.028757851367421566
-    r = r * x - 0.014851887071247204
-    r = r * x + 0.01740087944269402
-    r = r * x + 0.005457506718640358
-    r = r * x + 0.01032281435018578
-    r = r * x + 0.011479177415184906
-    r = r * x + 0.013971212973552933
-    r = r * x + 0.017352392720869973
-    r = r * x + 0.02237217294214989
-    r = r * x + 0.030381944138531247
-    r = r * x + 0.04464285714635543
-    r = r * x + 0.07499999999998433
-    return r * x + 0.16666666666666669
-
-
-def arcsine_series(x):
-    """The series of the precision of ``x``."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(arcsine_series)
-def _arcsine_series(x):
-    if x == types.float32:
-        return lambda x: arcsine_float32(x)
-    return lambda x: arcsine_float64(x)
-
-
-def relu_row(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse, mask, branch):
-    """K and Θ of one row through ReLU, in the precision of ``line``."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(relu_row)
-def _relu_row(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse, mask, branch):
-    chosen = relu_float32 if line.dtype == types.float32 else relu_float64
-
-    def row(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse, mask, branch):
-        chosen(line, start, length, x, x_root, x_inverse, y, y_root, y_inverse, mask, branch)
-
-    return row
+def add_row(line, start, length, saved, row):
+    """``line[start + p] += saved[row + p]``."""
+    for p in range(length):
+        line[start + U(p)] += saved[row + U(p)]
 
 
 @njit(**REORDERED)
@@ -362,47 +237,133 @@ def padded(length):
     return (length + U(LANES - 1)) // U(LANES) * U(LANES)
 
 
+class Program(NamedTuple):
+    """A network as flat arrays: its convolutions in turn, and for each the operations on a row that follow it.
+
+    Attributes:
+      radius_y, radius_x: of each convolution, ``(convolutions,)`` uint64.
+      scale, bias: ``w² / taps`` and ``b²`` of each convolution.
+      end: where the operations of each convolution end in the arrays that follow, ``(convolutions,)`` uint64.
+      kind: :data:`IDENTITY` … :data:`ADD` of each operation, ``(operations,)`` uint64. After a convolution comes an
+        activation, if only the identity, which clears the gaps; and at the end, to clear what VALID padding removes.
+      place: plane of the first factor of an activation; slot of a :data:`SAVE` or :data:`ADD`, which are the beginning
+        and the end of a residual branch.
+      terms: of a :data:`SERIES`.
+      positive_zero, negative_zero: of an :data:`ARC_COSINE`, see :func:`equikernel.engines.rows.arc_cosine_row`.
+      factor: constant factor of an activation.
+      slots: arrays that :data:`SAVE` needs.
+      planes: channels and factors of an image.
+    """
+
+    radius_y: Any
+    radius_x: Any
+    scale: Any
+    bias: Any
+    end: Any
+    kind: Any
+    place: Any
+    terms: Any
+    positive_zero: Any
+    negative_zero: Any
+    factor: Any
+    slots: Any
+    planes: Any
+
+
+class Scratch(NamedTuple):
+    """Working memory of one thread.
+
+    Attributes:
+      knl, ntk: planes of K and Θ after the horizontal half of a filter, with room for the shift of each layer; the last
+        row of each holds zeros.
+      saved: planes of K and Θ at the beginning of residual branches.
+      line: one row of K and Θ, :data:`LINE` entries, zeros around the used part.
+      correlation, nngp, slope: one row each, for a series.
+      masks: one row per operation, its factor where an entry counts; in the last, where VALID padding leaves one.
+    """
+
+    knl: Any
+    ntk: Any
+    saved: Any
+    line: Any
+    correlation: Any
+    nngp: Any
+    slope: Any
+    masks: Any
+
+
+@njit(**EXACT, inline="always")
+def activate(
+    kind, terms, positive_zero, negative_zero, line, start, length, x, x_first, y, y_first, plane, masks, here, branch,
+    correlation, nngp, slope,
+):  # fmt: skip
+    """K and Θ of one row through the activation ``kind``; see :mod:`equikernel.engines.rows`."""
+    if kind == ARC_COSINE:
+        arc_cosine_row(
+            line, start, length, x, x_first, y, y_first, plane, masks, here, branch, positive_zero, negative_zero
+        )
+    elif kind == ERF:
+        erf_row(line, start, length, x, x_first, y, y_first, plane, masks, here, branch)
+    elif kind == GELU:
+        gelu_row(line, start, length, x, x_first, y, y_first, plane, masks, here, branch)
+    elif kind in (SIN, COS):
+        wave_row(line, start, length, x, x_first, y, y_first, plane, masks, here, branch, kind == COS)
+    elif kind in (EVEN, ODD):
+        polynomial_row(line, start, length, x, x_first, y, y_first, plane, masks, here, branch, kind == ODD)
+    elif kind == SERIES:
+        series_row(
+            line, start, length, x, x_first, y, y_first, plane, masks, here, branch, terms, correlation, nngp, slope
+        )
+    else:
+        identity_row(line, start, length, masks, here)
+
+
 @njit(**EXACT)
 def pooled_plane(
-    x, y, offset_y, height, width, channels, depth, radius, padding, activation, count, length, w2, b2, mask, last_mask,
-    branch, knl, ntk, zeros, line,
+    program, scratch, x, y, offset_y, height, width, channels, gap, padding, count, length, longest, branch
 ):  # fmt: skip
-    """``(Σ K, Σ Θ)`` after the last activation over the plane rows of ``count`` horizontal offsets.
+    """``(Σ K, Σ Θ)`` after the last layer over the plane rows of ``count`` horizontal offsets.
 
     Args:
-      x, y: the two images in the long-row layout: ``channels`` planes of pixels, then per convolution ``√q`` (for erf
-        ``1/√(1+2q)``) and ``1/√q`` of its preactivation variances ``q``.
+      program, scratch: the network, and working memory.
+      x, y: the two images in the long-row layout: planes of pixels, then of factors.
       offset_y: the vertical offset.
+      gap: entries between segments: the largest horizontal radius.
       count, length: horizontal offsets side by side, and entries of a long row.
+      longest: entries between the rows of ``masks`` and ``work``.
       branch: correlations with ``1 - |c| < branch`` are taken as ``±1``.
-      mask, last_mask: the constant factor of the activation where an entry counts, 0 in gaps and where VALID padding
-        has removed it; the second for the last layer.
-      knl, ntk: scratch for the planes of K and Θ, see :func:`scratch_rows`; row ``zeros`` of each holds zeros.
-      line: scratch for one row, :data:`LINE` entries, zeros around the used part.
     """
+    # Taken out of the tuples once: each access counts references, which a row would feel.
+    knl, ntk, saved, line, correlation, nngp, slope, masks = scratch
+    radius_y, radius_x, scales, biases, ends, kinds, places, terms, positive_zero, negative_zero, _, _, _ = program
+    layers = U(len(ends))
+    zeros = U(len(knl)) - length
     plane = height * length
     circular = padding == CIRCULAR
-    top = (radius * (depth + ONE)) * length  # row 0 of the first layer; each layer lies radius rows lower
     seam = height - offset_y
-    taps = (radius + radius + ONE) * (radius + radius + ONE)
-    scale = w2 / mask.dtype.type(taps)
-    first_scale = w2 / mask.dtype.type(taps * channels)
+    top = radius_y.sum() * length  # row 0 of the first layer; each further layer lies lower by a vertical radius
 
     for i in range(height):
         other = U(i) + offset_y
         other = other - height if other >= height else other
-        input_line(x, U(i) * length, y, other * length, channels, plane, length, radius, line)
-        horizontal(line, ZERO, length, radius, knl, top + U(i) * length)
+        input_line(x, U(i) * length, y, other * length, channels, plane, length, gap, line)
+        horizontal(line, gap, length, radius_x[ZERO], knl, top + U(i) * length)
     if circular:
-        wrap_rows(knl, top, height, length, radius)
+        wrap_rows(knl, top, height, length, radius_y[ZERO])
 
     sum_k, sum_theta = 0.0, 0.0
-    for layer in range(depth):
-        last = U(layer) + ONE == depth
+    spoilt = ZERO
+    begin = ZERO
+    for index in range(layers):
+        layer = U(index)
+        last = layer + ONE == layers
+        end = ends[layer]
+        radius = radius_y[layer]
         lower = top - radius * length
-        root = (channels + U(layer) + U(layer)) * plane
-        inverse = root + plane
-        spoilt = radius * (U(layer) + ONE) if padding == VALID else ZERO
+        next_radius = ZERO if last else radius_x[layer + ONE]
+        scale, bias = scales[layer], biases[layer]
+        if padding == VALID:
+            spoilt += radius
         for i in range(height):
             row = U(i)
             other = row + offset_y
@@ -416,87 +377,108 @@ def pooled_plane(
             elif below < spoilt or above < spoilt:
                 continue
             here = top + row * length
-            if layer == 0:
-                vertical(knl, zeros, here, length, below, above, length, radius, first_scale, b2, line, radius, False)
-                copy(line, radius, NTK_LINE + radius, length)
+            vertical(knl, zeros, here, length, below, above, length, radius, scale, bias, line, gap, False)
+            if layer == ZERO:
+                copy(line, gap, NTK_LINE + gap, length)
             else:
-                vertical(knl, zeros, here, length, below, above, length, radius, scale, b2, line, radius, False)
-                second = NTK_LINE + radius
-                vertical(ntk, zeros, here, length, below, above, length, radius, scale, b2, line, second, True)
-            x_row, y_row = row * length, other * length
-            chosen = last_mask if last else mask
-            x_root, x_inverse, y_root, y_inverse = root + x_row, inverse + x_row, root + y_row, inverse + y_row
-            if activation == RELU:
-                relu_row(line, radius, length, x, x_root, x_inverse, y, y_root, y_inverse, chosen, branch)
-            else:
-                erf_row(line, radius, length, x, x_root, x_inverse, y, y_root, y_inverse, chosen, branch)
+                vertical(
+                    ntk, zeros, here, length, below, above, length, radius, scale, bias, line, NTK_LINE + gap, True
+                )
+            for operation in range(begin, end):
+                o = U(operation)
+                kind = kinds[o]
+                if kind in (SAVE, ADD):
+                    slot = (places[o] * U(2) * height + row) * length
+                    if kind == SAVE:
+                        save_row(line, gap, length, saved, slot)
+                        save_row(line, NTK_LINE + gap, length, saved, slot + plane)
+                    else:
+                        add_row(line, gap, length, saved, slot)
+                        add_row(line, NTK_LINE + gap, length, saved, slot + plane)
+                else:
+                    first = places[o] * plane
+                    activate(
+                        kind, terms[o], positive_zero[o], negative_zero[o], line, gap, length, x, first + row * length,
+                        y, first + other * length, plane, masks, o * longest, branch, correlation, nngp, slope,
+                    )  # fmt: skip
             if last:
-                sum_k += total(line, radius, length)
-                sum_theta += total(line, NTK_LINE + radius, length)
+                sum_k += total(line, gap, length)
+                sum_theta += total(line, NTK_LINE + gap, length)
             else:
                 if circular:
-                    wrap_line(line, radius, count, width, radius)
-                    wrap_line(line, NTK_LINE + radius, count, width, radius)
-                horizontal(line, ZERO, length, radius, knl, lower + row * length)
-                horizontal(line, NTK_LINE, length, radius, ntk, lower + row * length)
+                    wrap_line(line, gap, count, width, gap)
+                    wrap_line(line, NTK_LINE + gap, count, width, gap)
+                horizontal(line, gap, length, next_radius, knl, lower + row * length)
+                horizontal(line, NTK_LINE + gap, length, next_radius, ntk, lower + row * length)
+        begin = end
         top = lower
         if circular and not last:
-            wrap_rows(knl, top, height, length, radius)
-            wrap_rows(ntk, top, height, length, radius)
+            wrap_rows(knl, top, height, length, radius_y[layer + ONE])
+            wrap_rows(ntk, top, height, length, radius_y[layer + ONE])
     return sum_k, sum_theta
 
 
 @njit(**EXACT)
 def pooled_pairs(
-    packed1, index, packed2, others, height, width, channels, depth, radius, padding, activation, offsets_y, offsets_x,
-    block, margin, w2, b2, factor, branch, sums_k, sums_theta,
+    program, packed1, index, packed2, others, height, width, channels, gap, padding, offsets_y, offsets_x, block,
+    margin, branch, sums_k, sums_theta,
 ):  # fmt: skip
     """Sums over all pixel pairs of K and Θ of one image against several: ``sums_k``, ``sums_theta`` ``(len(others),)``.
 
     Args:
-      packed1, packed2: flat arrays of images, each ``channels + 2 depth`` planes (see :func:`pooled_plane`).
+      program: the network.
+      packed1, packed2: flat arrays of images, each ``program.planes`` planes (see :func:`pooled_plane`).
       index, others: image of the first array; images of the second.
+      gap: entries between segments.
       offsets_y, offsets_x: the offsets with pixel pairs that survive the padding.
       block: horizontal offsets side by side.
-      margin: pixels that VALID padding takes off each border in the end.
-      factor: constant factor of the activation, 1/2π for ReLU, 2/π for erf.
+      margin: pixels that VALID padding takes off the left and right border in the end.
       branch: correlations with ``1 - |c| < branch`` are taken as ``±1``.
     """
     circular = padding == CIRCULAR
-    planes = channels + depth + depth
-    longest = padded(block * (width + radius + radius))
-    x = np.empty(planes * height * longest, packed1.dtype)
-    y = np.empty(planes * height * longest, packed1.dtype)
-    mask = np.empty(longest, packed1.dtype)
-    last_mask = np.empty(longest, packed1.dtype)
-    rows = height + radius * (depth + U(2)) + ONE
-    knl = np.zeros(rows * longest, packed1.dtype)
-    ntk = np.zeros(rows * longest, packed1.dtype)
-    line = np.zeros(LINE, packed1.dtype)
-    image = planes * height * width
+    dtype = packed1.dtype
+    image = program.planes * height * width
+    longest = padded(block * (width + gap + gap))
+    x = np.empty(program.planes * height * longest, dtype)
+    y = np.empty(program.planes * height * longest, dtype)
+    rows = height + scratch_rows(program.radius_y)
+    operations = U(len(program.kind))
+    scratch = Scratch(
+        np.zeros(rows * longest, dtype), np.zeros(rows * longest, dtype),
+        np.empty(U(2) * program.slots * height * longest, dtype), np.zeros(LINE, dtype), np.empty(longest, dtype),
+        np.empty(longest, dtype), np.empty(longest, dtype), np.empty(operations * longest, dtype),
+    )  # fmt: skip
     for j in range(len(others)):
         sums_k[j] = 0.0
         sums_theta[j] = 0.0
     for first in range(ZERO, U(len(offsets_x)), block):
         begin = U(first)
         count = min(block, U(len(offsets_x)) - begin)
-        length = padded(count * (width + radius + radius))
-        line[:] = 0
-        zeros = (rows - ONE) * longest
+        length = padded(count * (width + gap + gap))
+        scratch.line[:] = 0
         expand(
-            packed1, index * image, planes * height, width, radius, offsets_x, begin, count, circular, False, length, x
-        )
-        column_mask(width, radius, offsets_x, begin, count, circular, ZERO, factor, mask)
-        column_mask(width, radius, offsets_x, begin, count, circular, margin, factor, last_mask)
+            packed1, index * image, program.planes * height, width, gap, offsets_x, begin, count, circular, False,
+            length, x,
+        )  # fmt: skip
+        for operation in range(operations):
+            mask = scratch.masks[U(operation) * longest : (U(operation) + ONE) * longest]
+            border = margin if U(operation) + ONE == operations else ZERO
+            column_mask(width, gap, offsets_x, begin, count, circular, border, program.factor[U(operation)], mask)
         for j in range(len(others)):
             expand(
-                packed2, others[j] * image, planes * height, width, radius, offsets_x, begin, count, circular, True,
-                length, y,
+                packed2, others[j] * image, program.planes * height, width, gap, offsets_x, begin, count, circular,
+                True, length, y,
             )  # fmt: skip
             for offset_y in offsets_y:
                 sum_k, sum_theta = pooled_plane(
-                    x, y, offset_y, height, width, channels, depth, radius, padding, activation, count, length, w2,
-                    b2, mask, last_mask, branch, knl, ntk, zeros, line,
+                    program, scratch, x, y, offset_y, height, width, channels, gap, padding, count, length, longest,
+                    branch,
                 )  # fmt: skip
                 sums_k[j] += sum_k
                 sums_theta[j] += sum_theta
+
+
+@njit(**EXACT)
+def scratch_rows(radius_y):
+    """Rows of the scratch planes beyond the height: the shift of each layer, a halo below, and the row of zeros."""
+    return radius_y.sum() + radius_y.max() + ONE

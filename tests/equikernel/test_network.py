@@ -1,0 +1,237 @@
+"""Networks as values: layers, image sizes that keep the symmetry, job files, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from equikernel import (
+    Activation,
+    Architecture,
+    AvgPool,
+    Conv,
+    Custom,
+    GroupCNN,
+    MemoryLimitError,
+    NetworkError,
+    Residual,
+)
+from equikernel.errors import EngineError, ImageError
+from equikernel.geometry import windows
+
+ONES = np.ones((1, 6, 6, 1))
+
+
+def test_depth_is_the_shorthand_for_equal_layers() -> None:
+    short = GroupCNN(group="C2", depth=2, filter_size=5, activation="erf", w_std=1.2, b_std=0.3)
+    long = GroupCNN(group="C2", layers=[Conv(5, activation="erf")] * 2, w_std=1.2, b_std=0.3)
+    x = np.random.default_rng(0).normal(size=(2, 6, 6, 1))
+    np.testing.assert_array_equal(short.kernel(x).ntk, long.kernel(x).ntk)
+
+
+def test_what_a_layer_does_not_say_is_as_in_the_network() -> None:
+    net = GroupCNN(layers=[Conv(3), Conv(3, w_std=2, b_std=0, activation="sin")], w_std=3, b_std=0.5, activation="erf")
+    first, second = net.convolutions
+    assert (first.w2, first.b2) == (9, 0.25)
+    assert (second.w2, second.b2) == (4, 0)
+    assert [str(activation) for activation in net.activations] == ["erf", "sin"]
+
+
+def test_the_last_convolution_of_a_branch_has_no_activation() -> None:
+    net = GroupCNN(layers=[Conv(3), Residual([Conv(3), Conv(3)])])
+    assert len(net.convolutions) == 3
+    assert len(net.activations) == 2
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        GroupCNN(group="C8", depth=2, head=("erf",)),
+        GroupCNN(layers=[Conv((3, 3), stride=2, activation="leaky_relu(0.1)"), AvgPool(2), Residual([Conv(3)])]),
+        GroupCNN(layers=[Conv(5), Activation("hermite(3)")], group="D4"),
+    ],
+)
+def test_a_network_survives_json(net: GroupCNN) -> None:
+    assert GroupCNN.model_validate_json(net.model_dump_json()) == net
+    assert GroupCNN(**net.model_dump()) == net
+
+
+def test_layers_and_depth_are_not_both_written() -> None:
+    assert "layers" not in Architecture().model_dump()
+    assert "depth" not in Architecture(layers=(Conv(3),)).model_dump()
+
+
+def test_layers_are_sections_in_a_job_file() -> None:
+    layers = [{"kind": "conv", "filter": 5}, {"kind": "residual", "layers": [{"kind": "conv"}]}]
+    assert GroupCNN(layers=layers) == GroupCNN(layers=[Conv(5), Residual([Conv()])])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    side=st.integers(1, 40),
+    radius=st.integers(0, 3),
+    stride=st.integers(1, 4),
+    padding=st.sampled_from(["SAME", "VALID"]),
+)
+def test_a_stride_is_accepted_where_mirrored_filters_lie_on_the_same_pixels(
+    side: int, radius: int, stride: int, padding: Any
+) -> None:
+    net = GroupCNN(group="D1", padding=padding, layers=[Conv((1, 2 * radius + 1), stride=stride)])
+    plain = GroupCNN(group="C1", padding=padding, layers=[Conv((1, 2 * radius + 1), stride=stride)])
+    if not plain.fits(1, side, "C1"):
+        assert not net.fits(1, side, "D1")
+        return
+    outputs, first = windows(side, radius, stride, padding)
+    centres = {first + stride * i for i in range(outputs)}
+    assert net.fits(1, side, "D1") == (centres == {side - 1 - centre for centre in centres})
+
+
+@pytest.mark.parametrize(
+    ("fields", "size", "message"),
+    [
+        ({"layers": [Conv(3, stride=2)]}, 8, "layers[0]: a stride of 2 on 8 pixels breaks the symmetry of C4"),
+        ({"layers": [Conv(3, stride=2)]}, 8, "SAME needs (outputs - 1) · stride + filter - side = 1 to be even"),
+        ({"layers": [Conv(3, stride=2)]}, 8, "nearest sides that work: 7 or 9"),
+        ({"layers": [Conv(3, stride=3)], "padding": "VALID"}, 8, "VALID needs a stride that divides side - filter = 5"),
+        ({"layers": [Conv(3, stride=3)], "padding": "VALID"}, 8, "nearest sides that work: 6 or 9"),
+        ({"layers": [Conv(3, stride=2)], "padding": "CIRCULAR"}, 8, "a stride of 2 with CIRCULAR padding is refused"),
+        ({"layers": [Conv(3), AvgPool(3)]}, 8, "layers[1]: blocks of 3 pixels do not divide the 8 pixels there"),
+        ({"layers": [Conv(3), AvgPool(3)]}, 8, "nearest sides that work: 6 or 9"),
+        ({"layers": [Conv(3), AvgPool(2), AvgPool(2)]}, 6, "layers[2]: blocks of 2 pixels do not divide the 3"),
+        ({"layers": [Conv(3), Residual([Conv(3, stride=3)])]}, 9, "layers[1]: the branch makes 3 of 9 pixels"),
+        ({"layers": [Conv(3), Residual([Conv(3)])], "padding": "VALID"}, 9, "layers[1]: the branch makes 5 of 7"),
+        ({"layers": [Conv((3, 5))]}, 9, "a filter of 3x5 pixels is no square, and C4 turns it; use filter (5, 5)"),
+        ({"layers": [Conv(3), Conv(7)], "padding": "VALID"}, 8, "layers[1]: VALID padding: a filter of 7 pixels does"),
+        ({"layers": [Conv(3), Conv(7)], "padding": "VALID"}, 8, "nearest sides that work: 9"),
+        ({"depth": 3, "padding": "VALID"}, 6, "3 convolutions of size 3 remove 6 of 6 pixels per side; use depth <= 2"),
+        ({"depth": 3, "padding": "VALID", "group": "C8"}, 12, "remove 12 of 12 pixels per side; use depth <= 2"),
+        ({"depth": 1, "padding": "CIRCULAR", "group": "C8"}, 4, "a filter of size 5 (of 3 pixels, turned by C8) wraps"),
+    ],
+)  # fmt: skip
+def test_a_size_that_does_not_fit_is_refused_with_the_nearest_that_do(
+    fields: dict[str, Any], size: int, message: str
+) -> None:
+    with pytest.raises(NetworkError, match=re.escape(message)):
+        GroupCNN(**fields).kernel(np.ones((1, size, size, 1)))
+
+
+@pytest.mark.parametrize("group", ["C1", "C2", "C4", "D1", "D4", "C8"])
+@pytest.mark.parametrize("side", [8, 9])
+def test_a_size_that_is_named_as_nearest_works(group: str, side: int) -> None:
+    net = GroupCNN(group=group, layers=[Conv(3, stride=2), Conv(3, stride=3), AvgPool(2)])
+    try:
+        net.check_images(side, side, group)
+    except NetworkError as error:
+        sides = [int(number) for number in re.findall(r"work: (\d+)(?: or (\d+))?", str(error))[0] if number]
+        for one in sides:
+            net.check_images(one, one, group)
+    else:
+        assert group == "C1" or side == 9
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layers": []}, "layers[0] is nothing, but the first layer is the lifting convolution; begin with a Conv"),
+        ({"layers": [AvgPool(2)]}, "layers[0] is avg_pool, but the first layer is the lifting convolution"),
+        ({"layers": [Conv()], "depth": 2}, "layers and depth = 2 both say which convolutions; keep one"),
+        ({"layers": [Conv()], "filter_size": 5}, "layers and filter_size = 5 both say"),
+        ({"layers": [Conv(), "relu"]}, "layers[1]: 'relu' is not allowed; a layer is a Conv, Activation, AvgPool or"),
+        ({"layers": [Conv(), {"kind": "pool"}]}, "a layer is a Conv, Activation, AvgPool or Residual (in a job file"),
+        ({"layers": [Conv(), {"kind": "conv", "stride": 0}]}, "layers[1].stride: 0 is not allowed; it must be a whole"),
+        ({"layers": [Conv(), {"kind": "conv", "filtr": 3}]}, "layers[1].filtr: no such field; did you mean 'filter'?"),
+        ({"layers": [Conv(), Residual([Activation("relu")])]}, "layers[1]: a residual branch ends in a convolution"),
+        (
+            {"layers": [Conv(), Residual([Conv(activation="relu")])]},
+            "layers[1]: a residual branch ends in a convolution",
+        ),
+        ({"group": "C361"}, "or for small images any other C_n or D_n with n up to 360"),
+        ({"group": "S4"}, "group: 'S4' is not allowed; choose C1, C2, C4, D1, D2, D4"),
+    ],
+)
+def test_a_network_that_is_none_is_refused_in_words(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(NetworkError, match=re.escape(message)):
+        GroupCNN(**fields)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Conv(4), "Conv: filter[0]: 4 is even, and an even filter has no centre pixel to rotate about; use 3"),
+        (lambda: Conv(3, stride=1.5), "Conv: stride: 1.5 is not allowed; it must be a whole number of 1 or more"),
+        (lambda: Conv(3, activation="rleu"), "did you mean 'relu'?"),
+        (lambda: Conv(3, width=2), "Conv: width: no such field"),
+        (lambda: AvgPool(0), "AvgPool: size: 0 is not allowed; it must be a whole number of 1 or more"),
+        (lambda: Activation("hermite"), "Activation: activation: 'hermite' is not allowed"),
+        (lambda: Residual([]), "Residual: layers: the branch is empty; give it layers"),
+        (lambda: Residual([Conv(3), 3]), "Residual: layers[1]: 3 is not allowed; a layer is a Conv"),
+    ],
+)  # fmt: skip
+def test_a_layer_that_is_none_is_refused_in_words(make: Any, message: str) -> None:
+    with pytest.raises(NetworkError, match=re.escape(message)):
+        make()
+
+
+def test_explain_names_the_engine_its_reason_and_the_cost() -> None:
+    fast = GroupCNN(group="C4").explain((32, 32, 3))
+    assert fast.engine == "cpu"
+    assert "offsets decouple" in fast.reason
+    assert str(fast).startswith("engine 'cpu': offsets decouple")
+    assert fast.flops == pytest.approx(4 * fast_flops_of_one_rotation())
+    dense = GroupCNN(group="C4", layers=[Conv(3), AvgPool(2), Conv(3)]).explain((32, 32, 3))
+    assert dense.engine == "general"
+    assert dense.reason == "the pooling layers[1] does not keep the offset between pixels"
+    assert dense.pair_bytes > 8 * 4 * 1024**2
+    rotated = GroupCNN(group="C8").explain((16, 16, 3))
+    assert rotated.reason == "C8 does not map the pixel grid to itself"
+    asked = GroupCNN().explain((6, 6, 1), engine="reference")
+    assert (asked.engine, asked.reason) == ("reference", "it was asked for")
+
+
+def fast_flops_of_one_rotation() -> float:
+    """Three layers of 3x3 filters and ReLU on 32x32x3 images, by hand."""
+    entries = 1024**2
+    return float(entries * (2 * 3 + 3 * (2 * 6 + 40)))
+
+
+def test_explain_refuses_what_kernel_would_refuse() -> None:
+    with pytest.raises(ImageError, match="image_shape = "):
+        GroupCNN().explain((32, 32))  # type: ignore[arg-type]
+    with pytest.raises(NetworkError, match="breaks the symmetry"):
+        GroupCNN(layers=[Conv(3, stride=2)]).explain((8, 8, 1))
+    with pytest.raises(EngineError, match="cannot do this network"):
+        GroupCNN(group="C3").explain((8, 8, 1), engine="cpu")
+
+
+def test_what_no_memory_holds_is_refused_with_both_numbers() -> None:
+    message = r"the engine 'general' needs \d+\.\d MiB for a pair of 12x12 images, and may use 1.0 MiB; use smaller"
+    with pytest.raises(MemoryLimitError, match=message):
+        GroupCNN(group="C8", depth=1).kernel(np.ones((1, 12, 12, 1)), memory_limit=2**20)
+    with pytest.raises(MemoryLimitError, match=r"the kernels of 3000000 against 3000000 images take \d+\.\d TiB"):
+        GroupCNN(depth=1).kernel(np.broadcast_to(ONES, (3_000_000, 6, 6, 1)))
+    with pytest.raises(EngineError, match="memory_limit = 0 bytes hold nothing"):
+        GroupCNN(depth=1).kernel(ONES, memory_limit=0)
+
+
+@pytest.mark.parametrize("group", ["C3", "C8", "D3"])
+def test_groups_off_the_grid_need_a_pass_of_their_own(group: str) -> None:
+    with pytest.raises(NetworkError, match=f"it needs a pass of its own, GroupCNN\\(group='{group}'\\)"):
+        GroupCNN(depth=1).kernel(ONES, groups=("C1", group))
+
+
+def test_a_custom_activation_is_named_in_json_and_does_not_come_back() -> None:
+    net = GroupCNN(activation=Custom(np.tanh), head=(Custom(np.cos),))
+    assert '"custom tanh"' in net.model_dump_json()
+    with pytest.raises(ValueError, match="'custom tanh' is not allowed"):
+        GroupCNN.model_validate_json(net.model_dump_json())
+
+
+def test_an_architecture_has_a_network_over_each_group() -> None:
+    for architecture in (Architecture(depth=2, b_std=0.3), Architecture(layers=(Conv(5),), activation=Custom(np.tanh))):
+        assert architecture.with_group("D4").model_copy(update={"group": "C1"}) == architecture.with_group("C1")
+        assert architecture.with_group("C8").steps == architecture.steps
