@@ -301,7 +301,11 @@ def test_reference_accepts_any_dtype_and_computes_in_float64() -> None:
         (np.zeros((2, 3, 3)), None, r"x1 has shape \(2, 3, 3\); images are \(n, height, width, channels\)"),
         (np.zeros((0, 3, 3, 1)), None, "holds no pixels"),
         ([[1, 2], [3]], None, r"x1 is no array \(.*\); images are \(n, height, width, channels\)"),
-        (np.full((2, 3, 3, 1), [[[[0]]], [[[np.nan]]]]), None, r"x1\[1\] has NaN or infinite pixels"),
+        (
+            np.full((2, 3, 3, 1), [[[[0]]], [[[np.nan]]]]),
+            None,
+            r"x1\[1\] has NaN or infinite pixels, the first at \[0, 0, 0\]",
+        ),
         (
             np.zeros((2, 3, 4, 1)),
             None,

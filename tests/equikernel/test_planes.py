@@ -19,7 +19,7 @@ FLAT = types.Array(types.float32, 1, "C")
 U = types.uint64
 ROW = (FLAT, U, U, FLAT, U, FLAT, U, U, FLAT, U, types.float32)
 LOOPS = {
-    "arc_cosine_float32": (*ROW, types.float32, types.float32),
+    "arc_cosine_float32": (*ROW, types.float32),
     "erf_row": ROW,
     "gelu_row": ROW,
     "wave_row": (*ROW, types.boolean),
@@ -62,9 +62,8 @@ def one_row(activation: Activation, k: Any, q1: Any, q2: Any, dtype: type[np.flo
     line[: len(k)] = k
     line[int(rows.NTK_LINE) : int(rows.NTK_LINE) + len(k)] = 1
     planes.activate(
-        np.uint64(operation.kind), np.uint64(operation.terms), dtype(operation.positive_zero),
-        dtype(operation.negative_zero), line, zero, count, x, zero, y, zero, count, mask, zero,
-        dtype(4 * np.finfo(dtype).eps), correlation, nngp, slope,
+        np.uint64(operation.kind), np.uint64(operation.terms), dtype(operation.middle), line, zero, count, x, zero, y,
+        zero, count, mask, zero, dtype(4 * np.finfo(dtype).eps), correlation, nngp, slope,
     )  # fmt: skip
     return line[: len(k)], line[int(rows.NTK_LINE) : int(rows.NTK_LINE) + len(k)]
 

@@ -162,6 +162,16 @@ def has_gpu() -> bool:
     return str(jax.default_backend()) in ("gpu", "cuda", "rocm")
 
 
+def free_memory(engine: str) -> int:
+    """Bytes that an engine can still take on the device that it computes on."""
+    if engine not in ("xla", "general") or not has_gpu():
+        return available_memory()
+    import jax
+
+    stats = jax.devices()[0].memory_stats() or {}
+    return int(stats.get("bytes_limit", available_memory())) - int(stats.get("bytes_in_use", 0))
+
+
 class KernelFunction:
     """The kernels of one architecture for several groups at once, on blocks of images.
 
@@ -195,7 +205,7 @@ class KernelFunction:
         name, self.reason = choose_engine(network, groups, engine)
         self.network = network
         self.groups = groups
-        self.memory = int(SHARE * available_memory()) if memory_limit is None else memory_limit
+        self.memory = int(SHARE * free_memory(name)) if memory_limit is None else memory_limit
         self.dtype = np.dtype(np.float64) if name == "reference" else _checked_dtype(dtype)
         self.engine = _engine(name, network, groups, self.dtype, threads or available_cores(), self.memory)
 
@@ -474,10 +484,12 @@ def _as_images(images: ArrayLike, name: str) -> NDArray[Any]:
 def _checked_images(images: ArrayLike, dtype: np.dtype[Any], name: str, first: int) -> NDArray[Any]:
     """Images that are finite and in the range of ``dtype``, in it; the first of them is called number ``first``."""
     array = _as_images(images, name)
-    finite = np.isfinite(array).all(axis=(1, 2, 3))
+    finite = np.isfinite(array)
     if not finite.all():
+        image, *pixel = map(int, np.unravel_index(int(np.argmin(finite)), array.shape))
         raise ImageError(
-            f"{name}[{first + int(np.argmin(finite))}] has NaN or infinite pixels; remove or repair that image"
+            f"{name}[{first + image}] has NaN or infinite pixels, the first at {pixel} (row, column, channel); remove or "
+            "repair that image"
         )
     largest = np.abs(array, dtype=np.float64).max(axis=(1, 2, 3))
     low, high = (1e-15, 1e15) if dtype.itemsize == 4 else (1e-120, 1e120)

@@ -60,8 +60,7 @@ class Operation(NamedTuple):
     kind: int
     place: int = 0
     terms: int = 0
-    positive_zero: float = 0.0
-    negative_zero: float = 0.0
+    middle: float = 0.0
     factor: float = 1.0
 
 
@@ -154,7 +153,7 @@ class CpuEngine:
             return np.array(values, np.uint64)
 
         columns = zip(*operations, strict=True)
-        kind, place, terms, positive_zero, negative_zero, factor = (list(column) for column in columns)
+        kind, place, terms, middle, factor = (list(column) for column in columns)
         slots = [int(p) + 1 for k, p in zip(kind, place, strict=True) if k == planes.SAVE]
         return planes.Program(
             whole([step.radii[0] for step in convolutions]),
@@ -165,8 +164,7 @@ class CpuEngine:
             whole(kind),
             whole(place),
             whole(terms),
-            np.array(positive_zero, dtype),
-            np.array(negative_zero, dtype),
+            np.array(middle, dtype),
             np.array(factor, dtype),
             np.uint64(max(slots, default=0)),
             np.uint64(channels + self._factor_planes()),
@@ -279,7 +277,7 @@ def _operation(activation: Activation, place: int) -> Operation:
             return Operation(planes.IDENTITY)
         case Homogeneous():
             factor, shift = activation.arc_cosine
-            return Operation(planes.ARC_COSINE, place, 0, np.pi + shift, shift, factor)
+            return Operation(planes.ARC_COSINE, place, 0, np.pi / 2 + shift, factor)
         case Erf():
             return Operation(planes.ERF, place, factor=2 / np.pi)
         case Gelu():

@@ -39,7 +39,7 @@ from equikernel.engines.rows import (
 ZERO, ONE = U(0), U(1)
 
 SAME, VALID, CIRCULAR = range(3)
-IDENTITY, ARC_COSINE, ERF, GELU, SIN, COS, EVEN, ODD, SERIES, SAVE, ADD = range(11)
+IDENTITY, ARC_COSINE, ERF, GELU, SIN, COS, EVEN, ODD, SERIES, SAVE, ADD = map(U, range(11))
 
 LINE = 2 * int(NTK_LINE)
 """Entries of the ``line`` scratch array."""
@@ -249,7 +249,7 @@ class Program(NamedTuple):
       place: plane of the first factor of an activation; slot of a :data:`SAVE` or :data:`ADD`, which are the beginning
         and the end of a residual branch.
       terms: of a :data:`SERIES`.
-      positive_zero, negative_zero: of an :data:`ARC_COSINE`, see :func:`equikernel.engines.rows.arc_cosine_row`.
+      middle: of an :data:`ARC_COSINE`, see :func:`equikernel.engines.rows.arc_cosine_row`.
       factor: constant factor of an activation.
       slots: arrays that :data:`SAVE` needs.
       planes: channels and factors of an image.
@@ -263,8 +263,7 @@ class Program(NamedTuple):
     kind: Any
     place: Any
     terms: Any
-    positive_zero: Any
-    negative_zero: Any
+    middle: Any
     factor: Any
     slots: Any
     planes: Any
@@ -294,21 +293,19 @@ class Scratch(NamedTuple):
 
 @njit(**EXACT, inline="always")
 def activate(
-    kind, terms, positive_zero, negative_zero, line, start, length, x, x_first, y, y_first, plane, masks, here, branch,
+    kind, terms, middle, line, start, length, x, x_first, y, y_first, plane, masks, here, branch,
     correlation, nngp, slope,
 ):  # fmt: skip
     """K and Θ of one row through the activation ``kind``; see :mod:`equikernel.engines.rows`."""
     if kind == ARC_COSINE:
-        arc_cosine_row(
-            line, start, length, x, x_first, y, y_first, plane, masks, here, branch, positive_zero, negative_zero
-        )
+        arc_cosine_row(line, start, length, x, x_first, y, y_first, plane, masks, here, branch, middle)
     elif kind == ERF:
         erf_row(line, start, length, x, x_first, y, y_first, plane, masks, here, branch)
     elif kind == GELU:
         gelu_row(line, start, length, x, x_first, y, y_first, plane, masks, here, branch)
-    elif kind in (SIN, COS):
+    elif kind == SIN or kind == COS:  # noqa: SIM109
         wave_row(line, start, length, x, x_first, y, y_first, plane, masks, here, branch, kind == COS)
-    elif kind in (EVEN, ODD):
+    elif kind == EVEN or kind == ODD:  # noqa: SIM109
         polynomial_row(line, start, length, x, x_first, y, y_first, plane, masks, here, branch, kind == ODD)
     elif kind == SERIES:
         series_row(
@@ -335,7 +332,7 @@ def pooled_plane(
     """
     # Taken out of the tuples once: each access counts references, which a row would feel.
     knl, ntk, saved, line, correlation, nngp, slope, masks = scratch
-    radius_y, radius_x, scales, biases, ends, kinds, places, terms, positive_zero, negative_zero, _, _, _ = program
+    radius_y, radius_x, scales, biases, ends, kinds, places, terms, middle, _, _, _ = program
     layers = U(len(ends))
     zeros = U(len(knl)) - length
     plane = height * length
@@ -387,7 +384,7 @@ def pooled_plane(
             for operation in range(begin, end):
                 o = U(operation)
                 kind = kinds[o]
-                if kind in (SAVE, ADD):
+                if kind >= SAVE:
                     slot = (places[o] * U(2) * height + row) * length
                     if kind == SAVE:
                         save_row(line, gap, length, saved, slot)
@@ -398,7 +395,7 @@ def pooled_plane(
                 else:
                     first = places[o] * plane
                     activate(
-                        kind, terms[o], positive_zero[o], negative_zero[o], line, gap, length, x, first + row * length,
+                        kind, terms[o], middle[o], line, gap, length, x, first + row * length,
                         y, first + other * length, plane, masks, o * longest, branch, correlation, nngp, slope,
                     )  # fmt: skip
             if last:

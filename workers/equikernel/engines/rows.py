@@ -39,25 +39,20 @@ def identity_row(line, start, length, mask, here):
 
 
 @njit(**EXACT)
-def arc_cosine_float32(
-    line, start, length, x, x_first, y, y_first, plane, mask, here, branch, positive_zero, negative_zero
-):
+def arc_cosine_float32(line, start, length, x, x_first, y, y_first, plane, mask, here, branch, middle):
     """K and Θ of one row through ``α u + β |u|``; the mask holds ``2β²/π``.
 
-    ``π - arccos c + s`` is ``positive_zero - arccos |c|`` or ``negative_zero + arccos |c|``. With ``a = |c|``:
-    ``arccos a = √(1-a) P(a)`` and ``√(1-a²) = √(1-a) Q(a)``, both to 3e-8.
+    ``π - arccos c + s`` is ``middle + arcsin c``. With ``a = |c|``: ``arccos a = √(1-a) P(a)`` and
+    ``√(1-a²) = √(1-a) Q(a)``, both to 3e-8.
     """
-    one, zero = np.float32(1), np.float32(0)
+    one, right_angle = np.float32(1), np.float32(0.5 * math.pi)
     x_inverse, y_inverse = x_first + plane, y_first + plane
     for i in range(length):
         p = U(i)
         c = line[start + p] * (x[x_inverse + p] * y[y_inverse + p])
         a = abs(c)
-        positive = c >= zero
-        gap = one - a
-        apart = gap >= branch
-        c = c if apart else (one if positive else -one)
-        root = math.sqrt(gap if apart else zero)
+        a = a if one - a >= branch else one
+        root = math.sqrt(one - a)
         arc = np.float32(-0.001211737769810765)
         arc = arc * a + np.float32(0.006491521428436943)
         arc = arc * a + np.float32(-0.016841052415648962)
@@ -74,54 +69,45 @@ def arc_cosine_float32(
         sine = sine * a + np.float32(-0.12491270664306565)
         sine = sine * a + np.float32(0.4999959701462716)
         sine = sine * a + np.float32(1.0000000312900168)
-        arc *= root
-        angle = positive_zero - arc if positive else negative_zero + arc
+        angle = middle + math.copysign(right_angle - root * arc, c)
         scale = mask[here + p]
-        line[start + p] = (x[x_first + p] * y[y_first + p]) * (scale * (root * sine + angle * c))
+        line[start + p] = (x[x_first + p] * y[y_first + p]) * (scale * (root * sine + angle * math.copysign(a, c)))
         line[NTK_LINE + start + p] *= scale * angle
 
 
 @njit(**EXACT)
-def arc_cosine_float64(
-    line, start, length, x, x_first, y, y_first, plane, mask, here, branch, positive_zero, negative_zero
-):
+def arc_cosine_float64(line, start, length, x, x_first, y, y_first, plane, mask, here, branch, middle):
     """As in float32, with arccos from ``arcsin w = w + w³ R(w²)``, ``w <= 1/2``, to 2e-17."""
     x_inverse, y_inverse = x_first + plane, y_first + plane
     for i in range(length):
         p = U(i)
         c = line[start + p] * (x[x_inverse + p] * y[y_inverse + p])
         a = abs(c)
-        positive = c >= 0.0
+        a = a if 1.0 - a >= branch else 1.0
         gap = 1.0 - a
-        apart = gap >= branch
-        c = c if apart else (1.0 if positive else -1.0)
-        gap = gap if apart else 0.0
         large = a > 0.5
         square = 0.5 * gap if large else a * a
         w = math.sqrt(square) if large else a
         arc = w + w * square * arcsine_series(square)
-        arc = arc + arc if large else 0.5 * math.pi - arc
-        angle = positive_zero - arc if positive else negative_zero + arc
+        arcsine = 0.5 * math.pi - (arc + arc) if large else arc
+        angle = middle + math.copysign(arcsine, c)
         scale = mask[here + p]
-        line[start + p] = (x[x_first + p] * y[y_first + p]) * (scale * (math.sqrt(gap * (1.0 + a)) + angle * c))
+        sine = math.sqrt(gap * (1.0 + a))
+        line[start + p] = (x[x_first + p] * y[y_first + p]) * (scale * (sine + angle * math.copysign(a, c)))
         line[NTK_LINE + start + p] *= scale * angle
 
 
-def arc_cosine_row(
-    line, start, length, x, x_first, y, y_first, plane, mask, here, branch, positive_zero, negative_zero
-):
+def arc_cosine_row(line, start, length, x, x_first, y, y_first, plane, mask, here, branch, middle):
     """K and Θ of one row through ``α u + β |u|``, in the precision of ``line``."""
     raise NotImplementedError("compiled code only")
 
 
 @overload(arc_cosine_row)
-def _arc_cosine_row(
-    line, start, length, x, x_first, y, y_first, plane, mask, here, branch, positive_zero, negative_zero
-):
+def _arc_cosine_row(line, start, length, x, x_first, y, y_first, plane, mask, here, branch, middle):
     chosen = arc_cosine_float32 if line.dtype == types.float32 else arc_cosine_float64
 
-    def row(line, start, length, x, x_first, y, y_first, plane, mask, here, branch, positive_zero, negative_zero):
-        chosen(line, start, length, x, x_first, y, y_first, plane, mask, here, branch, positive_zero, negative_zero)
+    def row(line, start, length, x, x_first, y, y_first, plane, mask, here, branch, middle):
+        chosen(line, start, length, x, x_first, y, y_first, plane, mask, here, branch, middle)
 
     return row
 
