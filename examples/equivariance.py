@@ -57,7 +57,7 @@ print(f"C8: {correlations(c8.kernel(x, dtype='float64').ntk)}")
 # Strides, pooling, residual branches and any activation; what would break the symmetry is refused, with sizes that work.
 
 # %%
-resnet = [Conv(), Residual([Conv(3)]), Activation("sin"), Conv(activation=Custom(jnp.tanh))]
+resnet = [Conv(), Residual([Conv(3)]), Activation("sin"), Conv()]
 print(GroupCNN(group="C4", layers=resnet).explain(x.shape[1:]))
 print(GroupCNN(group="C4", layers=[Conv(3), AvgPool(2), Conv(3)]).explain(x.shape[1:]))
 try:

@@ -5,12 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 
-from equikernel import GroupCNN, ImageError, NetworkError, finite, groups
+from equikernel import (
+    Activation,
+    AvgPool,
+    Conv,
+    Custom,
+    GroupCNN,
+    ImageError,
+    NetworkError,
+    Residual,
+    finite,
+    groups,
+)
+from equikernel.geometry import windows
+from equikernel.layers import Branch, Convolution, Nonlinearity, Pooling, Step
 
 PADDINGS = ["SAME", "VALID", "CIRCULAR"]
 
@@ -24,40 +38,73 @@ def positive_images(n: int, size: int, seed: int) -> Array:
 def literal_output(net: GroupCNN, params: finite.Params, image: Array) -> float:
     """The sums over v, q and c as in the docstring of :mod:`equikernel.finite`, pixel by pixel."""
     elements, table = groups.symmetries(net.group), groups.multiplication_table(net.group)
-    n, radius, side = len(elements), net.radius, range(-net.radius, net.radius + 1)
+    layers = iter(params)
 
     def pixel(x: Array, y: int, z: int) -> Any:
-        size = x.shape[1]
+        height, width = x.shape[1:3]
         if net.padding == "CIRCULAR":
-            return x[:, y % size, z % size]
-        inside = 0 <= y < size and 0 <= z < size
+            return x[:, y % height, z % width]
+        inside = 0 <= y < height and 0 <= z < width
         return x[:, y, z] if inside else np.zeros_like(x[:, 0, 0])
 
-    x = image[None]
-    for layer in params[: net.depth]:
+    def convolution(step: Convolution, x: Array) -> Array:
+        layer = next(layers)
         weights, bias = np.asarray(layer.weights), np.asarray(layer.bias)
-        _, _, m, c_in, c_out = weights.shape
-        border = radius if net.padding == "VALID" else 0
-        size = x.shape[1] - 2 * border
-        out = np.zeros((n, size, size, c_out))
-        for r, ty, tx in np.ndindex(n, size, size):
-            for q in range(m):
-                for vy in side:
-                    for vx in side:
-                        dy, dx = elements[r].on_offset((vy, vx))
-                        seen = pixel(x, ty + border + dy, tx + border + dx)[table[r, q] if m > 1 else 0]
-                        out[r, ty, tx] += seen @ weights[vy + radius, vx + radius, q]
-        z = net.w_std / np.sqrt(net.filter_size**2 * m * c_in) * out + net.b_std * bias
-        x = np.maximum(z, 0)
-    h = x.mean(axis=(0, 1, 2))
-    for dense in params[net.depth : -1]:
-        h = np.maximum(
-            net.w_std / np.sqrt(len(h)) * h @ np.asarray(dense.weights) + net.b_std * np.asarray(dense.bias), 0
-        )
-    readout = params[-1]
-    return float(
-        (net.w_std / np.sqrt(len(h)) * h @ np.asarray(readout.weights) + net.b_std * np.asarray(readout.bias))[0]
-    )
+        m, c_in, c_out = weights.shape[2:]
+        reach = groups.reach(net.group, step.radii)
+        rows, cols = (windows(side, r, step.stride, net.padding) for side, r in zip(x.shape[1:3], reach, strict=True))
+        out = np.zeros((len(elements), rows.outputs, cols.outputs, c_out))
+        for r, i, j in np.ndindex(*out.shape[:3]):
+            for vy, vx in np.ndindex(*weights.shape[:2]):
+                for (dy, dx), weight in elements[r].splat((vy - step.radii[0], vx - step.radii[1])):
+                    there = pixel(x, rows.first + i * step.stride + dy, cols.first + j * step.stride + dx)
+                    for q in range(m):
+                        out[r, i, j] += weight * (there[table[r, q] if m > 1 else 0] @ weights[vy, vx, q])
+        scale = np.sqrt(step.w2 / (weights.shape[0] * weights.shape[1] * m * c_in))
+        return np.asarray(scale * out + np.sqrt(step.b2) * bias)
+
+    def through(steps: tuple[Step, ...], x: Array) -> Array:
+        for step in steps:
+            match step:
+                case Convolution():
+                    x = convolution(step, x)
+                case Nonlinearity(activation):
+                    x = activation(x)
+                case Pooling(_, size):
+                    blocks = [x[:, i::size, j::size] for i in range(size) for j in range(size)]
+                    x = np.mean(blocks, axis=0)
+                case Branch(_, inner):
+                    x = x + through(inner, x)
+        return x
+
+    h = through(net.steps, image[None]).mean(axis=(0, 1, 2))
+    for activation in (*net.head_activations, None):
+        dense = next(layers)
+        h = net.w_std / np.sqrt(len(h)) * h @ np.asarray(dense.weights) + net.b_std * np.asarray(dense.bias)
+        h = h if activation is None else activation(h)
+    return float(h[0])
+
+
+LAYERS = (Conv((3, 3), stride=2), Residual([Activation("gelu"), Conv(3, b_std=0.7)]), AvgPool(2), Conv(1, w_std=2))
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        GroupCNN(group="C3", depth=2, padding="CIRCULAR", b_std=0.4),
+        GroupCNN(group="C8", depth=1, padding="VALID", w_std=1.3),
+        GroupCNN(group="D3", depth=2, activation="erf"),
+        GroupCNN(group="C4", layers=LAYERS, b_std=0.4, head=("sin",)),
+        GroupCNN(group="D2", layers=[Conv((1, 5)), Conv((3, 1), activation="abs")], padding="VALID"),
+        GroupCNN(group="C1", layers=[Conv(3), AvgPool(7)], activation=Custom(jnp.tanh)),
+    ],
+)
+def test_rotations_off_the_grid_and_layers_of_all_kinds_are_the_literal_sums(net: GroupCNN) -> None:
+    image = np.random.default_rng(1).normal(size=(7, 7, 2))
+    with jax.enable_x64(True):
+        params = finite.init(net, 3, jax.random.key(2), 2)
+        output = np.asarray(jax.jit(lambda params: finite.apply(net, params, image[None]))(params))
+        assert_allclose(output, [literal_output(net, params, image)], rtol=1e-12)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -79,8 +126,7 @@ def output_of_moved_images(net: GroupCNN, size: int) -> NDArray[Any]:
     return np.asarray(jax.jit(lambda params, x: finite.apply(net, params, x))(params, moved)).reshape(8, 2)
 
 
-@pytest.mark.parametrize("size", [6, 7])
-@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(("padding", "size"), [("SAME", 7), ("VALID", 6), ("CIRCULAR", 6)])
 @pytest.mark.parametrize("group", groups.GRID_GROUPS)
 def test_the_symmetries_of_its_group_are_the_ones_that_a_network_does_not_see(
     group: str, padding: str, size: int
@@ -89,6 +135,44 @@ def test_the_symmetries_of_its_group_are_the_ones_that_a_network_does_not_see(
     change = np.abs(output / output[0] - 1).max(axis=1)
     for element, seen in zip(groups.symmetries("D4"), change, strict=True):
         assert seen < 5e-5 if element in groups.symmetries(group) else seen > 1e-4, element
+
+
+@pytest.mark.parametrize(
+    ("net", "size"),
+    [
+        (GroupCNN(group="D4", layers=LAYERS, b_std=0.3), 7),
+        (GroupCNN(group="C4", layers=[Conv(3, stride=2), Conv(1)], padding="VALID"), 7),
+        (GroupCNN(group="C8", depth=2, b_std=0.3), 6),
+        (GroupCNN(group="C6", depth=2, padding="CIRCULAR"), 6),
+        (GroupCNN(group="D3", depth=2, b_std=0.3), 6),
+    ],
+)
+def test_strides_pooling_and_other_rotations_keep_the_symmetries_on_the_grid(net: GroupCNN, size: int) -> None:
+    output = output_of_moved_images(net, size)
+    change = np.abs(output / output[0] - 1).max(axis=1)
+    for element, seen in zip(groups.symmetries("D4"), change, strict=True):
+        assert seen < 5e-5 if element in groups.symmetries(net.group) else seen > 1e-4, element
+
+
+def test_off_the_grid_a_network_is_invariant_up_to_interpolation() -> None:
+    """Smooth images turned by 45 degrees change the output of a C8 network less than that of a C4 network."""
+    rng = np.random.default_rng(3)
+    waves = [(rng.uniform(0.15, 0.4), rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi)) for _ in range(6)]
+
+    def smooth(angle: float) -> Array:
+        y, x = (np.mgrid[:17, :17] - 8.0) * 1.0
+        across = [f * (np.cos(a + angle) * x + np.sin(a + angle) * y) + phase for f, a, phase in waves]
+        fade = np.exp(-(x**2 + y**2) / 18)
+        return np.asarray((sum(map(np.sin, across)) * fade)[None, :, :, None])
+
+    pair = np.concatenate([smooth(0.0), smooth(np.pi / 4)])
+    change = {}
+    for group in ("C4", "C8"):
+        net = GroupCNN(group=group, depth=2)
+        params = finite.init(net, 16, jax.random.key(5), 1)
+        output = np.asarray(jax.jit(lambda params, net=net: finite.features(net, params, pair))(params))
+        change[group] = np.linalg.norm(output[1] - output[0]) / np.linalg.norm(output[0])
+    assert change["C8"] < 0.8 * change["C4"]
 
 
 def jacobian(net: GroupCNN, params: finite.Params, x: Array) -> Array:
@@ -146,16 +230,53 @@ def test_sampled_networks_confirm_that_the_first_layer_counts_once() -> None:
     assert np.abs(z_scores(ntk, counted_twice)).min() > 15
 
 
-def test_sampled_deep_networks_tend_to_the_kernel() -> None:
-    """At width 64 the bias of two convolutions and a dense layer is below the standard error of 100 networks."""
-    net = GroupCNN(group="C4", depth=2, padding="VALID", w_std=1.2, b_std=0.3, head=("erf",))
-    x1, x2 = positive_images(2, 6, seed=1), positive_images(1, 6, seed=2)
-    limit = net.kernel(x1, x2, engine="reference")
-    nngp, ntk = finite.empirical_kernels(net, 64, jax.random.key(1), x1, x2, samples=100)
-    assert np.abs(z_scores(nngp, limit.nngp)).max() < 4
-    assert np.abs(z_scores(ntk, limit.ntk)).max() < 4
-    assert_allclose(nngp.mean(axis=0), limit.nngp, rtol=0.05)
-    assert_allclose(ntk.mean(axis=0), limit.ntk, rtol=0.1)
+CONVERGING = {
+    "C1 sin": GroupCNN(group="C1", depth=2, activation="sin", w_std=1.4),
+    "C4": GroupCNN(group="C4", depth=2, padding="VALID", w_std=1.2, b_std=0.3, head=("erf",)),
+    "D4 leaky": GroupCNN(group="D4", depth=2, activation="leaky_relu(0.2)", w_std=1.4),
+    "C3": GroupCNN(group="C3", depth=2, padding="CIRCULAR", w_std=1.4),
+    "C8 gelu": GroupCNN(group="C8", depth=2, activation="gelu", w_std=1.4, b_std=0.2),
+    "D3": GroupCNN(group="D3", depth=1, w_std=1.4, head=("relu",)),
+    "layers": GroupCNN(group="C4", layers=LAYERS, b_std=0.3),
+    "custom": GroupCNN(group="C2", depth=2, activation=Custom(jnp.tanh), w_std=1.4),
+}
+
+
+@pytest.mark.parametrize("name", CONVERGING)
+def test_sampled_networks_converge_to_the_kernel(name: str) -> None:
+    """Bias O(1/width), spread 1/√width; extrapolated from two widths by Richardson, the mean is the limit."""
+    net = CONVERGING[name]
+    x = positive_images(2, 7 if net.layers else 4 if net.padding == "SAME" else 5, seed=1)
+    limit = np.array(net.kernel(x, engine="reference"))
+    narrow, wide, samples = 8, 32, 160
+    at_narrow, at_wide = (
+        np.stack(finite.empirical_kernels(net, width, jax.random.key(width), x, samples=samples), axis=1)
+        for width in (narrow, wide)
+    )
+    ratio = wide / narrow
+    estimate = (ratio * at_wide.mean(axis=0) - at_narrow.mean(axis=0)) / (ratio - 1)
+    variance = (ratio**2 * at_wide.var(axis=0) + at_narrow.var(axis=0)) / (ratio - 1) ** 2 / samples
+    assert (np.sqrt(variance) < 0.08 * limit).all()
+    assert (np.abs(estimate - limit) < 4 * np.sqrt(variance) + 0.02 * limit).all()
+    spread = at_narrow.std(axis=0) / at_wide.std(axis=0)
+    assert ((spread > 0.7 * np.sqrt(ratio)) & (spread < 1.5 * np.sqrt(ratio))).all()
+
+
+def test_the_bias_falls_as_one_over_width_and_the_spread_as_its_root() -> None:
+    """Both fitted over a decade of widths, for NNGP and NTK of a network whose bias is large: 2/width or so."""
+    net = GroupCNN(group="C4", depth=1, activation="erf", head=("monomial(2)",))
+    x = np.random.default_rng(0).normal(size=(1, 4, 4, 1))
+    widths, samples = np.array([4, 8, 16, 40]), 20_000
+    kernels = [finite.empirical_kernels(net, width, jax.random.key(width), x, samples=samples) for width in widths]
+    for limit, sampled in zip(net.kernel(x, engine="reference"), zip(*kernels, strict=True), strict=True):
+        relative = np.array([one[:, 0, 0] for one in sampled]) / limit[0, 0]
+        bias, spread = relative.mean(axis=1) - 1, relative.std(axis=1)
+        error = spread / np.sqrt(samples)
+        assert (bias > 4 * error).all()
+        slope, covariance = np.polyfit(np.log(widths), np.log(bias), 1, w=bias / error, cov="unscaled")
+        assert np.sqrt(covariance[0, 0]) < 0.1
+        assert abs(slope[0] + 1) < 3 * np.sqrt(covariance[0, 0])
+        assert abs(np.polyfit(np.log(widths), np.log(spread), 1)[0] + 0.5) < 0.3  # heavy tails at small width
 
 
 def test_unusable_requests_say_what_to_do() -> None:

@@ -93,8 +93,8 @@ def test_rotated_filters_off_the_grid_keep_their_weight() -> None:
                 pixels = element.splat(offset)
                 assert len({pixel for pixel, _ in pixels}) == len(pixels) <= 4
                 assert abs(sum(weight for _, weight in pixels) - 1) < 1e-14
-                centre = sum(weight * np.array(pixel) for pixel, weight in pixels)
-                assert abs(np.hypot(*centre) - np.hypot(*offset)) < 1e-12
+                y, x = (sum(weight * pixel[axis] for pixel, weight in pixels) for axis in range(2))
+                assert abs(np.hypot(y, x) - np.hypot(*offset)) < 1e-12
 
 
 @pytest.mark.parametrize("group", ["C3", "C8", "D3"])

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from equikernel import GroupCNN, tangents
-from equikernel.tangents import NeuralTangentsError, neural_tangents, stax
+from equikernel import GroupCNN
+from equikernel.tangents import NeuralTangentsError, bridge, neural_tangents, stax
 
 
 def images(n: int, seed: int) -> Any:
@@ -80,6 +80,14 @@ def test_empirical_kernels_of_neural_tangents_work(implementation: str) -> None:
     assert_allclose(ntk_fn(X1, None, params), rows @ rows.T, rtol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", ["AUTO", "STRUCTURED_DERIVATIVES"])
+def test_implementations_that_cannot_work_say_so(implementation: str) -> None:
+    _, apply_fn, _ = stax.serial(stax.Dense(4), stax.Relu(), stax.Dense(1))
+    message = f"the implementation {implementation} of empirical_ntk_fn needs internals of JAX that are gone"
+    with pytest.raises(NeuralTangentsError, match=f"{message}.*use NtkImplementation.JACOBIAN_CONTRACTION"):
+        neural_tangents.empirical_ntk_fn(apply_fn, implementation=neural_tangents.NtkImplementation[implementation])
+
+
 def test_the_release_is_the_one_that_the_names_were_restored_for() -> None:
     assert neural_tangents.__version__ == "0.6.5"
 
@@ -115,7 +123,7 @@ assert "jax" not in sys.modules
 def test_another_release_is_refused_naming_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.6.4")
     with pytest.raises(NeuralTangentsError, match=r"neural-tangents 0\.6\.4 is installed.* version 0\.6\.5"):
-        tangents._check_version()
+        bridge._check_version()
 
 
 def test_a_missing_neural_tangents_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,4 +132,4 @@ def test_a_missing_neural_tangents_is_named_with_the_remedy(monkeypatch: pytest.
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(ImportError, match=r"not installed.*pip install neural-tangents==0\.6\.5"):
-        tangents._check_version()
+        bridge._check_version()

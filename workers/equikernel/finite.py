@@ -1,10 +1,12 @@
 r"""Finite-width group CNNs in JAX, and their empirical NNGP and NTK: the networks whose limit the kernels are.
 
-``z_r(t)`` are the features at pixel ``t`` and rotation or reflection ``r``, and ``x = σ(z)``; ``S`` is the square
-filter support; ``ρ(r)`` acts on pixels as ``r``; the parameters ``κ`` and ``β`` are standard normal.
+``z_r(t)`` are the features at pixel ``t`` and rotation or reflection ``r``, and ``x`` those of the layer before; ``S``
+is the filter support; ``R_r[a, v]`` spreads the tap ``ρ(r)v`` over pixels ``a``, a permutation where ``r`` maps pixels
+to pixels; the parameters ``κ`` and ``β`` are standard normal.
 
-- lifting: ``z_r(t) = w / √(|S| C) Σ_v Σ_c κ[v, c] f_c(t + ρ(r)v) + b β``
-- group convolution: ``z_r(t) = w / √(|G| |S| width) Σ_q Σ_v Σ_c κ[v, q, c] x_{rq, c}(t + ρ(r)v) + b β``
+- lifting: ``z_r(t) = w / √(|S| C) Σ_a Σ_v R_r[a, v] Σ_c κ[v, c] f_c(t + a) + b β``
+- group convolution: ``z_r(t) = w / √(|G| |S| width) Σ_q Σ_a Σ_v R_r[a, v] Σ_c κ[v, q, c] x_{rq, c}(t + a) + b β``
+- activation, average pooling, residual branches: as their names say
 - group pooling: the mean over ``r`` and ``t``
 - dense: ``w / √width Σ_c κ[c] h_c + b β``
 
@@ -26,21 +28,24 @@ import numpy as np
 
 from equikernel import groups
 from equikernel.errors import ImageError, NetworkError
+from equikernel.geometry import windows
+from equikernel.layers import Branch, Convolution, Nonlinearity, Pooling
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import ArrayLike, NDArray
 
+    from equikernel.layers import Step
     from equikernel.network import GroupCNN
-
-ACTIVATIONS = {"relu": jax.nn.relu, "erf": jax.lax.erf}
 
 
 class Layer(NamedTuple):
     """The parameters of one layer, standard normal at initialisation; the scales are applied in the forward pass.
 
-    ``weights``: ``(k, k, m, c_in, c_out)`` for a convolution, with ``m = 1`` element of the input in the lifting layer
-    and ``m = |G|`` after it; ``(c_in, c_out)`` for a dense layer. ``bias``: ``(c_out,)``, shared by all pixels and
-    elements.
+    ``weights``: ``(k_y, k_x, m, c_in, c_out)`` for a convolution, with ``m = 1`` element of the input in the lifting
+    layer and ``m = |G|`` after it; ``(c_in, c_out)`` for a dense layer. ``bias``: ``(c_out,)``, shared by all pixels
+    and elements.
     """
 
     weights: jax.Array
@@ -67,15 +72,15 @@ def init(net: GroupCNN, width: int, key: jax.Array, channels: int) -> Params:
         raise NetworkError(
             f"a network of width {width} on images of {channels} channels has no parameters; use 1 or more"
         )
-    n, k = len(groups.symmetries(net.group)), net.filter_size
-    shapes: list[tuple[int, ...]] = [(k, k, 1, channels, width)]
-    shapes += [(k, k, n, width, width)] * (net.depth - 1)
-    shapes += [(width, width)] * len(net.head)
-    shapes += [(width, 1)]
-    sizes = [size for shape in shapes for size in (math.prod(shape), shape[-1])]
+    inputs, shapes = (1, channels), []
+    for step in net.convolutions:
+        shapes.append((2 * step.radii[0] + 1, 2 * step.radii[1] + 1, *inputs, width))
+        inputs = groups.order(net.group), width
+    dense = [(width, width)] * len(net.head) + [(width, 1)]
+    sizes = [size for shape in (*shapes, *dense) for size in (math.prod(shape), shape[-1])]
     # One draw for all layers: XLA takes about half a second to compile each.
     values = iter(jnp.split(jax.random.normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1]))
-    return tuple(Layer(next(values).reshape(shape), next(values)) for shape in shapes)
+    return tuple(Layer(next(values).reshape(shape), next(values)) for shape in (*shapes, *dense))
 
 
 def apply(net: GroupCNN, params: Params, images: ArrayLike) -> jax.Array:
@@ -101,42 +106,64 @@ def features(net: GroupCNN, params: Params, images: ArrayLike) -> jax.Array:
             f"reshape the images, or call init with their number of channels"
         )
     net.check_images(x.shape[1], x.shape[2], net.group)
-    x = x[:, :, :, None, :]
-    for layer in params[: net.depth]:
-        x = ACTIVATIONS[net.activation](_group_convolution(net, layer, x))
-    x = x.mean(axis=(1, 2, 3))
-    for activation, layer in zip(net.head, params[net.depth : -1], strict=True):
-        x = ACTIVATIONS[activation](_dense(net, layer, x))
+    layers = iter(params)
+    x = _through(net, net.steps, layers, x[:, :, :, None, :]).mean(axis=(1, 2, 3))
+    for activation in net.head_activations:
+        x = activation(_dense(net, next(layers), x), jnp)
     return x
 
 
-def _group_convolution(net: GroupCNN, layer: Layer, x: jax.Array) -> jax.Array:
-    """From ``(n, H, W, |G|, c_in)`` to ``(n, H', W', |G|, c_out)``; one input element means lifting."""
-    k, _, m, c_in, c_out = layer.weights.shape
-    elements = groups.symmetries(net.group)
-    # The filter of element r is moved by r, and its tap q reads the input at element rq.
-    moved = []
-    for element, rq in zip(elements, groups.multiplication_table(net.group), strict=True):
-        weights = jnp.flip(layer.weights, 1) if element.mirrored else layer.weights
-        weights = jnp.rot90(weights, element.turns, axes=(0, 1))
-        moved.append(weights if m == 1 else weights[:, :, np.argsort(rq)])
-    filters = jnp.stack(moved, axis=4).reshape(k * k * m * c_in, len(elements) * c_out)
-    z = _patches(net, x.reshape(*x.shape[:3], m * c_in)) @ filters
-    z = z.reshape(*z.shape[:3], len(elements), c_out)
-    return net.w_std / np.sqrt(k * k * m * c_in) * z + net.b_std * layer.bias
+def _through(net: GroupCNN, steps: tuple[Step, ...], layers: Iterator[Layer], x: jax.Array) -> jax.Array:
+    """Features ``(n, H', W', |G|, c)`` after ``steps`` of features ``(n, H, W, m, c_in)``."""
+    for step in steps:
+        match step:
+            case Convolution():
+                x = _group_convolution(net, step, next(layers), x)
+            case Nonlinearity(activation):
+                x = activation(x, jnp)
+            case Pooling(_, size):
+                n, height, width, *rest = x.shape
+                x = x.reshape(n, height // size, size, width // size, size, *rest).mean(axis=(2, 4))
+            case Branch(_, inner):
+                x = x + _through(net, inner, layers, x)
+    return x
 
 
-def _patches(net: GroupCNN, x: jax.Array) -> jax.Array:
-    """``x(t + v)`` for all ``v ∈ S`` side by side: from ``(n, H, W, c)`` to ``(n, H', W', k² c)``.
+def _group_convolution(net: GroupCNN, step: Convolution, layer: Layer, x: jax.Array) -> jax.Array:
+    """From ``(n, H, W, m, c_in)`` to ``(n, H', W', |G|, c_out)``; one input element means lifting."""
+    k_y, k_x, m, c_in, c_out = layer.weights.shape
+    reach = groups.reach(net.group, step.radii)
+    rotated = jnp.einsum(
+        "rav,vqcd->raqcd",
+        jnp.asarray(groups.splat_matrices(net.group, step.radii), x.dtype),
+        layer.weights.reshape(k_y * k_x, m, c_in, c_out),
+    )
+    if m > 1:  # tap q of the filter of element r reads the input at element rq
+        table = groups.multiplication_table(net.group)
+        rotated = jnp.stack([rotated[r][:, np.argsort(rq)] for r, rq in enumerate(table)])
+    n = len(rotated)
+    filters = jnp.moveaxis(rotated, 0, 3).reshape(-1, n * c_out)
+    z = _patches(net, step, reach, x.reshape(*x.shape[:3], m * c_in)) @ filters
+    z = z.reshape(*z.shape[:3], n, c_out)
+    return math.sqrt(step.w2 / (k_y * k_x * m * c_in)) * z + math.sqrt(step.b2) * layer.bias
+
+
+def _patches(net: GroupCNN, step: Convolution, reach: groups.Offset, x: jax.Array) -> jax.Array:
+    """``x(t + a)`` for all pixels ``a`` within ``reach`` side by side: from ``(n, H, W, c)`` to ``(n, H', W', |a| c)``.
 
     One matrix product per layer: on CPU, its gradients are several times faster than those of XLA's convolution.
     """
-    if net.padding != "VALID":
-        border = (net.radius, net.radius)
-        x = jnp.pad(x, ((0, 0), border, border, (0, 0)), mode="wrap" if net.padding == "CIRCULAR" else "constant")
-    height, width = x.shape[1] - 2 * net.radius, x.shape[2] - 2 * net.radius
-    taps = range(net.filter_size)
-    return jnp.concatenate([x[:, i : i + height, j : j + width] for i in taps for j in taps], axis=3)
+    border = (0, 0) if net.padding == "VALID" else reach
+    sides = [windows(side, r, step.stride, net.padding) for side, r in zip(x.shape[1:3], reach, strict=True)]
+    widths = ((0, 0), (border[0], border[0]), (border[1], border[1]), (0, 0))
+    x = jnp.pad(x, widths, mode="wrap" if net.padding == "CIRCULAR" else "constant")
+
+    def seen(axis: int, offset: int) -> slice:
+        start = sides[axis].first + border[axis] + offset
+        return slice(start, start + (sides[axis].outputs - 1) * step.stride + 1, step.stride)
+
+    rows, cols = (range(-radius, radius + 1) for radius in reach)
+    return jnp.concatenate([x[:, seen(0, i), seen(1, j)] for i in rows for j in cols], axis=3)
 
 
 def _dense(net: GroupCNN, layer: Layer, x: jax.Array) -> jax.Array:
@@ -160,8 +187,9 @@ def empirical_kernels(
       key: a JAX random key, split into one per sample.
       x1: ``(n1, H, W, C)`` images.
       x2: ``(n2, H, W, C)`` images; ``None`` means ``x1``.
-      samples: how many networks; they run one after the other, so memory does not grow with their number. It holds
-        ``n1 + n2`` gradients, each as large as the parameters.
+      samples: how many networks; they run one after the other, so memory does not grow with their number, and holds
+        one gradient at a time: each column of the NTK is the derivative of all outputs ``f(x1)`` along the gradient of
+        one output ``f(x2)``.
 
     Returns:
       ``(nngp, ntk)``: ``(samples, n1, n2)`` each, float32, or float64 inside ``jax.enable_x64(True)``.
@@ -169,22 +197,25 @@ def empirical_kernels(
     Raises:
       ImageError, NetworkError: the images are not ``(n, H, W, C)`` or do not fit the network, or a width below 1.
     """
-    images = _as_images(x1, "x1")
-    rows = columns = slice(0, len(images))
-    if x2 is not None:
-        others = _as_images(x2, "x2")
-        if images.shape[1:] != others.shape[1:]:
-            raise ImageError(
-                f"x1 has images of shape {images.shape[1:]}, but x2 of {others.shape[1:]}; kernels need equal shapes"
-            )
-        columns = slice(len(images), len(images) + len(others))
-        images = np.concatenate([images, others])
+    first = _as_images(x1, "x1")
+    second = first if x2 is None else _as_images(x2, "x2")
+    if first.shape[1:] != second.shape[1:]:
+        raise ImageError(
+            f"x1 has images of shape {first.shape[1:]}, but x2 of {second.shape[1:]}; kernels need equal shapes"
+        )
 
     def one_network(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        params = init(net, width, key, images.shape[3])
-        h, gradients = _features_and_gradients(net, params, images)
-        nngp = net.w_std**2 / width * h[rows] @ h[columns].T + net.b_std**2
-        return nngp, sum(gradient[rows] @ gradient[columns].T for gradient in gradients)
+        params = init(net, width, key, first.shape[3])
+        h1 = features(net, params, first)
+        h2 = h1 if x2 is None else features(net, params, second)
+        nngp = net.w_std**2 / width * h1 @ h2.T + net.b_std**2
+
+        def column(image: jax.Array) -> jax.Array:
+            gradient = jax.grad(lambda params: apply(net, params, image[None])[0])(params)
+            derivative: jax.Array = jax.jvp(lambda params: apply(net, params, first), (params,), (gradient,))[1]
+            return derivative
+
+        return nngp, jax.lax.map(column, jnp.asarray(second, h1.dtype)).T
 
     with jax.default_matmul_precision("highest"):
         nngp, ntk = jax.jit(lambda keys: jax.lax.map(one_network, keys))(jax.random.split(key, samples))
@@ -196,14 +227,3 @@ def _as_images(images: ArrayLike, name: str) -> NDArray[Any]:
     if array.ndim != 4:
         raise ImageError(f"{name} has shape {array.shape}; it must be (images, height, width, channels)")
     return array
-
-
-def _features_and_gradients(net: GroupCNN, params: Params, images: NDArray[Any]) -> tuple[jax.Array, list[jax.Array]]:
-    """At each image: the features ``(n, width)``, and ``∂f/∂θ`` as one ``(n, size)`` array per array of parameters."""
-
-    def output(params: Params, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-        h = features(net, params, image[None])
-        return _dense(net, params[-1], h)[0, 0], h[0]
-
-    gradients, h = jax.vmap(jax.grad(output, has_aux=True), in_axes=(None, 0))(params, images)
-    return h, [gradient.reshape(len(images), -1) for gradient in jax.tree.leaves(gradients)]

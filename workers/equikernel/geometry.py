@@ -73,7 +73,7 @@ def _convolved(step: Convolution, side: int, axis: int, group: str, padding: Pad
     if padding == "CIRCULAR" and side < size:
         raise NetworkError(
             f"{step.place}: CIRCULAR padding: a filter of size {size}{turned} wraps around an image of {side} pixels "
-            f"more than once; use filter_size <= {side - 1 + side % 2}"
+            f"more than once; use {'larger images' if turned else f'filter_size <= {side - 1 + side % 2}'}"
         )
     if padding == "VALID" and side < size:
         raise NetworkError(

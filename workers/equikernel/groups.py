@@ -143,6 +143,21 @@ def flips(group: str) -> tuple[bool, bool]:
     return (group not in ("C1", "D1"), group != "C1")
 
 
+def splat_matrices(group: str, radii: Offset) -> NDArray[np.float64]:
+    """``R_r[a, v]`` (:meth:`Symmetry.splat`) for all pixels ``a`` within :func:`reach` and taps ``v``, row by row.
+
+    Shape ``(|G|, pixels, taps)``.
+    """
+    pixels = {pixel: place for place, pixel in enumerate(product(*(range(-r, r + 1) for r in reach(group, radii))))}
+    taps = list(product(range(-radii[0], radii[0] + 1), range(-radii[1], radii[1] + 1)))
+    matrices = np.zeros((order(group), len(pixels), len(taps)))
+    for r, element in enumerate(symmetries(group)):
+        for v, tap in enumerate(taps):
+            for pixel, weight in element.splat(tap):
+                matrices[r, pixels[pixel], v] += weight
+    return matrices
+
+
 @cache
 def reach(group: str, radii: Offset) -> Offset:
     """Pixels that the rotated filters of ``group`` reach beyond their centre, on each axis, for ``radii`` of the base.

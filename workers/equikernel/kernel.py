@@ -488,8 +488,8 @@ def _checked_images(images: ArrayLike, dtype: np.dtype[Any], name: str, first: i
     if not finite.all():
         image, *pixel = map(int, np.unravel_index(int(np.argmin(finite)), array.shape))
         raise ImageError(
-            f"{name}[{first + image}] has NaN or infinite pixels, the first at {pixel} (row, column, channel); remove or "
-            "repair that image"
+            f"{name}[{first + image}] has NaN or infinite pixels, the first at {pixel} (row, column, channel); remove "
+            "or repair that image"
         )
     largest = np.abs(array, dtype=np.float64).max(axis=(1, 2, 3))
     low, high = (1e-15, 1e15) if dtype.itemsize == 4 else (1e-120, 1e120)

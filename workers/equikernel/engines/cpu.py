@@ -25,7 +25,7 @@ from equikernel.layers import Branch, Convolution, Nonlinearity
 from equikernel.recursion import Pooled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -57,7 +57,7 @@ PIECE_SECONDS = 0.3
 class Operation(NamedTuple):
     """What :class:`equikernel.engines.planes.Program` holds of one operation on a row."""
 
-    kind: int
+    kind: np.uint64
     place: int = 0
     terms: int = 0
     middle: float = 0.0
@@ -149,7 +149,7 @@ class CpuEngine:
         scale = [step.w2 / count for step, count in zip(convolutions, taps, strict=True)]
         scale[0] /= channels
 
-        def whole(values: list[int]) -> NDArray[np.uint64]:
+        def whole(values: Sequence[int | np.uint64]) -> NDArray[np.uint64]:
             return np.array(values, np.uint64)
 
         columns = zip(*operations, strict=True)

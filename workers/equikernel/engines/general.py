@@ -1,58 +1,65 @@
 """The general engine: any group, stride, pooling, padding and activation, with dense covariances in JAX, in float64.
 
-Of the kernels ``K[r, r'](t, t')`` between two group elements a group convolution needs the mean over ``q`` of
-``K[rq, r'q]`` only. So the difference ``d = r' r⁻¹`` never changes, and for each ``d`` the network is a recursion of
-its own on ``K[r, d r]``, for all ``r``. Elements ``s`` on the pixel grid permute the taps of the filters, so
-``K[rs, d r s] = K[r, d r]``: one ``r`` of each coset ``r S`` is enough, where ``S`` are the elements on the grid.
+Of the kernels ``K[r, r'](t, t')`` between two group elements, a group convolution needs only the mean over ``q`` of
+``K[rq, r'q]``. So the difference ``d = r' r⁻¹`` never changes, and for each ``d`` the network is a recursion of its own
+on ``K[r, d r]``, for all ``r``. Elements ``s`` on the pixel grid permute the taps of the filters, so
+``K[rs, d r s] = K[r, d r]``: one ``r`` of each coset ``r S`` is enough, with ``S`` the elements on the grid.
 
 - A group on the grid is its own ``S``. There is one coset, and in the coordinates of ``ρ(d) f'`` the recursion is that
   of a plain CNN: ``|G|`` dense kernels, not ``|G|²``.
 - Off the grid the filter of ``r`` is ``R_r[a, v]``, the taps ``ρ(r) v`` spread over the pixels ``a`` around them:
-  ``K[r, d r](t, t') = 1/|S| Σ_v Σ_{a, b} R_r[a, v] R_{dr}[b, v] K̄[d](t + a, t' + b)``, with ``K̄[d]`` the mean over cosets.
-
-Arrays are ``K[i, p, y, x, y', x']``, for coset ``i`` and pair ``p``.
+  ``K[r, dr](t, t') = 1/|S| Σ_v Σ_{a, b} R_r[a, v] R_dr[b, v] K̄[d](t + a, t' + b)``, ``K̄[d]`` the mean over the cosets.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from itertools import product
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from equikernel.activations import EPS
-from equikernel.engines.arcs import FUNCTIONS
+from equikernel.engines.dense import (
+    Array,
+    DenseNetwork,
+    Factors,
+    cosets,
+    diagonal,
+    input_kernel,
+    mean_over_second,
+    representatives,
+)
+from equikernel.engines.device import device_memory, platform
 from equikernel.geometry import windows
 from equikernel.groups import Symmetry, on_grid, reach, symmetries, union
 from equikernel.layers import Branch, Convolution, Nonlinearity, Pooling
 from equikernel.recursion import Pooled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
     from equikernel.activations import Activation
-    from equikernel.layers import Padding, Step
+    from equikernel.layers import Step
     from equikernel.network import Architecture
 
-Array: TypeAlias = Any
-"""A JAX array, float64."""
+ENTRIES = {"cpu": 2**17, "gpu": 2**26}
+"""Entries of the covariances of the pairs that are computed at once."""
 
-Factors: TypeAlias = tuple[Any, ...]
-"""Those of an activation, for each image and coset: ``(n, cosets, H, W)`` each."""
+DUAL, SUMS = 8, 4
+"""Covariances at the same time in a nonlinearity, and in the sums over a filter besides its input and output."""
 
-ENTRIES = {"cpu": 2**20, "gpu": 2**26}
-"""Entries of a covariance of the pairs that are computed at once."""
+Size: TypeAlias = tuple[int, ...]
+"""Height and width."""
+
+IDENTITY = Symmetry(False, 0)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Images ``(n, H, W, C)`` float64, with the factors of each nonlinearity in turn."""
+    """Images ``(n, H, W, C)`` float64, with the factors of each nonlinearity, ``(cosets, n, H', W')`` each."""
 
     images: NDArray[np.float64]
     factors: list[Factors]
@@ -69,22 +76,137 @@ class GeneralEngine:
         self.network = network
         self.groups = groups
         self.memory = memory
-        self.group = groups[0]
-        """The only one, unless all are on the grid."""
-        self.grid = on_grid(self.group)
-        self.elements = union(groups)
-        self.cosets = _cosets(self.group)
-        radii = [max(step.radii) for step in network.convolutions]
+        self.grid = all(map(on_grid, groups))
+        self.cosets = cosets(groups[0])
+        self.count = len(representatives(groups[0]))
         # How close to ±1 a correlation is taken as ±1; sums over larger filters round more.
-        self.eps = EPS * max(1, *radii)
+        eps = EPS * max(1, *(max(step.radii) for step in network.convolutions))
+        self.dense = DenseNetwork(network, groups[0], eps)
 
     def prepare(self, images: NDArray[Any]) -> Prepared:
-        """Images ``(n, H, W, C)`` with the factors of their variances, from the whole of ``K(f, f)``.
+        """Images ``(n, H, W, C)`` with the factors of their variances.
 
         Raises:
           NetworkError: an activation has no second moment.
         """
-        x = images.astype(np.float64)
-        block = self._at_once(len(x), *x.shape[1:3])
-        parts = [self._variances(x[i : i + block]) for i in range(0, len(x), block)]
-        ...
+        x = np.asarray(images, np.float64)
+        parts = []
+        for here, index in self._blocks(len(x), *x.shape[1:3]):
+            factors, last = self._variances(x[index])
+            parts.append(([tuple(part[:, : len(here)] for part in layer) for layer in factors], last[:, : len(here)]))
+        layers = zip(*(factors for factors, _ in parts), strict=True)
+        factors = [tuple(np.concatenate(part, axis=1) for part in zip(*layer, strict=True)) for layer in layers]
+        last = np.concatenate([last for _, last in parts], axis=1)
+        return Prepared(x, factors, np.sqrt(np.maximum(last, 0)).mean(axis=(0, 2, 3)) ** 2)
+
+    def _variances(self, x: NDArray[np.float64]) -> tuple[list[Factors], NDArray[np.float64]]:
+        """The factors before each nonlinearity and ``K(t, t)`` at the end, from the whole of ``K(f, f)``.
+
+        Pooling between layers, and filters rotated off the grid, mix the diagonal with the rest.
+        """
+        found: list[Factors] = []
+
+        def factors(activation: Activation, k: Array) -> tuple[Factors, Factors]:
+            found.append(activation.factors(np.asarray(diagonal(k))))
+            return found[-1], found[-1]
+
+        with jax.enable_x64(True):
+            (k,) = self.dense.kernels([input_kernel(x, x)], IDENTITY, factors, ntk=False)
+            return found, np.asarray(diagonal(k))
+
+    def pairs(
+        self, block1: Prepared, block2: Prepared, rows: NDArray[np.intp], cols: NDArray[np.intp]
+    ) -> dict[str, Pooled]:
+        """Pooled kernels ``(p,)`` float64 of the pairs ``(block1[rows[p]], block2[cols[p]])``, by group."""
+        elements = union(self.groups)
+        totals = np.empty((len(elements), 2, len(rows)))
+        for place, element in enumerate(elements):
+            for here, index in self._blocks(len(rows), *block1.images.shape[1:3]):
+                pooled = self._pooled(block1, block2, rows[index], cols[index], element)
+                totals[place][:, here] = pooled[:, : len(here)]
+        results = {}
+        for group in self.groups:
+            members = [elements.index(element) for element in symmetries(group)]
+            results[group] = Pooled(*totals[members].mean(axis=0))
+        return results
+
+    def _pooled(
+        self, block1: Prepared, block2: Prepared, rows: NDArray[np.intp], cols: NDArray[np.intp], d: Symmetry
+    ) -> NDArray[np.float64]:
+        """Means of ``K[r, d r]`` and ``Θ[r, d r]`` over ``r`` and all pixels: ``(2, p)``."""
+        x, y = block1.images[rows], block2.images[cols]
+        if self.grid:
+            y = d.on_images(y)
+            seconds = [tuple(d.on_images(part[:, cols], (2, 3)) for part in layer) for layer in block2.factors]
+            difference = IDENTITY
+        else:
+            moved = [self.cosets[d * r] for r in representatives(self.groups[0])]
+            seconds = [tuple(part[moved][:, cols] for part in layer) for layer in block2.factors]
+            difference = d
+        firsts = (tuple(part[:, rows] for part in layer) for layer in block1.factors)
+        both = zip(firsts, seconds, strict=True)
+        with jax.enable_x64(True):
+            kernels = self.dense.kernels([input_kernel(x, y)], difference, lambda *_: next(both), ntk=True)
+            return np.array([np.asarray(mean_over_second(kernel)).mean(axis=(0, 2, 3)) for kernel in kernels])
+
+    def epsilon(self, block: Prepared) -> float:
+        """The machine epsilon of float64."""
+        return float(np.finfo(block.images.dtype).eps)
+
+    def pooled_bound(self, block: Prepared) -> NDArray[np.float64]:
+        """``(mean over t of √K(t,t))²`` after the last step, ``(n,)``."""
+        return block.bound
+
+    def image_bytes(self, height: int, width: int, channels: int) -> int:
+        """Bytes of one prepared image, at most."""
+        factors = sum(len(activation.factors(np.ones(1))) for activation in self.network.activations)
+        return 8 * height * width * (channels + self.count * factors)
+
+    def pair_bytes(self, height: int, width: int) -> int:
+        """Bytes of the covariances that exist at the same time for one pair, at most."""
+        return 8 * self._largest(self.network.steps, (height, width), lifting=True)[0]
+
+    def _blocks(self, count: int, height: int, width: int) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+        """Cut ``count`` pairs, or images, into blocks: the places in each, and the same repeated to full length.
+
+        As many at once as are fast and fit, of few different numbers, because each is compiled.
+        """
+        fast = ENTRIES[platform()] // (self.count * _entries((height, width)))
+        most = max(1, min(fast, min(self.memory, device_memory()) // self.pair_bytes(height, width), 2 * count - 1))
+        size = 1 << (most.bit_length() - 1)
+        for start in range(0, count, size):
+            here = np.arange(start, min(start + size, count))
+            yield here, np.resize(here, size)
+
+    def _largest(self, steps: tuple[Step, ...], size: Size, *, lifting: bool = False) -> tuple[int, Size]:
+        """The most entries at the same time during ``steps`` on images of ``size``, and the size after them."""
+        most = 0
+        for step in steps:
+            before = self.count * _entries(size)
+            match step:
+                case Convolution():
+                    radii = reach(self.groups[0], step.radii)
+                    border = radii if self.network.padding != "VALID" else (0, 0)
+                    padded = _entries((size[0] + 2 * border[0], size[1] + 2 * border[1]))
+                    size = tuple(
+                        windows(side, radius, step.stride, self.network.padding).outputs
+                        for side, radius in zip(size, radii, strict=True)
+                    )
+                    needed = before * (3 if lifting else 4) + padded
+                    if not self.grid:  # also the mean over the cosets, and compensated sums
+                        needed += padded + (self.count + SUMS) * _entries(size)
+                    lifting = False
+                case Nonlinearity():
+                    needed = DUAL * before
+                case Pooling(_, side):
+                    needed = 4 * before
+                    size = size[0] // side, size[1] // side
+                case Branch(_, inner):
+                    needed = 2 * before + self._largest(inner, size)[0]
+            most = max(most, needed)
+        return most, size
+
+
+def _entries(size: Size) -> int:
+    """Of a covariance of images of that size."""
+    return (size[0] * size[1]) ** 2

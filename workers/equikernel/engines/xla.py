@@ -7,7 +7,6 @@ offset, see :mod:`equikernel.engines.xla_planes`.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 
 from equikernel.engines.decoupled import image_constants, refuse_overflow, working_dtype
+from equikernel.engines.device import device_memory, platform
 from equikernel.engines.xla_planes import Array, plane_sums
 from equikernel.groups import symmetries, union
 from equikernel.layers import Branch
@@ -37,8 +37,8 @@ ENTRY_STEPS = {"cpu": 2**25, "gpu": 2**31}
 FEWEST_OFFSETS = 8
 """Horizontal offsets side by side at least, memory permitting, to fill the vectors of a processor."""
 
-PLANES = 10
-"""Planes at the same time, in either precision, besides those of the images and of residual branches."""
+PLANES = 18
+"""Planes at the same time, besides those of the images and of residual branches."""
 
 
 @dataclass(frozen=True)
@@ -143,16 +143,15 @@ class XlaEngine:
         down, across = (
             useful_offsets(side, margin) for side, margin in zip((height, width), self.network.margin, strict=True)
         )
-        platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
         blocks = block_shape(
             (len(rows), len(across)),
             pixels=height * width,
             entry_bytes=self._entry_bytes(planes, block1.packed.itemsize),
             steps=len(self.network.convolutions) + len(self.network.activations),
-            memory=min(self.memory, _device_memory()),
-            platform=platform,
+            memory=min(self.memory, device_memory()),
+            platform=platform(),
         )
-        compiled = plane_sums(steps, padding, block1.channels, platform)
+        compiled = plane_sums(steps, padding, block1.channels, platform())
         for place, element in enumerate(union(self.groups)):
             for start in range(0, len(rows), blocks.pairs):
                 pairs = slice(start, min(start + blocks.pairs, len(rows)))
@@ -172,8 +171,8 @@ class XlaEngine:
 
     def _entry_bytes(self, image_planes: int, itemsize: int) -> int:
         """Working memory per entry of a plane."""
-        images = 4 * image_planes  # the first once, the second twice below itself, and once more while it is moved
-        return itemsize * (images + 2 * _branches_within(self.network.steps)) + 8 * PLANES
+        images = 3 * image_planes  # the second twice, below itself
+        return itemsize * (images + PLANES + 2 * _branches_within(self.network.steps))
 
 
 def block_shape(
@@ -199,12 +198,6 @@ def block_shape(
 def _power_of_two(limit: int) -> int:
     """The largest power of two up to ``limit``."""
     return 1 << (limit.bit_length() - 1)
-
-
-def _device_memory() -> int:
-    """Half of the bytes of JAX's default device, where it says how many it has."""
-    stats = jax.local_devices()[0].memory_stats()
-    return int(stats["bytes_limit"]) // 2 if stats and "bytes_limit" in stats else sys.maxsize
 
 
 def _one_ahead(parts: Iterator[Part]) -> Iterator[Part]:

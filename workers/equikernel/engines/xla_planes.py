@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from equikernel.engines.arcs import FUNCTIONS
+from equikernel.engines.functions import FUNCTIONS
 from equikernel.geometry import margin
 from equikernel.layers import Branch, Convolution, Nonlinearity, convolutions
 

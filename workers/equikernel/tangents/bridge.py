@@ -9,7 +9,8 @@ neural_tangents`` works anywhere in the process.
 
 Works: ``stax``, ``predict``, ``batch``, ``monte_carlo_kernel_fn``, ``linearize``, ``taylor_expand``, and
 ``empirical_ntk_fn`` with the implementations ``JACOBIAN_CONTRACTION`` (the default) and ``NTK_VECTOR_PRODUCTS``. Does
-not work: the implementations ``STRUCTURED_DERIVATIVES`` and ``AUTO``, written against the removed internals.
+not work, and is refused: the implementations ``STRUCTURED_DERIVATIVES`` and ``AUTO``, written against the removed
+internals.
 ``neural_tangents.experimental`` is left out also where TensorFlow is installed; there ``import
 neural_tangents.experimental`` adds it. Tested with JAX 0.10.2, 0.11.2 and 0.12.0.1.
 
@@ -55,6 +56,18 @@ def _check_version() -> None:
             f"neural-tangents {installed} is installed, but equikernel.tangents knows only how to import version "
             f"{_SUPPORTED} on jax {jax.__version__}; {remedy}"
         )
+
+
+def _refuse_implementation(name: str) -> Callable[..., Any]:
+    """What stands in for an implementation of the empirical NTK that needs internals which JAX has removed."""
+
+    def refuse(**kwargs: Any) -> Any:
+        raise NeuralTangentsError(
+            f"the implementation {name} of empirical_ntk_fn needs internals of JAX that are gone since 0.5.3, and this "
+            f"is jax {jax.__version__}; use NtkImplementation.JACOBIAN_CONTRACTION or NTK_VECTOR_PRODUCTS"
+        )
+
+    return refuse
 
 
 def _safe_map(function: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
@@ -105,10 +118,16 @@ try:
     with _removed_names():
         import neural_tangents
         from neural_tangents import stax
+        from neural_tangents._src.empirical import _implementation_to_ntk_fn
 except (AttributeError, ImportError) as error:
     raise NeuralTangentsError(
         f"neural-tangents {_SUPPORTED} does not import on jax {jax.__version__}: {error}; "
         "use a version of jax that equikernel is tested with, 0.10.2 to 0.12"
     ) from error
+for _implementation in (
+    neural_tangents.NtkImplementation.STRUCTURED_DERIVATIVES,
+    neural_tangents.NtkImplementation.AUTO,
+):
+    _implementation_to_ntk_fn[_implementation] = _refuse_implementation(_implementation.name)
 # The empty package that stood in for it would only hide that it is left out.
 vars(neural_tangents).pop("experimental", None)

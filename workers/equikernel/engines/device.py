@@ -1,0 +1,18 @@
+"""The device that JAX computes on."""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+
+
+def platform() -> str:
+    """``"cpu"`` or ``"gpu"``."""
+    return "cpu" if jax.default_backend() == "cpu" else "gpu"
+
+
+def device_memory() -> int:
+    """Half of the bytes that JAX may use of the memory of the device itself; unlimited where that is the machine's."""
+    stats = jax.local_devices()[0].memory_stats()
+    return int(stats["bytes_limit"]) // 2 if stats and "bytes_limit" in stats else sys.maxsize
