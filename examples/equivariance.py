@@ -57,8 +57,9 @@ print(f"C8: {correlations(c8.kernel(x, dtype='float64').ntk)}")
 # Strides, pooling, residual branches and any activation; what would break the symmetry is refused, with sizes that work.
 
 # %%
-resnet = [Conv(), Residual([Conv(3)]), Activation("sin"), Conv()]
-print(GroupCNN(group="C4", layers=resnet).explain(x.shape[1:]))
+swish = Custom(lambda u: u / (1 + jnp.exp(-u)))
+layers = [Conv(3), Residual([Conv(3), Conv(3)]), Activation("sin"), Conv(3, activation=swish)]
+print(GroupCNN(group="C4", layers=layers).explain(x.shape[1:]))
 print(GroupCNN(group="C4", layers=[Conv(3), AvgPool(2), Conv(3)]).explain(x.shape[1:]))
 try:
     GroupCNN(group="C4", layers=[Conv(3, stride=2), Conv(3)]).kernel(x)
@@ -67,14 +68,14 @@ except NetworkError as error:
 
 # %% [markdown]
 # ## Finite networks converge to the kernels
-# The mean NTK of random networks approaches the limit as 1/width.
+# The mean NTK of random networks approaches the limit as 1/width, their spread as its root.
 
 # %%
-small, net = x[:2, :6, :6], GroupCNN(group="C4", depth=2)
-limit = net.kernel(small, dtype="float64").ntk
-for width in (4, 16, 64):
-    _, ntk = finite.empirical_kernels(net, width, jax.random.key(0), small, samples=100)
-    print(f"width {width:2}: mean NTK / limit = {(ntk.mean(axis=0) / limit)[0]}")
+small, net = x[:1, :5, :5], GroupCNN(group="C4", depth=1, activation="erf", head=("monomial(2)",))
+limit = net.kernel(small, dtype="float64").ntk[0, 0]
+for width in (2, 8, 32, 128):
+    ntk = finite.empirical_kernels(net, width, jax.random.key(0), small, samples=4000)[1][:, 0, 0] / limit
+    print(f"width {width:3}: NTK / limit = {ntk.mean():.3f} ± {ntk.std() / 4000**0.5:.3f}, spread {ntk.std():.2f}")
 
 # %% [markdown]
 # ## Spectra

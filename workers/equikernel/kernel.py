@@ -162,16 +162,6 @@ def has_gpu() -> bool:
     return str(jax.default_backend()) in ("gpu", "cuda", "rocm")
 
 
-def free_memory(engine: str) -> int:
-    """Bytes that an engine can still take on the device that it computes on."""
-    if engine not in ("xla", "general") or not has_gpu():
-        return available_memory()
-    import jax
-
-    stats = jax.devices()[0].memory_stats() or {}
-    return int(stats.get("bytes_limit", available_memory())) - int(stats.get("bytes_in_use", 0))
-
-
 class KernelFunction:
     """The kernels of one architecture for several groups at once, on blocks of images.
 
@@ -205,7 +195,7 @@ class KernelFunction:
         name, self.reason = choose_engine(network, groups, engine)
         self.network = network
         self.groups = groups
-        self.memory = int(SHARE * free_memory(name)) if memory_limit is None else memory_limit
+        self.memory = int(SHARE * available_memory()) if memory_limit is None else memory_limit
         self.dtype = np.dtype(np.float64) if name == "reference" else _checked_dtype(dtype)
         self.engine = _engine(name, network, groups, self.dtype, threads or available_cores(), self.memory)
 

@@ -6,9 +6,9 @@ neural-tangents' own: ``(N1, N2, H, H, W, W, |G|, |G|)``, dense, so for small im
 computes the same kernels far faster where the group maps pixels to pixels.
 
 The equations are those of arXiv 2406.06504 (and of :mod:`equikernel.recursion` and :mod:`equikernel.finite`), in NTK
-parameterization, with one deviation from the layers that its authors published: these start the lifting layer
-with ``Θ⁰ = K⁰`` instead of ``Θ⁰ = 0``, which counts the first layer twice. For one 6x6 case the definition, and these layers,
-give an NTK of 0.17846, 200 sampled networks of width 128 give 0.1768 ± 0.0016, and the published layers 0.1813.
+parameterization, with one deviation from the layers that its authors published: theirs start the lifting layer
+with ``Θ⁰ = K⁰`` instead of ``Θ⁰ = 0``, which counts the first layer twice. For one 6x6 case the definition, and these
+layers, give an NTK of 0.17846, 200 sampled networks of width 128 give 0.1768 ± 0.0016, and the published layers 0.1813.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def GroupPool() -> Triple:  # noqa: N802
         return apply_pool(params, inputs)
 
     def kernel_fn(k: Any, **kwargs: Any) -> Any:
-        _refuse_masked_kernel("GroupPool", k)
+        _check_kernel("GroupPool", k)
         _check_features("GroupPool", k.shape1, None)
         return kernel_pool(k, **kwargs)
 
@@ -156,7 +156,7 @@ def _group_convolution(
         return (z if bias is None else z + b_std * bias).reshape(shape)
 
     def kernel_fn(k: Any, **kwargs: Any) -> Any:
-        _refuse_masked_kernel(name, k)
+        _check_kernel(name, k)
         output_shape(k.shape1)
         k = k.reverse() if k.is_reversed else k
 
@@ -300,6 +300,11 @@ def _refuse_masks(name: str, inputs: Any, mask_constant: Any = None, **kwargs: A
         raise NetworkError(f"{name} supports no masks: a masked pixel has no rotation; leave out mask_constant")
 
 
-def _refuse_masked_kernel(name: str, k: Any) -> None:
+def _check_kernel(name: str, k: Any) -> None:
+    if k.batch_axis != 0 or k.channel_axis != len(k.shape1) - 1:
+        raise ImageError(
+            f"{name}: the batch is axis {k.batch_axis} and the channels axis {k.channel_axis} of {len(k.shape1)}; it "
+            "takes the channels last and the batch first, (N, H, W, ..., C)"
+        )
     if k.mask1 is not None or k.mask2 is not None:
         raise NetworkError(f"{name} supports no masks: a masked pixel has no rotation; leave out mask_constant")
