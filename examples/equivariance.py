@@ -54,7 +54,7 @@ print(f"C8: {correlations(c8.kernel(x, dtype='float64').ntk)}")
 
 # %% [markdown]
 # ## Other layers
-# Strides, pooling, residual branches and any activation; what would break the symmetry is refused, with sizes that work.
+# Strides, pooling, residual branches, any activation; what would break the symmetry is refused, with sizes that work.
 
 # %%
 swish = Custom(lambda u: u / (1 + jnp.exp(-u)))

@@ -91,7 +91,11 @@ def test_the_mathematics_knows_neither_service_nor_cluster_nor_store(path: Path)
 KNOW_JAX = {
     "equikernel/finite.py",
     "engines/xla.py",
+    "engines/xla_planes.py",
     "engines/general.py",
+    "engines/dense.py",
+    "engines/device.py",
+    "engines/functions.py",
     "equikernel/kernel.py",  # to ask for a GPU, where a plug-in for one is installed
     "equikernel/activations.py",  # to call a user's function in float64
 }

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from equikernel import Activation, AvgPool, Conv, Custom, EngineError, GroupCNN, Residual
+from equikernel import (
+    Activation,
+    AvgPool,
+    Conv,
+    Custom,
+    EngineError,
+    GroupCNN,
+    ImageError,
+    NonFiniteKernelError,
+    Residual,
+)
 from equikernel.kernel import Kernel
 
 Array = NDArray[np.float64]
@@ -61,6 +71,10 @@ DENSE: dict[str, tuple[GroupCNN, tuple[int, int, int]]] = {
 }  # fmt: skip
 
 
+DENSE_TOO = ("three pixels", "rectangle", "odd side", "residual", "custom", "linear")
+"""Networks that the general engine computes besides."""
+
+
 def special_images(shape: tuple[int, int, int]) -> Array:
     """Noise, and its multiple, half turn and negative, a constant and a zero image: where ``c = ±1`` and ``q = 0``."""
     x = np.random.default_rng(0).normal(size=(2, *shape))
@@ -83,8 +97,10 @@ def assert_close(kernel: Kernel, exact: Kernel, dtype: str) -> None:
         assert error[worst] <= TOLERANCE[dtype], f"{name}{list(map(int, worst))}: {values[worst]} != {truth[worst]}"
 
 
-@pytest.mark.parametrize("name", DECOUPLED)
-@pytest.mark.parametrize(("engine", "dtype"), ENGINES)
+@pytest.mark.parametrize(
+    ("engine", "dtype", "name"),
+    [(*engine, name) for engine in ENGINES for name in (DECOUPLED if engine[0] != "general" else DENSE_TOO)],
+)
 def test_every_engine_is_the_literal_recursion(engine: str, dtype: str, name: str) -> None:
     net, shape = DECOUPLED[name]
     kernel = net.kernel(special_images(shape), engine=engine, dtype=dtype)
@@ -136,6 +152,20 @@ def test_a_small_memory_limit_cuts_the_work_and_changes_nothing(engine: str) -> 
         np.testing.assert_allclose(values, exact, rtol=1e-13)
         np.testing.assert_array_equal(values, values.T)
         np.testing.assert_allclose(across, exact[:2], rtol=1e-13)
+
+
+def test_errors_name_the_image_also_where_the_work_is_cut() -> None:
+    x = np.random.default_rng(2).normal(size=(9, 7, 7, 2)).astype(np.float32)
+    net = GroupCNN(group="C1", depth=1, w_std=1e6)
+    limit = net.explain((7, 7, 2)).pair_bytes * 2 + 20_000
+    x[7] *= 1e14
+    with pytest.raises(NonFiniteKernelError, match=r"the C1 nngp of images 7 and 7 is (inf|nan)"):
+        net.kernel(x, memory_limit=limit, threads=2)
+    x[8, 2, 3, 1] = np.nan
+    with pytest.raises(ImageError, match=r"x1\[8\] has NaN or infinite pixels, the first at \[2, 3, 1\] \(row"):
+        net.kernel(x, memory_limit=limit, threads=2)
+    with pytest.raises(ImageError, match=r"x2\[8\] has NaN"):
+        net.kernel(x[:2], x, memory_limit=limit, threads=2)
 
 
 @pytest.mark.parametrize("engine", ["cpu", "xla"])

@@ -187,12 +187,11 @@ def empirical_kernels(
       key: a JAX random key, split into one per sample.
       x1: ``(n1, H, W, C)`` images.
       x2: ``(n2, H, W, C)`` images; ``None`` means ``x1``.
-      samples: how many networks; they run one after the other, so memory does not grow with their number, and holds
-        one gradient at a time: each column of the NTK is the derivative of all outputs ``f(x1)`` along the gradient of
-        one output ``f(x2)``.
+      samples: how many networks; they run one after the other, so memory does not grow with their number.
 
     Returns:
-      ``(nngp, ntk)``: ``(samples, n1, n2)`` each, float32, or float64 inside ``jax.enable_x64(True)``.
+      ``(nngp, ntk)``: ``(samples, n1, n2)`` each, float32, or float64 inside ``jax.enable_x64(True)``; symmetric to the
+      bit when ``x2`` is ``None``.
 
     Raises:
       ImageError, NetworkError: the images are not ``(n, H, W, C)`` or do not fit the network, or a width below 1.
@@ -205,21 +204,38 @@ def empirical_kernels(
         )
 
     def one_network(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        params = init(net, width, key, first.shape[3])
-        h1 = features(net, params, first)
-        h2 = h1 if x2 is None else features(net, params, second)
-        nngp = net.w_std**2 / width * h1 @ h2.T + net.b_std**2
-
-        def column(image: jax.Array) -> jax.Array:
-            gradient = jax.grad(lambda params: apply(net, params, image[None])[0])(params)
-            derivative: jax.Array = jax.jvp(lambda params: apply(net, params, first), (params,), (gradient,))[1]
-            return derivative
-
-        return nngp, jax.lax.map(column, jnp.asarray(second, h1.dtype)).T
+        return _kernels_of_one(net, width, key, first, second)
 
     with jax.default_matmul_precision("highest"):
-        nngp, ntk = jax.jit(lambda keys: jax.lax.map(one_network, keys))(jax.random.split(key, samples))
-    return np.asarray(nngp), np.asarray(ntk)
+        sampled = jax.jit(lambda keys: jax.lax.map(one_network, keys))(jax.random.split(key, samples))
+    nngp, ntk = map(np.asarray, sampled)
+    if x2 is None:  # equal but for rounding
+        nngp, ntk = ((kernel + kernel.swapaxes(1, 2)) / 2 for kernel in (nngp, ntk))
+    return nngp, ntk
+
+
+def _kernels_of_one(
+    net: GroupCNN, width: int, key: jax.Array, x1: ArrayLike, x2: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """NNGP and NTK, ``(n1, n2)`` each, of one random network.
+
+    Column ``j`` of the NTK is the derivative of all outputs ``f(x1)`` along the gradient of ``f(x2[j])``. So memory
+    holds one gradient at a time, and those of all images never.
+    """
+    params = init(net, width, key, np.shape(x1)[3])
+
+    def outputs(params: Params, images: ArrayLike) -> tuple[jax.Array, jax.Array]:
+        h = features(net, params, images)
+        return _dense(net, params[-1], h)[:, 0], h
+
+    _, derivative, h1 = jax.linearize(lambda params: outputs(params, x1), params, has_aux=True)
+
+    def column(image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        f2, gradient, h2 = jax.vjp(lambda params: outputs(params, image[None]), params, has_aux=True)
+        return derivative(*gradient(jnp.ones_like(f2))), h2[0]
+
+    columns, h2 = jax.lax.map(column, jnp.asarray(x2, h1.dtype))
+    return net.w_std**2 / width * h1 @ h2.T + net.b_std**2, columns.T
 
 
 def _as_images(images: ArrayLike, name: str) -> NDArray[Any]:

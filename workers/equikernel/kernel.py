@@ -32,9 +32,6 @@ DTYPES = ("float32", "float64")
 SHARE = 0.5
 """Share of the free memory that a call uses unless told otherwise."""
 
-PAIR_BYTES = 24
-"""Bytes per pair and element of the group that a call holds beside the result: indices and float64 sums."""
-
 
 class _Matrices(NamedTuple):
     nngp: NDArray[Any]
@@ -53,8 +50,8 @@ class Engine(Protocol):
 
     name: str
 
-    def prepare(self, images: NDArray[Any]) -> Any:
-        """Per-image constants of ``(n, H, W, C)`` images."""
+    def prepare(self, images: NDArray[Any], first: int = 0) -> Any:
+        """Per-image constants of ``(n, H, W, C)`` images, of which errors call the first number ``first``."""
 
     def pairs(self, block1: Any, block2: Any, rows: NDArray[np.intp], cols: NDArray[np.intp]) -> dict[str, Pooled]:
         """Pooled kernels ``(p,)`` float64 of the pairs ``(block1[rows[p]], block2[cols[p]])``, by group."""
@@ -82,6 +79,8 @@ class Block:
     count: int
     shape: tuple[int, int, int]
     prepared: Any
+    first: int = 0
+    """What errors call the first image."""
     variances: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     """Pooled NNGP of each image with itself, ``(n,)`` by group; filled when a dense head needs it."""
 
@@ -213,8 +212,8 @@ class KernelFunction:
         _, height, width, channels = array.shape
         self.check_size(height, width)
         with np.errstate(over="ignore", invalid="ignore"):
-            prepared = self.engine.prepare(array)
-        return Block(len(array), (height, width, channels), prepared)
+            prepared = self.engine.prepare(array, first)
+        return Block(len(array), (height, width, channels), prepared, first)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise unless the network is defined on images of ``height x width`` and one pair fits in memory.
@@ -282,7 +281,7 @@ class KernelFunction:
             matrices.append(matrix)
         kernel = Kernel(*matrices)
         kernel.engine = self.engine.name
-        _refuse_non_finite(kernel, group)
+        _refuse_non_finite(kernel, group, block1.first, block2.first)
         return kernel
 
     def _self_kernels(self, group: str, block: Block) -> NDArray[np.float64]:
@@ -341,9 +340,13 @@ def compute(
     first = _as_images(x1, "x1")
     second = first if x2 is None else _as_images(x2, "x2")
     results = _empty_results(function, len(first), len(second))
-    edge = block_edge(function, first.shape[1:], max(len(first), len(second)))
-    if edge >= max(len(first), len(second)):
+    largest = max(len(first), len(second))
+    edge = block_edge(function, first.shape[1:], largest)
+    if edge >= largest:
         return function(function.prepare(first, "x1"), None if x2 is None else function.prepare(second, "x2"))
+    for name, images in (("x1", first),) if x2 is None else (("x1", first), ("x2", second)):
+        for i in range(0, len(images), edge):  # before any time is spent
+            _checked_images(images[i : i + edge], function.dtype, name, i)
     for i in range(0, len(first), edge):
         rows = function.prepare(first[i : i + edge], "x1", first=i)
         for j in range(i if x2 is None else 0, len(second), edge):
@@ -363,7 +366,8 @@ def block_edge(function: KernelFunction, image_shape: tuple[int, ...], largest: 
     """Images per side of a block, so that two blocks and their pairs fit in the memory of ``function``."""
     height, width, channels = image_shape
     image = function.engine.image_bytes(height, width, channels)
-    pair = PAIR_BYTES * max(len(union(function.groups)), 1)
+    # Two indices; both kernels in float64 for every element, and after pooling and dense layers for every group.
+    pair = 16 + 16 * len(union(function.groups)) + 48 * len(function.groups)
     budget = function.memory - function.engine.pair_bytes(height, width)
 
     def fits(edge: int) -> bool:
@@ -493,14 +497,14 @@ def _checked_images(images: ArrayLike, dtype: np.dtype[Any], name: str, first: i
     return np.ascontiguousarray(array, dtype=dtype)
 
 
-def _refuse_non_finite(kernel: Kernel, group: str) -> None:
+def _refuse_non_finite(kernel: Kernel, group: str, first1: int, first2: int) -> None:
     for name, matrix in zip(kernel._fields, kernel, strict=True):
         finite = np.isfinite(matrix)
         if not finite.all():
             i, j = (int(index) for index in np.unravel_index(int(np.argmin(finite)), matrix.shape))
             raise NonFiniteKernelError(
-                f"the {group} {name} of images {i} and {j} is {matrix[i, j]}: the values leave the range of "
-                f"{matrix.dtype}; rescale the images, change w_std or depth, or use float64"
+                f"the {group} {name} of images {first1 + i} and {first2 + j} is {matrix[i, j]}: the values leave the "
+                f"range of {matrix.dtype}; rescale the images, change w_std or depth, or use float64"
             )
 
 

@@ -224,7 +224,7 @@ class ReferenceEngine:
         self.groups = groups
         self.memory = memory
 
-    def prepare(self, images: NDArray[np.floating]) -> Prepared:
+    def prepare(self, images: NDArray[np.floating], first: int = 0) -> Prepared:
         """Images ``(n, H, W, C)`` with their variances."""
         x = np.asarray(images, dtype=np.float64)
         height, width = x.shape[1:3]

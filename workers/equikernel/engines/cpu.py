@@ -92,7 +92,7 @@ class CpuEngine:
         # How close to ±1 a correlation is taken as ±1; sums over larger filters round more.
         self.branch = BRANCH_POINT * max(1, *(max(step.radii) for step in network.convolutions))
 
-    def prepare(self, images: NDArray[Any]) -> Prepared:
+    def prepare(self, images: NDArray[Any], first: int = 0) -> Prepared:
         """Compute the factors of ``(n, H, W, C)`` images and pack all copies.
 
         Raises:
@@ -108,7 +108,7 @@ class CpuEngine:
         constants, bound = image_constants(self.network, images)
         layers = [np.stack(factors, axis=1).astype(dtype) for factors in constants]
         packed = np.concatenate([images.transpose(0, 3, 1, 2).astype(dtype, copy=False), *layers], axis=1)
-        refuse_overflow(packed, dtype)
+        refuse_overflow(packed, dtype, first)
         copies = {
             element: np.ascontiguousarray(element.on_images(packed, axes=(2, 3))) for element in union(self.groups)
         }

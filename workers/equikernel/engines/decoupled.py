@@ -66,13 +66,13 @@ def image_constants(network: Architecture, images: NDArray[Any]) -> tuple[list[t
     return found, np.sqrt(np.maximum(inside, 0)).mean(axis=(1, 2)) ** 2
 
 
-def refuse_overflow(factors: NDArray[Any], dtype: np.dtype[Any]) -> None:
+def refuse_overflow(factors: NDArray[Any], dtype: np.dtype[Any], first: int) -> None:
     """Raise :class:`ImageError` where the constants ``(n, ...)`` of an image, in ``dtype``, are not finite."""
     finite = np.isfinite(factors).all(axis=tuple(range(1, factors.ndim)))
     if not finite.all():
         raise ImageError(
-            f"the kernel of image {int(np.argmin(finite))} with itself leaves the range of {dtype.name}; rescale the "
-            "images, change w_std or depth, or use float64"
+            f"the kernel of image {first + int(np.argmin(finite))} with itself leaves the range of {dtype.name}; "
+            "rescale the images, change w_std or depth, or use float64"
         )
 
 

@@ -83,7 +83,7 @@ class GeneralEngine:
         eps = EPS * max(1, *(max(step.radii) for step in network.convolutions))
         self.dense = DenseNetwork(network, groups[0], eps)
 
-    def prepare(self, images: NDArray[Any]) -> Prepared:
+    def prepare(self, images: NDArray[Any], first: int = 0) -> Prepared:
         """Images ``(n, H, W, C)`` with the factors of their variances.
 
         Raises:

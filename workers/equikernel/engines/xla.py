@@ -83,7 +83,7 @@ class XlaEngine:
         self.dtype = dtype
         self.memory = memory
 
-    def prepare(self, images: NDArray[Any]) -> Prepared:
+    def prepare(self, images: NDArray[Any], first: int = 0) -> Prepared:
         """Pack ``(n, H, W, C)`` images with the factors of the activations.
 
         Raises:
@@ -94,7 +94,7 @@ class XlaEngine:
         constants, bound = image_constants(self.network, images)
         layers = [np.stack(factors, axis=1).astype(dtype) for factors in constants]
         packed = np.concatenate([images.transpose(0, 3, 1, 2).astype(dtype, copy=False), *layers], axis=1)
-        refuse_overflow(packed, dtype)
+        refuse_overflow(packed, dtype, first)
         return Prepared(packed, images.shape[3], bound)
 
     def pooled_bound(self, block: Prepared) -> NDArray[np.float64]:
