@@ -248,7 +248,7 @@ def test_sampled_networks_converge_to_the_kernel(name: str) -> None:
     net = CONVERGING[name]
     x = positive_images(2, 7 if net.layers else 4 if net.padding == "SAME" else 5, seed=1)
     limit = np.array(net.kernel(x, engine="reference"))
-    narrow, wide, samples = 6, 24, 160
+    narrow, wide, samples = 8, 32, 160
     at_narrow, at_wide = (
         np.stack(finite.empirical_kernels(net, width, jax.random.key(width), x, samples=samples), axis=1)
         for width in (narrow, wide)
