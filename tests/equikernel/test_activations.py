@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from equikernel import Custom, GroupCNN, NetworkError
+from equikernel import Custom, GroupCNN, NetworkError, finite
 from equikernel.activations import LARGEST_DEGREE, NAMED, Activation, parse
 
 Array = NDArray[np.float64]
@@ -161,7 +161,11 @@ def test_a_custom_gram_matrix_is_positive_semidefinite_however_rough_the_activat
     [
         (lambda x: np.exp(x**2 / 2), "E[σ(u)²] is not finite for u ~ N(0, "),
         (lambda x: 1 / x, "E[σ(u)²] is not finite"),
+        (lambda x: 1 / (x - 0.3), "E[σ(u)²] is not finite"),
+        (np.tan, "E[σ(u)²] is not finite"),
         (lambda x: np.where(x > 0, np.nan, x), "the quadrature gives nan with 32 nodes"),
+        (lambda x: x @ x, "the function fails with ValueError: matmul: "),
+        (lambda x: math.tanh(x), "the function fails with TypeError: "),
         (lambda x: x.sum(), "returns shape () and dtype float64; it must act on arrays entry by entry"),
         (lambda x: x.astype(int), "and dtype int64; it must act on arrays entry by entry and return real numbers"),
     ],
@@ -169,6 +173,35 @@ def test_a_custom_gram_matrix_is_positive_semidefinite_however_rough_the_activat
 def test_a_custom_activation_without_a_second_moment_is_refused(function: Any, message: str) -> None:
     with pytest.raises(NetworkError, match=re.escape(message)):
         GroupCNN(group="C1", depth=1, activation=Custom(function)).kernel(np.ones((1, 4, 4, 1)))
+
+
+def test_a_finite_network_needs_a_custom_activation_written_with_jax() -> None:
+    net = GroupCNN(group="C1", depth=1, activation=Custom(np.tanh))
+    with pytest.raises(NetworkError, match=r"fails with TracerArrayConversionError.*written with jax\.numpy"):
+        finite.empirical_kernels(net, 4, jax.random.key(0), np.ones((1, 4, 4, 1)))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_cancels_in_float32_whatever_the_variances(name: str, sign: int) -> None:
+    """Relative to ``√(E[σ(u)²] E[σ(v)²])``, and K̇ likewise: differences of large numbers would lose all digits."""
+    activation = parse(name)
+    c = sign * np.array([0.0, 0.3, 0.6, 0.9, 1.0])
+    for q1, q2 in ((1e-4, 1e-4), (1.0, 30.0), (1e3, 1e3), (1e4, 2e4)):
+        if name in ("sin", "cos") and q1 > 100:
+            continue  # e^-q
+        k, first, second = c * math.sqrt(q1 * q2), np.full(5, q1), np.full(5, q2)
+        x, y = (tuple(f.astype(np.float32) for f in activation.factors(q)) for q in (first, second))
+        single = activation.combine(k.astype(np.float32), x, y, np.finfo(np.float32).eps)
+        for values, exact, one, two in zip(
+            single,
+            activation.dual(k, first, second),
+            activation.dual(first, first, first),
+            activation.dual(second, second, second),
+            strict=True,
+        ):
+            scale = np.sqrt(one * two)
+            assert np.max(np.abs(values - exact)) <= 2e-6 * max(float(scale[0]), 1e-30)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,14 @@ LARGEST_DEGREE = 6
 """The largest degree of ``hermite`` and ``monomial``."""
 
 
+CHECKED_NODES = (98, 150, 200, 230)
+"""Quadratures that must agree with that of a custom activation: several, because each falls between the poles of some
+function. Even numbers: where σ jumps or is infinite at 0 alone, no node lies there."""
+
+SETTLED = 0.1
+"""Largest relative difference between the quadratures of a second moment that counts as settled."""
+
+
 class Activation:
     """An activation σ with its dual kernels; ``str()`` gives its name in job files.
 
@@ -172,9 +180,10 @@ class Erf(Activation):
 class Gelu(Activation):
     """``σ(u) = u Φ(u)``, Φ the normal distribution function (Hendrycks and Gimpel 2016).
 
-    With ``g = 1/√(1+q)``, ``z = k g1 g2``, ``P = E[ΦΦ] = 1/4 + arcsin(z)/2π``,
-    ``R = E[Φ'Φ'] = g1 g2 / (2π √(1-z²))`` and ``h = g1² + g2² - 1``, integration by parts gives
-    ``E[σσ] = k P + R (q1 q2 + h k²)``; ``K̇ = ∂E[σσ]/∂k`` (Price 1958).
+    With ``g = 1/√(1+q)``, ``z = k g1 g2``, ``P = E[ΦΦ] = 1/4 + arcsin(z)/2π`` and
+    ``R = E[Φ'Φ'] = g1 g2 / (2π √(1-z²))``, integration by parts gives
+    ``E[σσ] = k P + R (q1 q2 (1 - c²) + (g1² + g2²) k²)``, and ``K̇ = ∂E[σσ]/∂k`` (Price 1958) is
+    ``P + k R (g1² + g2² + g1² g2² / (1-z²))``: nothing cancels for large variances.
     """
 
     flops = 65
@@ -194,13 +203,14 @@ class Gelu(Activation):
         self, k: Array, x: tuple[Array, ...], y: tuple[Array, ...], eps: Any, xp: Any = np
     ) -> tuple[Array, Array]:
         """``E[σσ]`` and ``K̇``."""
-        rest = _one_minus_square(correlation(k, x[0], y[0], eps, xp), x[2], y[2])
+        c = correlation(k, x[0], y[0], eps, xp)
+        rest = _one_minus_square(c, x[2], y[2])
         both = x[2] * y[2]
         p = 0.25 + xp.arctan2(k * both, xp.sqrt(rest)) / (2 * math.pi)
         r = both / (2 * math.pi * xp.sqrt(rest))
-        h = x[2] ** 2 + y[2] ** 2 - 1
-        bracket = (x[0] * y[0]) ** 2 + h * k**2
-        return k * p + r * bracket, p + k * r * (1 + 2 * h + bracket * both**2 / rest)
+        squares, variances = x[2] ** 2 + y[2] ** 2, x[0] * y[0]
+        nngp = k * p + (r * variances) * (variances * ((1 - c) * (1 + c))) + (r * k) * (squares * k)
+        return nngp, p + (k * r) * (squares + both**2 / rest)
 
 
 @dataclass(frozen=True)
@@ -319,15 +329,24 @@ class Custom(Activation):
         return 8 + 5 * self.nodes
 
     def __call__(self, x: Array, xp: Any = np) -> Array:
-        """``σ(x)``."""
-        if xp is not np:
-            return self.function(x)
-        if "jax" not in sys.modules:
-            return np.asarray(self.function(x))
-        import jax
+        """``σ(x)``.
 
-        with jax.enable_x64(True):
-            return np.asarray(self.function(x))
+        Raises:
+          NetworkError: the function fails.
+        """
+        try:
+            if xp is not np:
+                return self.function(x)
+            if "jax" not in sys.modules:
+                return np.asarray(self.function(x))
+            import jax
+
+            with jax.enable_x64(True):
+                return np.asarray(self.function(x))
+        except Exception as error:
+            reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+            remedy = "" if xp is np else "; finite networks need a function written with jax.numpy"
+            raise NetworkError(f"{self}: the function fails with {reason}{remedy}") from error
 
     def factors(self, q: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
         """``√q``, ``1/√q`` and the coefficients of the series.
@@ -361,16 +380,19 @@ class Custom(Activation):
                 f"dtype {np.asarray(values).dtype}; it must act on arrays entry by entry and return real numbers"
             )
         with np.errstate(all="ignore"):
-            moments = []
-            for nodes in (self.nodes, 2 * self.nodes):
+            moments = {}
+            for nodes in (self.nodes, *CHECKED_NODES):
                 z, basis = quadrature(nodes, 1)
-                moments.append(float(np.sum(basis[:, 0] * np.asarray(self(np.sqrt(q) * z)) ** 2)))
-        settled = np.isfinite(moments).all() and abs(moments[1] - moments[0]) <= 0.1 * abs(moments[1])
+                moments[nodes] = float(np.sum(basis[:, 0] * np.asarray(self(np.sqrt(q) * z)) ** 2))
+        worst = max(CHECKED_NODES, key=lambda nodes: abs(moments[nodes] - moments[self.nodes]))
+        settled = np.isfinite(list(moments.values())).all() and abs(
+            moments[worst] - moments[self.nodes]
+        ) <= SETTLED * abs(moments[worst])
         if not settled:
             raise NetworkError(
                 f"{self}: E[σ(u)²] is not finite for u ~ N(0, {q:.3g}), or needs more nodes: the quadrature gives "
-                f"{moments[0]:.6g} with {self.nodes} nodes and {moments[1]:.6g} with {2 * self.nodes}; use a function "
-                "that grows more slowly, smaller variances (w_std, the images), or more nodes"
+                f"{moments[self.nodes]:.6g} with {self.nodes} nodes and {moments[worst]:.6g} with {worst}; use a "
+                "function that grows more slowly, smaller variances (w_std, the images), or more nodes"
             )
 
 

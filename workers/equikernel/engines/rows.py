@@ -165,7 +165,8 @@ def gelu_row(line, start, length, x, x_first, y, y_first, plane, mask, here, bra
         both = g1 * g2
         z = k * both
         g1_squared, g2_squared = g1 * g1, g2 * g2
-        rest = g1_squared + (one - g1_squared) * (g2_squared + (one - g2_squared) * (gap * (one + a)))
+        sine_squared = gap * (one + a)
+        rest = g1_squared + (one - g1_squared) * (g2_squared + (one - g2_squared) * sine_squared)
         a = abs(z)
         large = a > half
         square = half * rest / (one + a) if large else a * a
@@ -174,13 +175,12 @@ def gelu_row(line, start, length, x, x_first, y, y_first, plane, mask, here, bra
         arc = right_angle - (arc + arc) if large else arc
         probability = quarter + per_turn * (arc if z >= zero else -arc)
         density = both / math.sqrt(rest)
-        h = g1_squared + g2_squared - one
+        squares = g1_squared + g2_squared
         variances = x[x_first + p] * y[y_first + p]
-        bracket = variances * variances + h * (k * k)
+        bracket = (density * variances) * (variances * sine_squared) + (density * k) * (squares * k)
         scale = mask[here + p]
-        line[start + p] = scale * (k * probability + per_turn * density * bracket)
-        slope = one + h + h + bracket * (density * density)
-        line[NTK_LINE + start + p] *= scale * (probability + (per_turn * density) * (k * slope))
+        line[start + p] = scale * (k * probability + per_turn * bracket)
+        line[NTK_LINE + start + p] *= scale * (probability + (per_turn * density) * (k * (squares + density * density)))
 
 
 @njit(**EXACT)
