@@ -58,7 +58,7 @@ print(f"C8: {correlations(c8.kernel(x, dtype='float64').ntk)}")
 
 # %%
 swish = Custom(lambda u: u / (1 + jnp.exp(-u)))
-layers = [Conv(3), Residual([Conv(3), Conv(3)]), Activation("sin"), Conv(3, activation=swish)]
+layers = [Conv(3, activation="identity"), Residual([Activation("sin"), Conv(3)]), Conv(3, activation=swish)]
 print(GroupCNN(group="C4", layers=layers).explain(x.shape[1:]))
 print(GroupCNN(group="C4", layers=[Conv(3), AvgPool(2), Conv(3)]).explain(x.shape[1:]))
 try:

@@ -27,12 +27,18 @@ Array = NDArray[np.float64]
 TOLERANCE = {"float64": 1e-12, "float32": 5e-6}
 ENGINES = [("cpu", "float64"), ("cpu", "float32"), ("xla", "float64"), ("xla", "float32"), ("general", "float64")]
 
-RESNET = (Conv(3), Residual([Activation("gelu"), Conv(3), Residual([Conv(1)]), Conv(3)]), Conv(1, activation="sin"))
+RESNET = (
+    Conv(3, activation="identity"),
+    Residual([Activation("gelu"), Conv(3), Residual([Conv(1)]), Conv(3)]),
+    Conv(1, activation="sin"),
+)
 PRE_ACTIVATION = (
     Conv(3, activation="identity"),
     Residual([Activation("relu"), Conv(3)]),
     Residual([Activation("relu"), Conv(3)]),
 )
+
+PRE_ACTIVATION_1X1 = (Conv(3, activation="identity"), Residual([Activation("cos"), Conv(1)]))
 
 DECOUPLED: dict[str, tuple[GroupCNN, tuple[int, int, int]]] = {
     "one pixel": (GroupCNN(group="C4", depth=2, b_std=0.3), (1, 1, 3)),
@@ -46,7 +52,7 @@ DECOUPLED: dict[str, tuple[GroupCNN, tuple[int, int, int]]] = {
     "residual": (GroupCNN(group="C4", layers=RESNET, b_std=0.2), (7, 7, 2)),
     "pre-activation": (GroupCNN(group="C2", layers=PRE_ACTIVATION, padding="CIRCULAR"), (5, 8, 2)),
     "residual of one pixel": (
-        GroupCNN(group="C4", layers=[Conv(3), Residual([Activation("cos"), Conv(1)])], padding="VALID"),
+        GroupCNN(group="C4", layers=PRE_ACTIVATION_1X1, padding="VALID"),
         (7, 7, 1),
     ),
     "polynomials": (

@@ -85,7 +85,12 @@ def literal_output(net: GroupCNN, params: finite.Params, image: Array) -> float:
     return float(h[0])
 
 
-LAYERS = (Conv((3, 3), stride=2), Residual([Activation("gelu"), Conv(3, b_std=0.7)]), AvgPool(2), Conv(1, w_std=2))
+LAYERS = (
+    Conv((3, 3), stride=2, activation="identity"),
+    Residual([Activation("gelu"), Conv(3, b_std=0.7)]),
+    AvgPool(2),
+    Conv(1, w_std=2),
+)
 
 
 @pytest.mark.parametrize(

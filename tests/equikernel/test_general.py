@@ -18,7 +18,12 @@ from equikernel.kernel import Kernel
 
 POOLED = GroupCNN(
     group="C4",
-    layers=[Conv(3), AvgPool(2), Residual([Activation("relu"), Conv(3), Conv(1)]), Conv(3, stride=2)],
+    layers=[
+        Conv(3, activation="identity"),
+        AvgPool(2),
+        Residual([Activation("relu"), Conv(3), Conv(1)]),
+        Conv(3, stride=2),
+    ],
     b_std=0.2,
 )
 

@@ -53,7 +53,7 @@ def test_the_last_convolution_of_a_branch_has_no_activation() -> None:
     [
         GroupCNN(group="C8", depth=2, head=("erf",)),
         GroupCNN(layers=[Conv((3, 3), stride=2, activation="leaky_relu(0.1)"), AvgPool(2), Residual([Conv(3)])]),
-        GroupCNN(layers=[Conv(5), Activation("hermite(3)")], group="D4"),
+        GroupCNN(layers=[Conv(5, activation="identity"), Activation("hermite(3)")], group="D4"),
     ],
 )
 def test_a_network_survives_json(net: GroupCNN) -> None:
@@ -235,3 +235,39 @@ def test_an_architecture_has_a_network_over_each_group() -> None:
     for architecture in (Architecture(depth=2, b_std=0.3), Architecture(layers=(Conv(5),), activation=Custom(np.tanh))):
         assert architecture.with_group("D4").model_copy(update={"group": "C1"}) == architecture.with_group("C1")
         assert architecture.with_group("C8").steps == architecture.steps
+
+
+IDENTITY = {"activation": "identity"}
+
+
+@pytest.mark.parametrize(
+    ("layers", "place", "before"),
+    [
+        ([Conv(3), Activation("relu")], "layers[1]", "layers[0]"),
+        ([Conv(3, **IDENTITY), Activation("erf"), Activation("relu")], "layers[2]", "layers[1]"),
+        ([Conv(3), Residual([Activation("relu"), Conv(3)])], "layers[1].layers[0]", "layers[0]"),
+        ([Conv(3), Residual([Conv(3)]), Activation("relu")], "layers[2]", "layers[0]"),
+        ([Conv(3), AvgPool(2), Activation("relu")], "layers[2]", "layers[0]"),
+    ],
+)
+def test_an_activation_of_features_that_are_not_gaussian_is_refused(layers: Any, place: str, before: str) -> None:
+    with pytest.raises(NetworkError) as error:
+        GroupCNN(layers=layers)
+    assert str(error.value).startswith(f"{place}: ")
+    assert f"the activation of {before} and no convolution since; they are not Gaussian" in str(error.value)
+
+
+def test_sums_and_means_of_gaussian_features_may_be_activated() -> None:
+    branch = Residual([Activation("relu"), Conv(3)])
+    net = GroupCNN(layers=[Conv(3, **IDENTITY), branch, branch, AvgPool(2), Activation("relu")])
+    assert len(net.activations) == 3
+
+
+def test_a_copy_with_other_values_is_another_network() -> None:
+    net = GroupCNN(depth=2, w_std=1.5)
+    assert len(net.convolutions) == 2
+    copy = net.model_copy(update={"depth": 4})
+    assert len(copy.convolutions) == 4
+    assert copy == GroupCNN(depth=4, w_std=1.5)
+    with pytest.raises(NetworkError, match="filter_size: 2 is even"):
+        net.model_copy(update={"filter_size": 2})

@@ -82,7 +82,7 @@ def test_a_network_is_compiled_once_for_all_calls_of_a_shape() -> None:
     [
         GroupCNN(group="C1", depth=3),
         GroupCNN(group="C1", depth=2, filter_size=5, padding="VALID", activation="gelu"),
-        GroupCNN(group="C1", layers=[Conv(3), Residual([Activation("relu"), Conv(3)])], activation="hermite(4)"),
+        GroupCNN(group="C1", layers=[Conv(3, activation="identity"), Residual([Activation("hermite(4)"), Conv(3)])]),
     ],
     ids=["relu", "gelu", "residual"],
 )

@@ -121,6 +121,9 @@ class Conv(_Layer):
 class Activation(_Layer):
     """An activation by itself, for example in front of a convolution in a residual branch.
 
+    Its input must be the output of a convolution, or a mean or sum of such: only these are Gaussian in the limit of
+    infinite width, as the dual kernels assume. An activation of an activation is refused.
+
     >>> Activation("gelu")
     """
 
@@ -154,7 +157,9 @@ class Residual(_Layer):
     Its last layer is a convolution, without activation unless it names one (which is refused): its fresh weights make
     branch and input uncorrelated, so their kernels add. It keeps the size of the image.
 
-    >>> Residual([Activation("relu"), Conv(3)])
+    An activation at its beginning needs a convolution without activation before the branch, see :class:`Activation`.
+
+    >>> [Conv(3, activation="identity"), Residual([Activation("relu"), Conv(3)])]
     """
 
     kind: Literal["residual"] = "residual"
@@ -200,9 +205,10 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Nonlinearity:
-    """``K ← E[σσ]``, ``Θ ← K̇ Θ``."""
+    """``K ← E[σσ]``, ``Θ ← K̇ Θ``; of Gaussian features only, as convolutions make them."""
 
     activation: activations.Activation
+    place: str
 
 
 @dataclass(frozen=True)
@@ -255,9 +261,9 @@ def lower(
                 b = b_std if layer.b_std is None else layer.b_std
                 radii = (layer.filter[0] // 2, layer.filter[1] // 2)
                 steps.append(Convolution(here, radii, layer.stride, w**2, b**2))
-                steps += _nonlinearity(activation if layer.activation is None else layer.activation)
+                steps += _nonlinearity(activation if layer.activation is None else layer.activation, here)
             case Activation():
-                steps += _nonlinearity(layer.activation)
+                steps += _nonlinearity(layer.activation, here)
             case AvgPool():
                 steps += [Pooling(here, layer.size)] if layer.size > 1 else []
             case Residual():
@@ -272,6 +278,6 @@ def lower(
     return tuple(steps)
 
 
-def _nonlinearity(given: Any) -> list[Step]:
+def _nonlinearity(given: Any, place: str) -> list[Step]:
     activation = given if isinstance(given, Custom) else activations.parse(given)
-    return [] if activation == activations.IDENTITY else [Nonlinearity(activation)]
+    return [] if activation == activations.IDENTITY else [Nonlinearity(activation, place)]

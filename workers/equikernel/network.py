@@ -27,6 +27,7 @@ from equikernel.layers import (
     Branch,
     Conv,
     Convolution,
+    Nonlinearity,
     Number,
     Padding,
     Step,
@@ -38,7 +39,7 @@ from equikernel.layers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from numpy.typing import ArrayLike
 
@@ -82,6 +83,15 @@ class Architecture(BaseModel):
         default=(), description="Activation of each hidden dense layer after the pooling."
     )
 
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise NetworkError(describe(error, type(self))) from None
+
+    # pydantic calls an overridden __init__ also for nested fields, where its own errors name the place better.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
     @field_validator("head", "layers", mode="before")
     @classmethod
     def _one_layer_is_a_list(cls, value: Any) -> Any:
@@ -98,6 +108,7 @@ class Architecture(BaseModel):
             given = self.layers[0].kind if self.layers else "nothing"
             raise ValueError(f"layers[0] is {given}, but the first layer is the lifting convolution; begin with a Conv")
         _check_branches(self.steps)
+        _check_gaussian(self.steps, "")
         return self
 
     @model_serializer(mode="wrap")
@@ -106,6 +117,14 @@ class Architecture(BaseModel):
         for name in ("layers",) if self.layers is None else ("depth", "filter_size"):
             fields.pop(name, None)
         return fields
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A network with other values for the fields in ``update``, validated like any; nothing else is shared.
+
+        Raises:
+          NetworkError: the new values make no network.
+        """
+        return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **(update or {})})
 
     def with_group(self, group: str) -> GroupCNN:
         """The network of this architecture over ``group``.
@@ -208,6 +227,34 @@ def _check_branches(steps: tuple[Step, ...]) -> None:
             _check_branches(step.steps)
 
 
+def _check_gaussian(steps: tuple[Step, ...], spoilt: str) -> str:
+    """Refuse an activation of features that are not Gaussian, whose dual kernels would be those of no network.
+
+    Convolutions make Gaussian features, by their fresh weights; means over pixels and sums with a branch keep them so.
+
+    Args:
+      steps: of the network or of a branch.
+      spoilt: the place of the activation after which the input is not Gaussian; empty if it is.
+
+    Returns:
+      The same for the output.
+    """
+    for step in steps:
+        if isinstance(step, Convolution):
+            spoilt = ""
+        elif isinstance(step, Nonlinearity):
+            if spoilt:
+                raise ValueError(
+                    f"{step.place}: {step.activation} acts on features that have passed the activation of {spoilt} and "
+                    "no convolution since; they are not Gaussian, so no recursion of kernels is exact; put a Conv in "
+                    f"between, or leave out the activation of {spoilt} (activation='identity')"
+                )
+            spoilt = step.place
+        elif isinstance(step, Branch):
+            _check_gaussian(step.steps, spoilt)
+    return spoilt
+
+
 def _group_name(value: str) -> str:
     if not groups.is_group(value):
         raise ValueError(f"{value!r} is not allowed; choose {GROUP_CHOICES}{suggestion(value, groups.GRID_GROUPS)}")
@@ -231,18 +278,14 @@ class GroupCNN(Architecture):
 
     >>> net = GroupCNN(group="C4", depth=2)
     >>> k = net.kernel(images, dtype="float64")     # k.nngp, k.ntk: (n, n) arrays
-    >>> net = GroupCNN(group="D4", layers=[Conv(5), AvgPool(2), Residual([Conv(3, activation="identity")])])
+    >>> net = GroupCNN(group="D4", layers=[Conv(5), AvgPool(2), Residual([Conv(3), Conv(3)])])
     """
 
     group: GroupName = Field(default="C4", description="Rotations and reflections that the network is equivariant to.")
 
     def __init__(self, **fields: Any) -> None:
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise NetworkError(describe(error, type(self))) from None
+        super().__init__(**fields)
 
-    # pydantic calls an overridden __init__ also for nested fields, where its own errors name the place better.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     def explain(self, image_shape: tuple[int, int, int], engine: str = "auto", dtype: Any = "float32") -> Explanation:
