@@ -59,7 +59,7 @@ DECOUPLED: dict[str, tuple[GroupCNN, tuple[int, int, int]]] = {
         GroupCNN(group="C1", layers=[Conv(3, activation="hermite(4)"), Conv(3, activation="monomial(3)")]),
         (7, 7, 1),
     ),
-    "custom": (GroupCNN(group="C1", depth=2, activation=Custom(np.tanh, 12), head=("cos",)), (7, 7, 2)),
+    "custom": (GroupCNN(group="C1", depth=2, activation=Custom(np.tanh, 20), head=("cos",)), (7, 7, 2)),
     "linear": (GroupCNN(group="C4", depth=3, activation="identity"), (6, 6, 2)),
 }
 
