@@ -178,14 +178,13 @@ def solver_memory(spec: JobSpec, train: int, test: int) -> int:
 
 def worker_memory(spec: JobSpec, tiling: Tiling, image_shape: tuple[int, int, int]) -> int:
     """Bytes that a worker needs at most, for images of ``(H, W, C)``."""
-    height, width, channels = image_shape
     elements = len(union(spec.gram.groups))
     gram = spec.gram
     engine = KernelFunction(spec.network, gram.groups, gram.engine, gram.dtype, spec.workers.cpus).engine
-    image = engine.image_bytes(height, width, channels)
+    image = engine.image_bytes(*image_shape)
     return (
         WORKER_BYTES
-        + engine.pair_bytes(height, width)
+        + engine.working_bytes(*image_shape)
         + worker_bytes(
             tiling.edge, image, CACHED_BLOCKS, elements, len(spec.gram.groups), np.dtype(spec.gram.dtype).itemsize
         )

@@ -102,7 +102,7 @@ def test_one_pair_at_a_time_gives_the_same() -> None:
 
 def test_less_memory_than_one_pair_takes_is_refused() -> None:
     least = POOLED.explain((10, 10, 1), engine="general").pair_bytes
-    with pytest.raises(MemoryLimitError, match=r"the engine 'general' needs .* for a pair of 10x10 images"):
+    with pytest.raises(MemoryLimitError, match=r"the engine 'general' needs .* for a pair of 10x10x1 images"):
         POOLED.kernel(images(1, side=10), engine="general", memory_limit=least - 1)
 
 

@@ -209,7 +209,7 @@ def test_explain_refuses_what_kernel_would_refuse() -> None:
 
 
 def test_what_no_memory_holds_is_refused_with_both_numbers() -> None:
-    message = r"the engine 'general' needs \d+\.\d MiB for a pair of 12x12 images, and may use 1.0 MiB; use smaller"
+    message = r"the engine 'general' needs \d+\.\d MiB for a pair of 12x12x1 images, and may use 1.0 MiB; use smaller"
     with pytest.raises(MemoryLimitError, match=message):
         GroupCNN(group="C8", depth=1).kernel(np.ones((1, 12, 12, 1)), memory_limit=2**20)
     with pytest.raises(MemoryLimitError, match=r"the kernels of 3000000 against 3000000 images take \d+\.\d TiB"):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from equikernel import Activation, AvgPool, Conv, GroupCNN, Residual, recursion
 from equikernel.groups import GRID_GROUPS, Symmetry, multiplication_table, order, symmetries
+from equikernel.ranges import Labels
 
 Array = NDArray[np.float64]
 
@@ -25,8 +26,8 @@ LAYERS = (
 def kernels_of_all_layers(net: GroupCNN, x1: Array, x2: Array) -> list[tuple[Array, Array]]:
     """``K[p, r, r', t, t']`` and Θ after every step."""
     found: list[tuple[Array, Array]] = []
-    q1, _ = recursion.variances(net, net.group, x1)
-    q2, _ = recursion.variances(net, net.group, x2)
+    q1, _ = recursion.variances(net, net.group, x1, Labels("x1"))
+    q2, _ = recursion.variances(net, net.group, x2, Labels("x2"))
     k = recursion.input_kernel(x1, x2, net.group)
     recursion.propagate(net, net.group, k, iter(zip(q1, q2, strict=True)), lambda *both: found.append(both))
     return found

@@ -16,6 +16,7 @@ from equikernel.engines.device import platform
 from equikernel.engines.xla import XlaEngine, block_shape
 from equikernel.engines.xla_planes import plane_sums
 from equikernel.kernel import Kernel
+from equikernel.ranges import Labels
 
 NETWORKS = {
     "SAME": GroupCNN(group="C4", depth=2, b_std=0.2),
@@ -49,7 +50,7 @@ def test_blocks_use_the_memory_and_no_more() -> None:
         for pixels, offsets in ((36, 6), (1024, 32), (50_176, 224)):
             for pairs in (1, 2, 3, 36, 1000):
                 blocks = block_shape(
-                    (pairs, offsets), pixels=pixels, entry_bytes=100, steps=6, memory=memory, platform="cpu"
+                    (pairs, offsets), pixels=pixels, plane_bytes=100 * pixels, steps=6, memory=memory, platform="cpu"
                 )
                 used = 100 * pixels * blocks.pairs * blocks.across
                 assert used <= memory or blocks[:2] == (1, 1)
@@ -61,7 +62,7 @@ def test_blocks_use_the_memory_and_no_more() -> None:
 
 def test_blocks_have_few_shapes() -> None:
     shapes = {
-        block_shape((pairs, 32), pixels=1024, entry_bytes=100, steps=6, memory=10**9, platform="cpu")[:2]
+        block_shape((pairs, 32), pixels=1024, plane_bytes=102_400, steps=6, memory=10**9, platform="cpu")[:2]
         for pairs in range(1, 1000)
     }
     assert shapes == {(1, 32), (2, 32), (4, 32)}
@@ -90,7 +91,7 @@ def test_the_compiled_code_needs_the_memory_that_is_declared(net: GroupCNN) -> N
     if platform() != "cpu":  # asked here, not when tests are collected: it starts JAX, and then processes must not fork
         pytest.skip("on a GPU the compiler decides what is stored")
     engine = XlaEngine(net, ("C1",), np.dtype(np.float32), 10**9)
-    packed = engine.prepare(images(2, side=24, channels=4).astype(np.float32)).packed
+    packed = engine.prepare(images(2, side=24, channels=4), Labels("x")).packed
     across = np.arange(16)
     with jax.enable_x64(True):
         lowered = plane_sums(net.steps, net.padding, 4, "cpu").lower(  # type: ignore[attr-defined]
@@ -98,7 +99,7 @@ def test_the_compiled_code_needs_the_memory_that_is_declared(net: GroupCNN) -> N
         )
         used = lowered.compile().memory_analysis()
     measured = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes
-    declared = engine.pair_bytes(24, 24) * len(packed) * len(across)
+    declared = engine._plane_bytes(24, 24, 4) * len(packed) * len(across)
     assert measured <= declared <= 2 * measured
 
 

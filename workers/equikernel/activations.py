@@ -48,9 +48,11 @@ class Activation:
 
     Attributes:
       flops: floating-point operations of the dual kernels of one entry, roughly.
+      planes: how many :meth:`factors` there are.
     """
 
     flops: int
+    planes: int
 
     def __call__(self, x: Array, xp: Any = np) -> Array:
         """``σ(x)``, entry by entry; ``xp`` is ``numpy`` or ``jax.numpy``."""
@@ -111,6 +113,7 @@ class Homogeneous(Activation):
     name: str
     alpha: float
     beta: float
+    planes = 2
 
     @property
     def flops(self) -> int:  # type: ignore[override]
@@ -155,6 +158,7 @@ class Erf(Activation):
     """
 
     flops = 45
+    planes = 3
 
     def __str__(self) -> str:
         return "erf"
@@ -187,6 +191,7 @@ class Gelu(Activation):
     """
 
     flops = 65
+    planes = 3
 
     def __str__(self) -> str:
         return "gelu"
@@ -223,6 +228,7 @@ class Wave(Activation):
 
     name: str
     flops = 70
+    planes = 3
 
     def __str__(self) -> str:
         return self.name
@@ -259,6 +265,7 @@ class Polynomial(Activation):
     name: str
     degree: int
     flops = 35
+    planes = 6
 
     def __str__(self) -> str:
         return f"{self.name}({self.degree})"
@@ -327,6 +334,11 @@ class Custom(Activation):
     def flops(self) -> int:  # type: ignore[override]
         """Two steps of Horner's scheme per term."""
         return 8 + 5 * self.nodes
+
+    @property
+    def planes(self) -> int:  # type: ignore[override]
+        """Two, and a coefficient per term."""
+        return 2 + self.nodes
 
     def __call__(self, x: Array, xp: Any = np) -> Array:
         """``σ(x)``.

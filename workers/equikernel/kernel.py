@@ -15,6 +15,7 @@ from equikernel.errors import EngineError, ImageError, MemoryLimitError, NonFini
 from equikernel.groups import on_grid, union
 from equikernel.layers import Branch, Convolution, Pooling
 from equikernel.memory import available_memory, format_bytes
+from equikernel.ranges import Labels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,14 +24,17 @@ if TYPE_CHECKING:
 
     from equikernel.layers import Step
     from equikernel.network import Architecture
-    from equikernel.recursion import Pooled
+    from equikernel.pooled import Pooled, Prepared
 
 EngineName = Literal["auto", "cpu", "xla", "general", "reference"]
 ENGINES = ("auto", "cpu", "xla", "general", "reference")
 DTYPES = ("float32", "float64")
 
 SHARE = 0.5
-"""Share of the free memory that a call uses unless told otherwise."""
+"""Share of the free memory that a call uses unless told otherwise; and share of that for work in progress."""
+
+CHECKED_AT_ONCE = 2**20
+"""Pixels that are looked at at once for bad values."""
 
 
 class _Matrices(NamedTuple):
@@ -50,26 +54,20 @@ class Engine(Protocol):
 
     name: str
 
-    def prepare(self, images: NDArray[Any], first: int = 0) -> Any:
-        """Per-image constants of ``(n, H, W, C)`` images, of which errors call the first number ``first``."""
+    def prepare(self, images: NDArray[Any], labels: Labels) -> Prepared:
+        """Per-image constants of ``(n, H, W, C)`` images; ``labels`` is what errors call them."""
 
     def pairs(self, block1: Any, block2: Any, rows: NDArray[np.intp], cols: NDArray[np.intp]) -> dict[str, Pooled]:
         """Pooled kernels ``(p,)`` float64 of the pairs ``(block1[rows[p]], block2[cols[p]])``, by group."""
 
-    def epsilon(self, block: Any) -> float:
-        """The machine epsilon of the computation with images of a block."""
-
-    def pooled_bound(self, block: Any) -> NDArray[np.float64]:
-        """What the NNGP of each image with itself, ``(n,)``, would be if nothing cancelled in the pooling.
-
-        ``(mean over t of √K(t,t))²`` after the last activation: the mean of ``|K(t,t')|`` is at most that.
-        """
-
     def image_bytes(self, height: int, width: int, channels: int) -> int:
         """Bytes of one prepared image."""
 
-    def pair_bytes(self, height: int, width: int) -> int:
+    def pair_bytes(self, height: int, width: int, channels: int) -> int:
         """Bytes of working memory without which not even a single pair can be computed."""
+
+    def working_bytes(self, height: int, width: int, channels: int) -> int:
+        """Bytes of working memory that the engine takes when there are many pairs, at least :meth:`pair_bytes`."""
 
 
 @dataclass
@@ -78,9 +76,8 @@ class Block:
 
     count: int
     shape: tuple[int, int, int]
-    prepared: Any
-    first: int = 0
-    """What errors call the first image."""
+    prepared: Prepared
+    labels: Labels
     variances: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     """Pooled NNGP of each image with itself, ``(n,)`` by group; filled when a dense head needs it."""
 
@@ -93,7 +90,7 @@ class Explanation:
       engine: its name.
       reason: why this one.
       flops: floating-point operations of one pair of images, roughly.
-      pair_bytes: working memory of one pair.
+      pair_bytes: memory of one pair with its two images, the smallest ``memory_limit``.
       image_bytes: memory of each image with its per-image constants.
     """
 
@@ -208,15 +205,17 @@ class KernelFunction:
             whose squares leave the range of the dtype, or non-square images for a group with quarter turns.
           NetworkError: the network does not fit the images.
         """
-        array = _checked_images(images, self.dtype, name, first)
+        array, labels = _as_images(images, name), Labels(name, first)
         _, height, width, channels = array.shape
-        self.check_size(height, width)
+        self.check_size(height, width, channels)
+        _check_pixels(array, self.dtype, labels)
         with np.errstate(over="ignore", invalid="ignore"):
-            prepared = self.engine.prepare(array, first)
-        return Block(len(array), (height, width, channels), prepared, first)
+            prepared = self.engine.prepare(array, labels)
+        self._refuse_vanishing(prepared, labels)
+        return Block(len(array), (height, width, channels), prepared, labels)
 
-    def check_size(self, height: int, width: int) -> None:
-        """Raise unless the network is defined on images of ``height x width`` and one pair fits in memory.
+    def check_size(self, height: int, width: int, channels: int) -> None:
+        """Raise unless the network is defined on images of that shape and one pair fits in memory.
 
         Raises:
           ImageError, NetworkError: as :meth:`prepare`.
@@ -224,12 +223,39 @@ class KernelFunction:
         """
         for group in self.groups:
             self.network.check_images(height, width, group)
-        needed = self.engine.pair_bytes(height, width)
+        needed = self.least_bytes((height, width, channels))
         if needed > self.memory:
             raise MemoryLimitError(
-                f"the engine {self.engine.name!r} needs {format_bytes(needed)} for a pair of {height}x{width} images, "
-                f"and may use {format_bytes(self.memory)}; use smaller images, a group with fewer elements, fewer "
-                "threads or a larger memory_limit"
+                f"the engine {self.engine.name!r} needs {format_bytes(needed)} for a pair of "
+                f"{height}x{width}x{channels} images, and may use {format_bytes(self.memory)}; use smaller images, a "
+                "group with fewer elements, or a larger memory_limit"
+            )
+
+    def least_bytes(self, image_shape: tuple[int, int, int]) -> int:
+        """Bytes that a single pair of images ``(H, W, C)`` takes."""
+        return self.engine.pair_bytes(*image_shape) + self.block_bytes(image_shape, 1)
+
+    def block_bytes(self, image_shape: tuple[int, int, int], edge: int) -> int:
+        """Bytes of two blocks of ``edge`` prepared images ``(H, W, C)`` and their kernels, besides working memory."""
+        # Of a pair: indices and flags; both kernels of every element; of every group both after pooling, and what the
+        # dense layers take.
+        pair = 40 + 16 * len(union(self.groups)) + (144 if self.network.head else 64) * len(self.groups)
+        return 2 * edge * self.engine.image_bytes(*image_shape) + edge**2 * pair
+
+    def _refuse_vanishing(self, prepared: Prepared, labels: Labels) -> None:
+        """Raise :class:`ImageError` where kernels cannot but be too small for the dtype of the result."""
+        w2, b2 = self.network.w_std**2, self.network.b_std**2
+        q = prepared.bound
+        for activation in self.network.head_activations:
+            q = activation.moment(w2 * q + b2)
+        q = w2 * q + b2
+        tiny = float(np.finfo(self.dtype).tiny)
+        bad = (q < tiny) & (prepared.bound > 0)
+        if bad.any():
+            index = int(np.argmax(bad))
+            raise ImageError(
+                f"the kernel of {labels.of(index)} with itself is at most {q[index]:.3g} after the head, below the "
+                f"range of {self.dtype.name}, {tiny:.1e}; rescale the images or change w_std or b_std"
             )
 
     def __call__(self, block1: Block, block2: Block | None = None) -> dict[str, Kernel]:
@@ -241,9 +267,7 @@ class KernelFunction:
         """
         other = block1 if block2 is None else block2
         if block1.shape != other.shape:
-            raise ImageError(
-                f"x1 has images of {_shape(block1.shape)}, x2 of {_shape(other.shape)}; kernels need equal shapes"
-            )
+            raise _unequal(block1.shape, other.shape)
         if block2 is None:
             rows, cols = np.triu_indices(block1.count)
         else:
@@ -281,7 +305,7 @@ class KernelFunction:
             matrices.append(matrix)
         kernel = Kernel(*matrices)
         kernel.engine = self.engine.name
-        _refuse_non_finite(kernel, group, block1.first, block2.first)
+        _refuse_non_finite(kernel, group, block1.labels, block2.labels)
         return kernel
 
     def _self_kernels(self, group: str, block: Block) -> NDArray[np.float64]:
@@ -296,9 +320,9 @@ class KernelFunction:
 
         The epsilon of the computation, times what cancellation in the pooling costs (erf kernels change sign).
         """
-        variance, bound = self._self_kernels(group, block), self.engine.pooled_bound(block.prepared)
+        variance, bound = self._self_kernels(group, block), block.prepared.bound
         lost = np.divide(bound, variance, out=np.ones_like(bound), where=variance > 0)
-        rounding: NDArray[np.float64] = self.engine.epsilon(block.prepared) * np.maximum(lost, 1)
+        rounding: NDArray[np.float64] = block.prepared.epsilon * np.maximum(lost, 1)
         return rounding
 
 
@@ -339,14 +363,16 @@ def compute(
     function = KernelFunction(network, groups, engine, dtype, threads, memory_limit)
     first = _as_images(x1, "x1")
     second = first if x2 is None else _as_images(x2, "x2")
+    if first.shape[1:] != second.shape[1:]:
+        raise _unequal(first.shape[1:], second.shape[1:])
+    function.check_size(*first.shape[1:])
     results = _empty_results(function, len(first), len(second))
     largest = max(len(first), len(second))
     edge = block_edge(function, first.shape[1:], largest)
     if edge >= largest:
         return function(function.prepare(first, "x1"), None if x2 is None else function.prepare(second, "x2"))
     for name, images in (("x1", first),) if x2 is None else (("x1", first), ("x2", second)):
-        for i in range(0, len(images), edge):  # before any time is spent
-            _checked_images(images[i : i + edge], function.dtype, name, i)
+        _check_pixels(images, function.dtype, Labels(name))  # before any time is spent
     for i in range(0, len(first), edge):
         rows = function.prepare(first[i : i + edge], "x1", first=i)
         for j in range(i if x2 is None else 0, len(second), edge):
@@ -362,19 +388,11 @@ def compute(
     return results
 
 
-def block_edge(function: KernelFunction, image_shape: tuple[int, ...], largest: int) -> int:
+def block_edge(function: KernelFunction, image_shape: tuple[int, int, int], largest: int) -> int:
     """Images per side of a block, so that two blocks and their pairs fit in the memory of ``function``."""
-    height, width, channels = image_shape
-    image = function.engine.image_bytes(height, width, channels)
-    # Two indices; both kernels in float64 for every element, and after pooling and dense layers for every group.
-    pair = 16 + 16 * len(union(function.groups)) + 48 * len(function.groups)
-    budget = function.memory - function.engine.pair_bytes(height, width)
-
-    def fits(edge: int) -> bool:
-        return 2 * edge * image + edge**2 * pair <= budget
-
+    budget = function.memory - function.engine.working_bytes(*image_shape)
     edge = largest
-    while edge > 1 and not fits(edge):
+    while edge > 1 and function.block_bytes(image_shape, edge) > budget:
         edge = -(-edge // 2)
     return edge
 
@@ -414,7 +432,7 @@ def explain(
         function.engine.name,
         function.reason,
         pair_flops(network, groups, function.engine.name, image_shape),
-        function.engine.pair_bytes(height, width),
+        function.least_bytes(image_shape),
         function.engine.image_bytes(height, width, channels),
     )
 
@@ -422,7 +440,11 @@ def explain(
 def _engine(
     name: str, network: Architecture, groups: tuple[str, ...], dtype: np.dtype[Any], threads: int, memory: int
 ) -> Engine:
-    """The engine called ``name``; its module is imported only when it is used."""
+    """The engine called ``name``; its module is imported only when it is used.
+
+    Of ``memory`` it may use :data:`SHARE` for work in progress; a single pair all.
+    """
+    memory = int(SHARE * memory)
     match name:
         case "reference":
             from equikernel.recursion import ReferenceEngine
@@ -439,7 +461,7 @@ def _engine(
         case _:
             from equikernel.engines.cpu import CpuEngine
 
-            return CpuEngine(network, groups, dtype, threads)
+            return CpuEngine(network, groups, dtype, threads, memory)
 
 
 def available_cores() -> int:
@@ -475,35 +497,40 @@ def _as_images(images: ArrayLike, name: str) -> NDArray[Any]:
     return array
 
 
-def _checked_images(images: ArrayLike, dtype: np.dtype[Any], name: str, first: int) -> NDArray[Any]:
-    """Images that are finite and in the range of ``dtype``, in it; the first of them is called number ``first``."""
-    array = _as_images(images, name)
-    finite = np.isfinite(array)
-    if not finite.all():
-        image, *pixel = map(int, np.unravel_index(int(np.argmin(finite)), array.shape))
-        raise ImageError(
-            f"{name}[{first + image}] has NaN or infinite pixels, the first at {pixel} (row, column, channel); remove "
-            "or repair that image"
-        )
-    largest = np.abs(array, dtype=np.float64).max(axis=(1, 2, 3))
+def _check_pixels(images: NDArray[Any], dtype: np.dtype[Any], labels: Labels) -> None:
+    """Raise :class:`ImageError` unless ``(n, H, W, C)`` images are finite and in the range of ``dtype``."""
     low, high = (1e-15, 1e15) if dtype.itemsize == 4 else (1e-120, 1e120)
-    bad = ((largest > high) | (largest < low)) & (largest > 0)
-    if bad.any():
-        index = int(np.argmax(bad))
-        raise ImageError(
-            f"the largest pixel of {name}[{first + index}] is {largest[index]:.3g}; {dtype.name} kernels need it "
-            f"between {low:g} and {high:g} (or an image of zeros); rescale the images"
-        )
-    return np.ascontiguousarray(array, dtype=dtype)
+    step = max(1, CHECKED_AT_ONCE // images[0].size)
+    for start in range(0, len(images), step):
+        piece = images[start : start + step]
+        finite = np.isfinite(piece)
+        if not finite.all():
+            image, *pixel = map(int, np.unravel_index(int(np.argmin(finite)), piece.shape))
+            raise ImageError(
+                f"{labels.of(start + image)} has NaN or infinite pixels, the first at {pixel} (row, column, "
+                "channel); remove or repair that image"
+            )
+        largest = np.maximum(piece.max(axis=(1, 2, 3)), -piece.min(axis=(1, 2, 3)).astype(np.float64))
+        bad = ((largest > high) | (largest < low)) & (largest > 0)
+        if bad.any():
+            index = int(np.argmax(bad))
+            raise ImageError(
+                f"the largest pixel of {labels.of(start + index)} is {largest[index]:.3g}; {dtype.name} kernels "
+                f"need it between {low:g} and {high:g} (or an image of zeros); rescale the images"
+            )
 
 
-def _refuse_non_finite(kernel: Kernel, group: str, first1: int, first2: int) -> None:
+def _unequal(shape1: tuple[int, ...], shape2: tuple[int, ...]) -> ImageError:
+    return ImageError(f"x1 has images of {_shape(shape1)}, x2 of {_shape(shape2)}; kernels need equal shapes")
+
+
+def _refuse_non_finite(kernel: Kernel, group: str, labels1: Labels, labels2: Labels) -> None:
     for name, matrix in zip(kernel._fields, kernel, strict=True):
         finite = np.isfinite(matrix)
         if not finite.all():
             i, j = (int(index) for index in np.unravel_index(int(np.argmin(finite)), matrix.shape))
             raise NonFiniteKernelError(
-                f"the {group} {name} of images {first1 + i} and {first2 + j} is {matrix[i, j]}: the values leave the "
+                f"the {group} {name} of {labels1.of(i)} and {labels2.of(j)} is {matrix[i, j]}: the values leave the "
                 f"range of {matrix.dtype}; rescale the images, change w_std or depth, or use float64"
             )
 

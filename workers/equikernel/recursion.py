@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from equikernel.geometry import windows
 from equikernel.groups import multiplication_table, order, reach, symmetries
 from equikernel.layers import Branch, Convolution, Nonlinearity, Pooling
+from equikernel.pooled import Pooled, Prepared
+from equikernel.ranges import Labels, in_range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -35,13 +37,6 @@ ARRAYS_AT_ONCE = 8
 
 PAIRS_BYTES = 2**27
 """Largest covariance array, in bytes, of the pairs that are computed at once."""
-
-
-class Pooled(NamedTuple):
-    """Kernels after group pooling, ``(p,)`` float64 each, before any dense layer."""
-
-    nngp: Array
-    ntk: Array
 
 
 def input_kernel(x1: Array, x2: Array, group: str) -> Array:
@@ -167,11 +162,14 @@ def propagate(
     return run(network.steps, k, np.zeros_like(k), lifting=True)
 
 
-def variances(network: Architecture, group: str, x: Array) -> tuple[list[Array], Array]:
+def variances(network: Architecture, group: str, x: Array, labels: Labels) -> tuple[list[Array], Array]:
     """``K(f, f)`` on the diagonal before each nonlinearity, and at the end: ``(n, |G|, H', W')`` each.
 
     From the whole of ``K(f, f)``: pooling between layers, and filters rotated off the grid, mix its diagonal with the
     rest.
+
+    Raises:
+      ImageError: they leave the range of float64.
     """
     found: list[Array] = []
 
@@ -183,7 +181,7 @@ def variances(network: Architecture, group: str, x: Array) -> tuple[list[Array],
                     k = step.w2 * filter_average(here, group, step, network.padding) + step.b2
                     lifting = False
                 case Nonlinearity(activation):
-                    q = diagonal(k)
+                    q = in_range(diagonal(k), k.dtype, labels, step.place)
                     found.append(q)
                     k = activation.dual(k, _first(q), _second(q))[0]
                 case Pooling(_, size):
@@ -192,8 +190,8 @@ def variances(network: Architecture, group: str, x: Array) -> tuple[list[Array],
                     k = k + run(inner, k)
         return k
 
-    last = run(network.steps, input_kernel(x, x, group), lifting=True)
-    return found, diagonal(last)
+    last = diagonal(run(network.steps, input_kernel(x, x, group), lifting=True))
+    return found, in_range(last, last.dtype, labels, "the end")
 
 
 def _first(q: Array) -> Array:
@@ -204,14 +202,12 @@ def _second(q: Array) -> Array:
     return q[:, None, :, None, None, :, :]
 
 
-@dataclass(frozen=True)
-class Prepared:
+@dataclass(frozen=True, kw_only=True)
+class Images(Prepared):
     """Images ``(n, H, W, C)`` float64, with the variances of each group's network, per image."""
 
     images: Array
     variances: dict[str, list[Array]]
-    bound: Array
-    """``(mean over t of √K(t,t))²`` at the end, ``(n,)``."""
 
 
 class ReferenceEngine:
@@ -224,35 +220,38 @@ class ReferenceEngine:
         self.groups = groups
         self.memory = memory
 
-    def prepare(self, images: NDArray[np.floating], first: int = 0) -> Prepared:
-        """Images ``(n, H, W, C)`` with their variances."""
+    def prepare(self, images: NDArray[Any], labels: Labels) -> Images:
+        """Images ``(n, H, W, C)`` with their variances.
+
+        Raises:
+          ImageError: the variances of an image leave the range of float64.
+        """
         x = np.asarray(images, dtype=np.float64)
         height, width = x.shape[1:3]
         found, bounds = {}, []
         for group in self.groups:
             step = self._at_once(group, height, width)
-            parts = [variances(self.network, group, x[i : i + step]) for i in range(0, len(x), step)]
+            parts = [variances(self.network, group, x[i : i + step], labels.after(i)) for i in range(0, len(x), step)]
             found[group] = [np.concatenate(layer) for layer in zip(*(part[0] for part in parts), strict=True)]
             last = np.concatenate([part[1] for part in parts])
-            bounds.append(np.sqrt(np.maximum(last, 0)).mean(axis=(1, 2, 3)) ** 2)
-        return Prepared(x, found, np.max(bounds, axis=0))
+            bounds.append(np.sqrt(last).mean(axis=(1, 2, 3)) ** 2)
+        return Images(bound=np.max(bounds, axis=0), epsilon=float(np.finfo(x.dtype).eps), images=x, variances=found)
 
-    def epsilon(self, block: Prepared) -> float:
-        """The machine epsilon of float64."""
-        return float(np.finfo(block.images.dtype).eps)
-
-    def pooled_bound(self, block: Prepared) -> Array:
-        """``(mean over t of √K(t,t))²`` after the last step, ``(n,)``."""
-        return block.bound
-
-    def pair_bytes(self, height: int, width: int) -> int:
+    def pair_bytes(self, height: int, width: int, channels: int) -> int:
         """Bytes that one pair needs."""
         return ARRAYS_AT_ONCE * max(self._covariance_bytes(group, height, width) for group in self.groups)
 
+    def working_bytes(self, height: int, width: int, channels: int) -> int:
+        """Bytes that the pairs that are computed at once need."""
+        pairs = (
+            self._at_once(group, height, width) * self._covariance_bytes(group, height, width) for group in self.groups
+        )
+        return ARRAYS_AT_ONCE * max(pairs)
+
     def image_bytes(self, height: int, width: int, channels: int) -> int:
-        """Bytes of one prepared image, roughly."""
-        per_group = sum(order(group) for group in self.groups) * len(self.network.steps)
-        return 8 * height * width * (channels + per_group)
+        """Bytes of one prepared image, and of what preparing it takes."""
+        layers = 1 + len(self.network.activations)
+        return 8 * height * width * (channels + 2 * layers * sum(map(order, self.groups)))
 
     @staticmethod
     def _covariance_bytes(group: str, height: int, width: int) -> int:
@@ -265,7 +264,7 @@ class ReferenceEngine:
         return max(1, within // self._covariance_bytes(group, height, width))
 
     def pairs(
-        self, block1: Prepared, block2: Prepared, rows: NDArray[np.intp], cols: NDArray[np.intp]
+        self, block1: Images, block2: Images, rows: NDArray[np.intp], cols: NDArray[np.intp]
     ) -> dict[str, Pooled]:
         """Pooled kernels of the pairs ``(block1[rows[p]], block2[cols[p]])``: ``(p,)`` float64 per group."""
         results = {}

@@ -10,19 +10,18 @@ from __future__ import annotations
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import pairwise
-from threading import Event
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from equikernel.activations import BRANCH_POINT, Custom, Erf, Gelu, Homogeneous, Polynomial, Wave
 from equikernel.engines import planes
-from equikernel.engines.decoupled import image_constants, refuse_overflow, working_dtype
+from equikernel.engines.decoupled import factor_planes, pack, pack_bytes, useful_offsets, working_dtype
 from equikernel.engines.rows import NTK_LINE
 from equikernel.errors import ImageError
-from equikernel.groups import Symmetry, symmetries, union
+from equikernel.groups import Symmetry, union
 from equikernel.layers import Branch, Convolution, Nonlinearity
-from equikernel.recursion import Pooled
+from equikernel.pooled import Pooled, Prepared, by_group
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from equikernel.activations import Activation
     from equikernel.layers import Step
     from equikernel.network import Architecture
+    from equikernel.ranges import Labels
 
 Piece: TypeAlias = tuple[int, int, int]
 """``(place of the element, start, stop)`` of pairs with one first image."""
@@ -47,12 +47,6 @@ ROW_OVERHEAD = 64
 TASKS_PER_THREAD = 8
 """Pieces that the work of a call is cut into, per thread, so that all threads end together."""
 
-ENTRY_SECONDS = 2e-9
-"""Rough time of one thread for one entry of one plane and layer."""
-
-PIECE_SECONDS = 0.3
-"""Time that a piece takes at most, roughly, unless it is a single pair: an interrupted call ends after so long."""
-
 
 class Operation(NamedTuple):
     """What :class:`equikernel.engines.planes.Program` holds of one operation on a row."""
@@ -64,8 +58,8 @@ class Operation(NamedTuple):
     factor: float = 1.0
 
 
-@dataclass(frozen=True)
-class Prepared:
+@dataclass(frozen=True, kw_only=True)
+class Images(Prepared):
     """Images and their copies under each symmetry, packed for the inner loops.
 
     ``packed[element]``: ``(n, C + factors, H, W)`` in the dtype of the computation: the pixels, then the factors of
@@ -74,30 +68,31 @@ class Prepared:
 
     packed: dict[Symmetry, NDArray[Any]]
     channels: int
-    bound: NDArray[np.float64]
-    """``(mean over t of √K(t,t))²`` at the end, ``(n,)``."""
 
 
 class CpuEngine:
-    """Pooled kernels of ``groups`` in ``dtype``, with ``threads`` threads."""
+    """Pooled kernels of ``groups`` in ``dtype``, with ``threads`` threads, or fewer where ``memory`` is short."""
 
     name = "cpu"
 
-    def __init__(self, network: Architecture, groups: tuple[str, ...], dtype: np.dtype[Any], threads: int) -> None:
+    def __init__(
+        self, network: Architecture, groups: tuple[str, ...], dtype: np.dtype[Any], threads: int, memory: int
+    ) -> None:
         self.network = network
         self.groups = groups
         self.dtype = dtype
         self.threads = threads
+        self.memory = memory
         self.gap = max(step.radii[1] for step in network.convolutions)
         # How close to ±1 a correlation is taken as ±1; sums over larger filters round more.
         self.branch = BRANCH_POINT * max(1, *(max(step.radii) for step in network.convolutions))
 
-    def prepare(self, images: NDArray[Any], first: int = 0) -> Prepared:
+    def prepare(self, images: NDArray[Any], labels: Labels) -> Images:
         """Compute the factors of ``(n, H, W, C)`` images and pack all copies.
 
         Raises:
-          ImageError: a row does not fit the scratch memory, or an image's kernel with itself overflows the dtype.
-          NetworkError: an activation has no second moment.
+          ImageError: a row does not fit the scratch memory, or as :func:`pack`.
+          NetworkError: as :func:`pack`.
         """
         widest = int(NTK_LINE) - planes.LANES - 4 * self.gap
         if max(images.shape[1:3]) > widest:
@@ -105,42 +100,36 @@ class CpuEngine:
                 f"images are {images.shape[1]}x{images.shape[2]} pixels; the cpu engine takes up to {widest} per side"
             )
         dtype = working_dtype(self.network, images.shape[1], images.shape[2], self.dtype)
-        constants, bound = image_constants(self.network, images)
-        layers = [np.stack(factors, axis=1).astype(dtype) for factors in constants]
-        packed = np.concatenate([images.transpose(0, 3, 1, 2).astype(dtype, copy=False), *layers], axis=1)
-        refuse_overflow(packed, dtype, first)
+        packed, bound = pack(self.network, images, dtype, labels)
         copies = {
             element: np.ascontiguousarray(element.on_images(packed, axes=(2, 3))) for element in union(self.groups)
         }
-        return Prepared(copies, images.shape[3], bound)
-
-    def pooled_bound(self, block: Prepared) -> NDArray[np.float64]:
-        """``(mean over t of √K(t,t))²`` after the last step, ``(n,)``."""
-        return block.bound
-
-    def epsilon(self, block: Prepared) -> float:
-        """The machine epsilon of the computation."""
-        return float(np.finfo(next(iter(block.packed.values())).dtype).eps)
+        return Images(bound=bound, epsilon=float(np.finfo(dtype).eps), packed=copies, channels=images.shape[3])
 
     def image_bytes(self, height: int, width: int, channels: int) -> int:
-        """Bytes of one prepared image in all copies, and of what preparing it takes."""
+        """Bytes of one prepared image in all copies."""
         itemsize = working_dtype(self.network, height, width, self.dtype).itemsize
-        factors = self._factor_planes()
-        return height * width * ((channels + factors) * itemsize * (len(union(self.groups)) + 2) + 8 * factors)
+        return height * width * (channels + factor_planes(self.network)) * itemsize * len(union(self.groups))
 
-    def pair_bytes(self, height: int, width: int) -> int:
-        """Bytes of the scratch memory of all threads, for images of up to four channels."""
+    def pair_bytes(self, height: int, width: int, channels: int) -> int:
+        """Bytes of the scratch memory of one thread."""
         itemsize = working_dtype(self.network, height, width, self.dtype).itemsize
-        program = self._program(4, np.dtype(np.float32))
+        program = self._program(channels, np.dtype(np.float32))
         row = width + 2 * self.gap
         longest = offsets_per_block(width, row) * row + planes.LANES
         rows = height + int(program.radius_y.sum() + program.radius_y.max()) + 1
         images = 2 * int(program.planes) * height
-        return self.threads * longest * itemsize * (images + 2 * rows + 2 * int(program.slots) * height)
+        long_rows = images + 2 * rows + 2 * int(program.slots) * height + 3 + len(program.kind)
+        scratch = itemsize * (longest * long_rows + planes.LINE)
+        return max(scratch, pack_bytes(self.network, height, width, channels))
 
-    def _factor_planes(self) -> int:
-        """Factors of all activations of an image."""
-        return sum(len(activation.factors(np.ones(1))) for activation in self.network.activations)
+    def working_bytes(self, height: int, width: int, channels: int) -> int:
+        """Bytes of the scratch memory of all threads that there are memory for."""
+        return self._fitting_threads(height, width, channels) * self.pair_bytes(height, width, channels)
+
+    def _fitting_threads(self, height: int, width: int, channels: int) -> int:
+        """How many threads have enough memory; at least one."""
+        return max(1, min(self.threads, self.memory // self.pair_bytes(height, width, channels)))
 
     def _program(self, channels: int, dtype: np.dtype[Any]) -> planes.Program:
         """The network for images of ``channels`` channels, in the precision of the computation."""
@@ -167,43 +156,34 @@ class CpuEngine:
             np.array(middle, dtype),
             np.array(factor, dtype),
             np.uint64(max(slots, default=0)),
-            np.uint64(channels + self._factor_planes()),
+            np.uint64(channels + factor_planes(self.network)),
         )
 
     def pairs(
-        self, block1: Prepared, block2: Prepared, rows: NDArray[np.intp], cols: NDArray[np.intp]
+        self, block1: Images, block2: Images, rows: NDArray[np.intp], cols: NDArray[np.intp]
     ) -> dict[str, Pooled]:
         """Pooled kernels ``(p,)`` float64 of the pairs ``(block1[rows[p]], block2[cols[p]])``, by group."""
         elements = union(self.groups)
-        k = np.empty((len(elements), len(rows)))
-        theta = np.empty_like(k)
-        pieces = self._pieces(rows, len(elements), block1.packed[elements[0]].shape[2:])
+        packed1, channels = block1.packed[elements[0]], block1.channels
+        totals = np.empty((len(elements), 2, len(rows)))
+        height, width = packed1.shape[2:]
+        threads = self._fitting_threads(height, width, channels)
 
-        def run(piece: Piece) -> None:
-            which, start, stop = piece
-            result = self._one_against(
-                block1.packed[elements[0]],
-                int(rows[start]),
-                block2.packed[elements[which]],
-                cols[start:stop],
-                block1.channels,
+        def run(piece: Piece, stop: NDArray[np.bool_]) -> None:
+            which, begin, end = piece
+            packed2 = block2.packed[elements[which]]
+            totals[which, :, begin:end] = self._one_against(
+                packed1, int(rows[begin]), packed2, cols[begin:end], channels, stop
             )
-            k[which, start:stop], theta[which, start:stop] = result
 
-        _in_threads(run, pieces, self.threads)
-        results = {}
-        for group in self.groups:
-            members = [elements.index(element) for element in symmetries(group)]
-            results[group] = Pooled(k[members].mean(axis=0), theta[members].mean(axis=0))
-        return results
+        run((0, 0, 0), np.zeros(1, np.bool_))  # no pairs: compiled here, where Ctrl-C is heard
+        _in_threads(run, self._pieces(rows, len(elements), threads), threads)
+        return by_group(self.groups, elements, totals)
 
-    def _pieces(self, rows: NDArray[np.intp], elements: int, shape: tuple[int, int]) -> list[Piece]:
-        """Cut the pairs into pieces of bounded time, a few for each thread."""
-        by_threads = -(-len(rows) * elements // (self.threads * TASKS_PER_THREAD))
-        by_time = int(
-            PIECE_SECONDS / (ENTRY_SECONDS * len(self.network.convolutions) * float(shape[0] * shape[1]) ** 2)
-        )
-        most = max(1, min(by_threads, by_time))
+    @staticmethod
+    def _pieces(rows: NDArray[np.intp], elements: int, threads: int) -> list[Piece]:
+        """Cut the pairs into pieces, a few for each thread."""
+        most = -(-len(rows) * elements // (threads * TASKS_PER_THREAD))
         bounds = [0, *(np.flatnonzero(np.diff(rows)) + 1).tolist(), len(rows)]
         return [
             (which, start, min(start + most, end))
@@ -213,23 +193,29 @@ class CpuEngine:
         ]
 
     def _one_against(
-        self, packed1: NDArray[Any], index: int, packed2: NDArray[Any], others: NDArray[np.intp], channels: int
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Plain CNN kernels after pooling of one image against several: ``(len(others),)`` each."""
+        self,
+        packed1: NDArray[Any],
+        index: int,
+        packed2: NDArray[Any],
+        others: NDArray[np.intp],
+        channels: int,
+        stop: NDArray[np.bool_],
+    ) -> NDArray[np.float64]:
+        """Plain CNN kernels after pooling of one image against several, ``(2, len(others))``; any when stopped."""
         u = np.uint64
         height, width = packed1.shape[2:]
         margin_y, margin_x = self.network.margin
-        offsets_y, offsets_x = _useful_offsets(height, margin_y), _useful_offsets(width, margin_x)
+        offsets_y, offsets_x = useful_offsets(height, margin_y).astype(u), useful_offsets(width, margin_x).astype(u)
         branch = packed1.dtype.type(self.branch * np.finfo(packed1.dtype).eps)
         block = offsets_per_block(len(offsets_x), width + 2 * self.gap)
-        sums_k, sums_theta = np.empty(len(others)), np.empty(len(others))
+        sums = np.empty((2, len(others)))
         planes.pooled_pairs(
             self._program(channels, packed1.dtype), packed1.reshape(-1), u(index), packed2.reshape(-1),
             others.astype(u), u(height), u(width), u(channels), u(self.gap), PADDINGS[self.network.padding], offsets_y,
-            offsets_x, u(block), u(margin_x), branch, sums_k, sums_theta,
+            offsets_x, u(block), u(margin_x), branch, stop, sums[0], sums[1],
         )  # fmt: skip
-        pixel_pairs = ((height - 2 * margin_y) * (width - 2 * margin_x)) ** 2
-        return sums_k / pixel_pairs, sums_theta / pixel_pairs
+        sums /= ((height - 2 * margin_y) * (width - 2 * margin_x)) ** 2
+        return sums
 
 
 def _lowered(steps: tuple[Step, ...], place: int) -> tuple[list[Convolution], list[Operation], list[int]]:
@@ -255,7 +241,7 @@ def _lowered(steps: tuple[Step, ...], place: int) -> tuple[list[Convolution], li
                 convolutions.append(step)
             elif isinstance(step, Nonlinearity):
                 operations.append(_operation(step.activation, place))
-                place += len(step.activation.factors(np.ones(1)))
+                place += step.activation.planes
             elif isinstance(step, Branch):
                 if fresh:
                     operations.append(Operation(planes.IDENTITY))
@@ -291,21 +277,19 @@ def _operation(activation: Activation, place: int) -> Operation:
     raise NotImplementedError(f"the activation {activation} has no row loop")
 
 
-def _in_threads(run: Callable[[Piece], None], pieces: list[Piece], threads: int) -> None:
-    """Run all pieces. Interrupted, or when one fails, no further piece is begun."""
-    threads = min(threads, len(pieces))
-    if threads <= 1:
-        for piece in pieces:
-            run(piece)
-        return
+def _in_threads(run: Callable[[Piece, NDArray[np.bool_]], None], pieces: list[Piece], threads: int) -> None:
+    """Run all pieces, in threads of their own also if there is one, so that this one hears Ctrl-C.
+
+    Interrupted, or when a piece fails, the others stop after one plane.
+    """
     waiting = iter(pieces)  # the threads share it: a step of a list's iterator is atomic
-    stop = Event()
+    stop = np.zeros(1, np.bool_)
 
     def work() -> None:
         for piece in waiting:
-            if stop.is_set():
+            if stop[0]:
                 return
-            run(piece)
+            run(piece, stop)
 
     with ThreadPoolExecutor(threads, "equikernel") as pool:
         busy = {pool.submit(work) for _ in range(threads)}
@@ -315,7 +299,7 @@ def _in_threads(run: Callable[[Piece], None], pieces: list[Piece], threads: int)
                 for worker in done:
                     worker.result()
         except BaseException:
-            stop.set()
+            stop[0] = True
             raise
 
 
@@ -327,8 +311,3 @@ def offsets_per_block(offsets: int, row: int) -> int:
         return -(-offsets // block) * (padded + ROW_OVERHEAD)
 
     return min(range(1, max(1, min(offsets, LONGEST_ROW // row)) + 1), key=cost)
-
-
-def _useful_offsets(side: int, margin: int) -> NDArray[np.uint64]:
-    """Offsets modulo ``side`` with a segment longer than ``2 margin``: those with pixel pairs left by VALID padding."""
-    return np.array([d for d in range(side) if max(side - d, d) > 2 * margin], dtype=np.uint64)

@@ -13,6 +13,7 @@ import numpy as np
 from equikernel.activations import EPS
 from equikernel.errors import ImageError
 from equikernel.layers import Branch, Convolution, Nonlinearity
+from equikernel.ranges import Labels, in_range
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,6 +27,12 @@ FLOAT64_PIXELS = 36
 """Images of up to so many pixels, and networks of 1x1 filters, are computed in float64 for any dtype of the result:
 nothing averages there, so float32 would lose up to half of its digits near ``c = ±1``."""
 
+PIECE = 2**16
+"""Values of as many packed images as are computed at once, unless one image has more."""
+
+TEMPORARIES = 6
+"""Float64 arrays of the size of a piece, at most, at the same time."""
+
 
 def working_dtype(network: Architecture, height: int, width: int, dtype: np.dtype[Any]) -> np.dtype[Any]:
     """The precision to compute in, for results of ``dtype``."""
@@ -33,19 +40,66 @@ def working_dtype(network: Architecture, height: int, width: int, dtype: np.dtyp
     return np.dtype(np.float64) if height * width <= FLOAT64_PIXELS or not averages else dtype
 
 
-def image_constants(network: Architecture, images: NDArray[Any]) -> tuple[list[tuple[Array, ...]], Array]:
-    """The factors of each nonlinearity and the bound of the pooled kernel.
+def useful_offsets(side: int, margin: int) -> NDArray[np.intp]:
+    """Offsets modulo ``side`` with a segment longer than ``2 margin``: those with pixel pairs left by VALID padding."""
+    return np.array([d for d in range(side) if max(side - d, d) > 2 * margin])
+
+
+def factor_planes(network: Architecture) -> int:
+    """Factors of all activations before the pooling, planes of each image."""
+    return sum(activation.planes for activation in network.activations)
+
+
+def pack(
+    network: Architecture, images: NDArray[Any], dtype: np.dtype[Any], labels: Labels
+) -> tuple[NDArray[Any], Array]:
+    """Images with the factors of the activations.
 
     Args:
       network: without strides or pooling.
-      images: ``(n, H, W, C)``.
+      images: ``(n, H, W, C)``, of real numbers.
+      dtype: precision of the computation.
+      labels: of the images.
 
     Returns:
-      For each nonlinearity in turn :meth:`Activation.factors` of the preactivation variances, ``(n, H, W)`` each, and
-      ``(mean over t of √K(t,t))²`` at the end, ``(n,)``. With VALID padding the pixels that it removes hold values of
-      zero padding, which no other pixel needs.
+      ``(n, C + factors, H, W)`` in ``dtype``: the pixels, then for each nonlinearity :meth:`Activation.factors` of the
+      preactivation variances; and ``(mean over t of √K(t,t))²`` at the end, ``(n,)`` float64. With VALID padding the
+      pixels that it removes hold values of zero padding, which no other pixel needs.
+
+    Raises:
+      ImageError: the kernel of an image with itself leaves the range of the dtype.
+      NetworkError: an activation has no second moment.
     """
-    found: list[tuple[Array, ...]] = []
+    count, height, width, channels = images.shape
+    packed = np.empty((count, channels + factor_planes(network), height, width), dtype)
+    bound = np.empty(count)
+    step = max(1, PIECE // packed[0].size)
+    for start in range(0, count, step):
+        here = slice(start, start + step)
+        packed[here, :channels] = images[here].transpose(0, 3, 1, 2)
+        plane = channels
+        factors, bound[here] = _constants(network, packed[here, :channels], labels.after(start))
+        for factor in factors:
+            packed[here, plane] = factor
+            plane += 1
+        finite = np.isfinite(packed[here]).all(axis=(1, 2, 3))
+        if not finite.all():
+            raise ImageError(
+                f"the kernel of {labels.of(start + int(np.argmin(finite)))} with itself leaves the range of "
+                f"{dtype.name}; rescale the images, change w_std or depth, or use float64"
+            )
+    return packed, bound
+
+
+def pack_bytes(network: Architecture, height: int, width: int, channels: int) -> int:
+    """Bytes that :func:`pack` takes besides its result."""
+    image = height * width * (channels + factor_planes(network))
+    return 8 * TEMPORARIES * max(PIECE, image)
+
+
+def _constants(network: Architecture, pixels: NDArray[Any], labels: Labels) -> tuple[list[Array], Array]:
+    """The factors of all nonlinearities, ``(n, H, W)`` each, and the bound at the end, of images ``(n, C, H, W)``."""
+    found: list[Array] = []
 
     def run(steps: tuple[Step, ...], q: Array) -> Array:
         for step in steps:
@@ -54,26 +108,20 @@ def image_constants(network: Architecture, images: NDArray[Any]) -> tuple[list[t
                     q = step.w2 * _box_mean(q, step.radii, network.padding) + step.b2
                 case Nonlinearity(activation):
                     factors = activation.factors(q)
-                    found.append(factors)
+                    found.extend(factors)
                     q = activation.combine(q, factors, factors, EPS)[0]
                 case Branch(_, inner):
                     q = q + run(inner, q)
+            q = in_range(q, pixels.dtype, labels, step.place)
         return q
 
-    last = run(network.steps, np.square(images, dtype=np.float64).sum(axis=3) / images.shape[3])
+    q = np.zeros((len(pixels), *pixels.shape[2:]))
+    for channel in range(pixels.shape[1]):
+        q += np.square(pixels[:, channel], dtype=np.float64)
+    last = run(network.steps, q / pixels.shape[1])
     y, x = network.margin
     inside = last[:, y : -y or None, x : -x or None]
-    return found, np.sqrt(np.maximum(inside, 0)).mean(axis=(1, 2)) ** 2
-
-
-def refuse_overflow(factors: NDArray[Any], dtype: np.dtype[Any], first: int) -> None:
-    """Raise :class:`ImageError` where the constants ``(n, ...)`` of an image, in ``dtype``, are not finite."""
-    finite = np.isfinite(factors).all(axis=tuple(range(1, factors.ndim)))
-    if not finite.all():
-        raise ImageError(
-            f"the kernel of image {first + int(np.argmin(finite))} with itself leaves the range of {dtype.name}; "
-            "rescale the images, change w_std or depth, or use float64"
-        )
+    return found, np.array([np.sqrt(image).mean() for image in inside]) ** 2
 
 
 def _box_mean(q: Array, radii: tuple[int, int], padding: str) -> Array:

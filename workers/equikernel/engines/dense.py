@@ -104,7 +104,7 @@ class DenseNetwork:
         self,
         kernels: list[Array],
         d: Symmetry,
-        factors: Callable[[Activation, Array], tuple[Factors, Factors]],
+        factors: Callable[[Nonlinearity, Array], tuple[Factors, Factors]],
         *,
         ntk: bool,
     ) -> list[Array]:
@@ -113,7 +113,7 @@ class DenseNetwork:
         Args:
           kernels: :func:`input_kernel`, alone. It is taken out of the list, to be freed.
           d: the difference of the two group elements.
-          factors: those of both images, called with each activation and the covariances before it in turn.
+          factors: those of both images, called with each nonlinearity and the covariances before it in turn.
           ntk: whether Θ is wanted.
         """
         lifting = True
@@ -129,7 +129,7 @@ class DenseNetwork:
                             kernels *= 2
                         lifting = False
                     case Nonlinearity(activation):
-                        x, y = factors(activation, kernels[0])
+                        x, y = factors(step, kernels[0])
                         kernels = _dual(kernels, x, y, activation=activation, eps=self.eps)
                     case Pooling(_, size):
                         kernels = _block_mean(kernels, size=size)

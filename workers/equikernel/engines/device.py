@@ -16,3 +16,8 @@ def device_memory() -> int:
     """Half of the bytes that JAX may use of the memory of the device itself; unlimited where that is the machine's."""
     stats = jax.local_devices()[0].memory_stats()
     return int(stats["bytes_limit"]) // 2 if stats and "bytes_limit" in stats else sys.maxsize
+
+
+def power_of_two(limit: int) -> int:
+    """The largest power of two up to ``limit``: of such lengths, few are compiled."""
+    return 1 << (limit.bit_length() - 1)

@@ -13,6 +13,7 @@ on ``K[r, d r]``, for all ``r``. Elements ``s`` on the pixel grid permute the ta
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 
 from equikernel.activations import EPS
+from equikernel.engines.decoupled import factor_planes
 from equikernel.engines.dense import (
     Array,
     DenseNetwork,
@@ -30,18 +32,18 @@ from equikernel.engines.dense import (
     mean_over_second,
     representatives,
 )
-from equikernel.engines.device import device_memory, platform
+from equikernel.engines.device import device_memory, platform, power_of_two
 from equikernel.geometry import windows
-from equikernel.groups import Symmetry, on_grid, reach, symmetries, union
+from equikernel.groups import Symmetry, on_grid, reach, union
 from equikernel.layers import Branch, Convolution, Nonlinearity, Pooling
-from equikernel.recursion import Pooled
+from equikernel.pooled import Pooled, Prepared, by_group
+from equikernel.ranges import Labels, in_range
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-    from equikernel.activations import Activation
     from equikernel.layers import Step
     from equikernel.network import Architecture
 
@@ -57,18 +59,16 @@ Size: TypeAlias = tuple[int, ...]
 IDENTITY = Symmetry(False, 0)
 
 
-@dataclass(frozen=True)
-class Prepared:
+@dataclass(frozen=True, kw_only=True)
+class Images(Prepared):
     """Images ``(n, H, W, C)`` float64, with the factors of each nonlinearity, ``(cosets, n, H', W')`` each."""
 
     images: NDArray[np.float64]
     factors: list[Factors]
-    bound: NDArray[np.float64]
-    """``(mean over t of √K(t,t))²`` at the end, ``(n,)``."""
 
 
 class GeneralEngine:
-    """Pooled kernels of ``groups``, on JAX's default device, with ``memory`` bytes."""
+    """Pooled kernels of ``groups``, on JAX's default device, with ``memory`` bytes at most for work in progress."""
 
     name = "general"
 
@@ -83,55 +83,57 @@ class GeneralEngine:
         eps = EPS * max(1, *(max(step.radii) for step in network.convolutions))
         self.dense = DenseNetwork(network, groups[0], eps)
 
-    def prepare(self, images: NDArray[Any], first: int = 0) -> Prepared:
+    def prepare(self, images: NDArray[Any], labels: Labels) -> Images:
         """Images ``(n, H, W, C)`` with the factors of their variances.
 
         Raises:
+          ImageError: the variances of an image leave the range of float64.
           NetworkError: an activation has no second moment.
         """
         x = np.asarray(images, np.float64)
         parts = []
-        for here, index in self._blocks(len(x), *x.shape[1:3]):
-            factors, last = self._variances(x[index])
+        for here, index in self._blocks(len(x), x):
+            factors, last = self._variances(x[index], labels.after(int(here[0])))
             parts.append(([tuple(part[:, : len(here)] for part in layer) for layer in factors], last[:, : len(here)]))
         layers = zip(*(factors for factors, _ in parts), strict=True)
         factors = [tuple(np.concatenate(part, axis=1) for part in zip(*layer, strict=True)) for layer in layers]
         last = np.concatenate([last for _, last in parts], axis=1)
-        return Prepared(x, factors, np.sqrt(np.maximum(last, 0)).mean(axis=(0, 2, 3)) ** 2)
+        bound = np.sqrt(last).mean(axis=(0, 2, 3)) ** 2
+        return Images(bound=bound, epsilon=EPS, images=x, factors=factors)
 
-    def _variances(self, x: NDArray[np.float64]) -> tuple[list[Factors], NDArray[np.float64]]:
+    def _variances(self, x: NDArray[np.float64], labels: Labels) -> tuple[list[Factors], NDArray[np.float64]]:
         """The factors before each nonlinearity and ``K(t, t)`` at the end, from the whole of ``K(f, f)``.
 
         Pooling between layers, and filters rotated off the grid, mix the diagonal with the rest.
         """
         found: list[Factors] = []
 
-        def factors(activation: Activation, k: Array) -> tuple[Factors, Factors]:
-            found.append(activation.factors(np.asarray(diagonal(k))))
+        def variances(k: Array, place: str) -> NDArray[np.float64]:
+            q = np.asarray(diagonal(k)).swapaxes(0, 1)
+            return in_range(q, q.dtype, labels, place).swapaxes(0, 1)
+
+        def factors(step: Nonlinearity, k: Array) -> tuple[Factors, Factors]:
+            found.append(step.activation.factors(variances(k, step.place)))
             return found[-1], found[-1]
 
         with jax.enable_x64(True):
             (k,) = self.dense.kernels([input_kernel(x, x)], IDENTITY, factors, ntk=False)
-            return found, np.asarray(diagonal(k))
+            return found, variances(k, "the end")
 
     def pairs(
-        self, block1: Prepared, block2: Prepared, rows: NDArray[np.intp], cols: NDArray[np.intp]
+        self, block1: Images, block2: Images, rows: NDArray[np.intp], cols: NDArray[np.intp]
     ) -> dict[str, Pooled]:
         """Pooled kernels ``(p,)`` float64 of the pairs ``(block1[rows[p]], block2[cols[p]])``, by group."""
         elements = union(self.groups)
         totals = np.empty((len(elements), 2, len(rows)))
         for place, element in enumerate(elements):
-            for here, index in self._blocks(len(rows), *block1.images.shape[1:3]):
+            for here, index in self._blocks(len(rows), block1.images):
                 pooled = self._pooled(block1, block2, rows[index], cols[index], element)
                 totals[place][:, here] = pooled[:, : len(here)]
-        results = {}
-        for group in self.groups:
-            members = [elements.index(element) for element in symmetries(group)]
-            results[group] = Pooled(*totals[members].mean(axis=0))
-        return results
+        return by_group(self.groups, elements, totals)
 
     def _pooled(
-        self, block1: Prepared, block2: Prepared, rows: NDArray[np.intp], cols: NDArray[np.intp], d: Symmetry
+        self, block1: Images, block2: Images, rows: NDArray[np.intp], cols: NDArray[np.intp], d: Symmetry
     ) -> NDArray[np.float64]:
         """Means of ``K[r, d r]`` and ``Θ[r, d r]`` over ``r`` and all pixels: ``(2, p)``."""
         x, y = block1.images[rows], block2.images[cols]
@@ -149,31 +151,32 @@ class GeneralEngine:
             kernels = self.dense.kernels([input_kernel(x, y)], difference, lambda *_: next(both), ntk=True)
             return np.array([np.asarray(mean_over_second(kernel)).mean(axis=(0, 2, 3)) for kernel in kernels])
 
-    def epsilon(self, block: Prepared) -> float:
-        """The machine epsilon of float64."""
-        return float(np.finfo(block.images.dtype).eps)
-
-    def pooled_bound(self, block: Prepared) -> NDArray[np.float64]:
-        """``(mean over t of √K(t,t))²`` after the last step, ``(n,)``."""
-        return block.bound
-
     def image_bytes(self, height: int, width: int, channels: int) -> int:
-        """Bytes of one prepared image, at most."""
-        factors = sum(len(activation.factors(np.ones(1))) for activation in self.network.activations)
-        return 8 * height * width * (channels + self.count * factors)
+        """Bytes of one prepared image, and of what preparing it takes, at most."""
+        return 8 * height * width * (channels + 2 * self.count * (1 + factor_planes(self.network)))
 
-    def pair_bytes(self, height: int, width: int) -> int:
-        """Bytes of the covariances that exist at the same time for one pair, at most."""
-        return 8 * self._largest(self.network.steps, (height, width), lifting=True)[0]
+    def pair_bytes(self, height: int, width: int, channels: int) -> int:
+        """Bytes of the images and covariances that exist at the same time for one pair, at most."""
+        images = 4 * height * width * (channels + self.count * factor_planes(self.network))
+        return 8 * (images + self._largest(self.network.steps, (height, width), lifting=True)[0])
 
-    def _blocks(self, count: int, height: int, width: int) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    def working_bytes(self, height: int, width: int, channels: int) -> int:
+        """Bytes of the pairs that are computed at once, when there are many."""
+        return self._at_once(height, width, channels) * self.pair_bytes(height, width, channels)
+
+    def _at_once(self, height: int, width: int, channels: int, count: int = sys.maxsize) -> int:
+        """How many of ``count`` pairs are computed at once: as many as are fast and fit, a power of two."""
+        fast = ENTRIES[platform()] // (self.count * _entries((height, width)))
+        fit = min(self.memory, device_memory()) // self.pair_bytes(height, width, channels)
+        return power_of_two(max(1, min(fast, fit, 2 * count - 1)))
+
+    def _blocks(self, count: int, images: NDArray[np.float64]) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
         """Cut ``count`` pairs, or images, into blocks: the places in each, and the same repeated to full length.
 
-        As many at once as are fast and fit, of few different numbers, because each is compiled.
+        Of few different numbers, because each is compiled.
         """
-        fast = ENTRIES[platform()] // (self.count * _entries((height, width)))
-        most = max(1, min(fast, min(self.memory, device_memory()) // self.pair_bytes(height, width), 2 * count - 1))
-        size = 1 << (most.bit_length() - 1)
+        _, height, width, channels = images.shape
+        size = self._at_once(height, width, channels, count)
         for start in range(0, count, size):
             here = np.arange(start, min(start + size, count))
             yield here, np.resize(here, size)

@@ -418,7 +418,7 @@ def pooled_plane(
 @njit(**EXACT)
 def pooled_pairs(
     program, packed1, index, packed2, others, height, width, channels, gap, padding, offsets_y, offsets_x, block,
-    margin, branch, sums_k, sums_theta,
+    margin, branch, stop, sums_k, sums_theta,
 ):  # fmt: skip
     """Sums over all pixel pairs of K and Θ of one image against several: ``sums_k``, ``sums_theta`` ``(len(others),)``.
 
@@ -431,6 +431,7 @@ def pooled_pairs(
       block: horizontal offsets side by side.
       margin: pixels that VALID padding takes off the left and right border in the end.
       branch: correlations with ``1 - |c| < branch`` are taken as ``±1``.
+      stop: ``(1,)`` bool; when another thread sets it, the sums are left unfinished after one plane.
     """
     circular = padding == CIRCULAR
     dtype = packed1.dtype
@@ -467,6 +468,8 @@ def pooled_pairs(
                 True, length, y,
             )  # fmt: skip
             for offset_y in offsets_y:
+                if stop[0]:
+                    return
                 sum_k, sum_theta = pooled_plane(
                     program, scratch, x, y, offset_y, height, width, channels, gap, padding, count, length, longest,
                     branch,

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from equikernel.engines.decoupled import image_constants, refuse_overflow, working_dtype
-from equikernel.engines.device import device_memory, platform
+from equikernel.engines.decoupled import factor_planes, pack, pack_bytes, useful_offsets, working_dtype
+from equikernel.engines.device import device_memory, platform, power_of_two
 from equikernel.engines.xla_planes import Array, plane_sums
-from equikernel.groups import symmetries, union
+from equikernel.groups import union
 from equikernel.layers import Branch
-from equikernel.recursion import Pooled
+from equikernel.pooled import Pooled, Prepared, by_group
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from equikernel.layers import Step
     from equikernel.network import Architecture
+    from equikernel.ranges import Labels
 
 ENTRIES = {"cpu": 2**17, "gpu": 2**23}
 """Entries of the planes that are computed at once: on CPUs they stay in the caches of a few cores."""
@@ -41,8 +42,8 @@ PLANES = 18
 """Planes at the same time, besides those of the images and of residual branches."""
 
 
-@dataclass(frozen=True)
-class Prepared:
+@dataclass(frozen=True, kw_only=True)
+class Images(Prepared):
     """Images as the planes want them.
 
     ``packed``: ``(n, C + factors, H, W)`` in the dtype of the computation: the pixels, then the factors of each
@@ -51,8 +52,6 @@ class Prepared:
 
     packed: NDArray[Any]
     channels: int
-    bound: NDArray[np.float64]
-    """``(mean over t of √K(t,t))²`` at the end, ``(n,)``."""
 
 
 class Blocks(NamedTuple):
@@ -73,7 +72,7 @@ class Part(NamedTuple):
 
 
 class XlaEngine:
-    """Pooled kernels of ``groups`` in ``dtype``, on JAX's default device, with ``memory`` bytes."""
+    """Pooled kernels of ``groups`` in ``dtype``, on JAX's default device, with ``memory`` bytes for working memory."""
 
     name = "xla"
 
@@ -83,41 +82,29 @@ class XlaEngine:
         self.dtype = dtype
         self.memory = memory
 
-    def prepare(self, images: NDArray[Any], first: int = 0) -> Prepared:
-        """Pack ``(n, H, W, C)`` images with the factors of the activations.
-
-        Raises:
-          ImageError: an image's kernel with itself overflows the dtype.
-          NetworkError: an activation has no second moment.
-        """
+    def prepare(self, images: NDArray[Any], labels: Labels) -> Images:
+        """Pack ``(n, H, W, C)`` images with the factors of the activations; raises as :func:`pack`."""
         dtype = working_dtype(self.network, images.shape[1], images.shape[2], self.dtype)
-        constants, bound = image_constants(self.network, images)
-        layers = [np.stack(factors, axis=1).astype(dtype) for factors in constants]
-        packed = np.concatenate([images.transpose(0, 3, 1, 2).astype(dtype, copy=False), *layers], axis=1)
-        refuse_overflow(packed, dtype, first)
-        return Prepared(packed, images.shape[3], bound)
-
-    def pooled_bound(self, block: Prepared) -> NDArray[np.float64]:
-        """``(mean over t of √K(t,t))²`` after the last step, ``(n,)``."""
-        return block.bound
-
-    def epsilon(self, block: Prepared) -> float:
-        """The machine epsilon of the computation."""
-        return float(np.finfo(block.packed.dtype).eps)
+        packed, bound = pack(self.network, images, dtype, labels)
+        return Images(bound=bound, epsilon=float(np.finfo(dtype).eps), packed=packed, channels=images.shape[3])
 
     def image_bytes(self, height: int, width: int, channels: int) -> int:
-        """Bytes of one prepared image, and of what preparing it takes."""
+        """Bytes of one prepared image."""
         itemsize = working_dtype(self.network, height, width, self.dtype).itemsize
-        factors = self._factor_planes()
-        return height * width * (2 * (channels + factors) * itemsize + 8 * factors)
+        return height * width * (channels + factor_planes(self.network)) * itemsize
 
-    def pair_bytes(self, height: int, width: int) -> int:
-        """Bytes of the planes of one horizontal offset, for images of up to four channels."""
-        itemsize = working_dtype(self.network, height, width, self.dtype).itemsize
-        return height * width * self._entry_bytes(4 + self._factor_planes(), itemsize)
+    def pair_bytes(self, height: int, width: int, channels: int) -> int:
+        """Bytes of the planes of one horizontal offset."""
+        return max(self._plane_bytes(height, width, channels), pack_bytes(self.network, height, width, channels))
+
+    def working_bytes(self, height: int, width: int, channels: int) -> int:
+        """Bytes of the planes that are computed at once, when there are many pairs."""
+        plane = self._plane_bytes(height, width, channels)
+        planes = planes_at_once(height * width, plane, self._memory(), platform())
+        return max(planes * plane, self.pair_bytes(height, width, channels))
 
     def pairs(
-        self, block1: Prepared, block2: Prepared, rows: NDArray[np.intp], cols: NDArray[np.intp]
+        self, block1: Images, block2: Images, rows: NDArray[np.intp], cols: NDArray[np.intp]
     ) -> dict[str, Pooled]:
         """Pooled kernels ``(p,)`` float64 of the pairs ``(block1[rows[p]], block2[cols[p]])``, by group."""
         elements = union(self.groups)
@@ -128,27 +115,21 @@ class XlaEngine:
                 totals[part.element, :, part.pairs] += sums.sum(axis=1)
         sides = zip(block1.packed.shape[2:], self.network.margin, strict=True)
         totals /= float(np.prod([side - 2 * margin for side, margin in sides])) ** 2
-        results = {}
-        for group in self.groups:
-            members = [elements.index(element) for element in symmetries(group)]
-            results[group] = Pooled(*totals[members].mean(axis=0))
-        return results
+        return by_group(self.groups, elements, totals)
 
-    def _parts(
-        self, block1: Prepared, block2: Prepared, rows: NDArray[np.intp], cols: NDArray[np.intp]
-    ) -> Iterator[Part]:
+    def _parts(self, block1: Images, block2: Images, rows: NDArray[np.intp], cols: NDArray[np.intp]) -> Iterator[Part]:
         """All calls that the pairs take."""
         steps, padding = self.network.steps, self.network.padding
-        _, planes, height, width = block1.packed.shape
+        height, width = block1.packed.shape[2:]
         down, across = (
             useful_offsets(side, margin) for side, margin in zip((height, width), self.network.margin, strict=True)
         )
         blocks = block_shape(
             (len(rows), len(across)),
             pixels=height * width,
-            entry_bytes=self._entry_bytes(planes, block1.packed.itemsize),
+            plane_bytes=self._plane_bytes(height, width, block1.channels),
             steps=len(self.network.convolutions) + len(self.network.activations),
-            memory=min(self.memory, device_memory()),
+            memory=self._memory(),
             platform=platform(),
         )
         compiled = plane_sums(steps, padding, block1.channels, platform())
@@ -165,39 +146,40 @@ class XlaEngine:
                         bottom = min(top + blocks.down, len(down))
                         yield Part(place, pairs, len(offsets), compiled(x, y, down, filled, top, bottom, True))
 
-    def _factor_planes(self) -> int:
-        """Factors of all activations of an image."""
-        return sum(len(activation.factors(np.ones(1))) for activation in self.network.activations)
+    def _memory(self) -> int:
+        """Bytes for work in progress."""
+        return min(self.memory, device_memory())
 
-    def _entry_bytes(self, image_planes: int, itemsize: int) -> int:
-        """Working memory per entry of a plane."""
-        images = 3 * image_planes  # the second twice, below itself
-        return itemsize * (images + PLANES + 2 * _branches_within(self.network.steps))
+    def _plane_bytes(self, height: int, width: int, channels: int) -> int:
+        """Working memory for a plane of one pair and offset."""
+        itemsize = working_dtype(self.network, height, width, self.dtype).itemsize
+        images = 3 * (channels + factor_planes(self.network))  # the second twice, below itself
+        return height * width * itemsize * (images + PLANES + 2 * _branches_within(self.network.steps))
+
+
+def planes_at_once(pixels: int, plane_bytes: int, memory: int, platform: str) -> int:
+    """The planes, of ``pixels`` entries, that are fastest and fit in ``memory``; at least one."""
+    return max(1, min(max(ENTRIES[platform] // pixels, FEWEST_OFFSETS), memory // plane_bytes))
 
 
 def block_shape(
-    counts: tuple[int, int], *, pixels: int, entry_bytes: int, steps: int, memory: int, platform: str
+    counts: tuple[int, int], *, pixels: int, plane_bytes: int, steps: int, memory: int, platform: str
 ) -> Blocks:
     """The fastest blocks that fit, of few different shapes, because each shape is compiled.
 
     Args:
       counts: pairs and horizontal offsets that there are.
       pixels: entries of a plane.
-      entry_bytes: memory per entry.
+      plane_bytes: memory per plane.
       steps: of the network.
       memory: bytes that there are.
       platform: ``"cpu"`` or ``"gpu"``.
     """
     pairs, offsets = counts
-    planes = max(1, min(max(ENTRIES[platform] // pixels, FEWEST_OFFSETS), memory // (entry_bytes * pixels)))
+    planes = planes_at_once(pixels, plane_bytes, memory, platform)
     across = -(-offsets // -(-offsets // planes))
-    together = _power_of_two(max(1, min(planes // across, 2 * pairs - 1)))
+    together = power_of_two(max(1, min(planes // across, 2 * pairs - 1)))
     return Blocks(together, across, max(1, ENTRY_STEPS[platform] // (pixels * across * together * steps)))
-
-
-def _power_of_two(limit: int) -> int:
-    """The largest power of two up to ``limit``."""
-    return 1 << (limit.bit_length() - 1)
 
 
 def _one_ahead(parts: Iterator[Part]) -> Iterator[Part]:
@@ -217,8 +199,3 @@ def _filled(index: NDArray[np.intp], count: int) -> NDArray[np.intp]:
 def _branches_within(steps: tuple[Step, ...]) -> int:
     """How many residual branches lie within each other."""
     return max((1 + _branches_within(step.steps) for step in steps if isinstance(step, Branch)), default=0)
-
-
-def useful_offsets(side: int, margin: int) -> NDArray[np.intp]:
-    """Offsets modulo ``side`` with a segment longer than ``2 margin``: those with pixel pairs left by VALID padding."""
-    return np.array([d for d in range(side) if max(side - d, d) > 2 * margin])

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from equikernel.engines.functions import FUNCTIONS
 from equikernel.geometry import margin
@@ -133,7 +132,7 @@ class _Network:
                         planes = self.convolution(step, index, *planes)
                     case Nonlinearity(activation):
                         planes = self.nonlinearity(activation, place, offset, *planes)
-                        place += len(activation.factors(np.ones(1)))
+                        place += activation.planes
                     case Branch(_, inner):
                         planes = self.apart(_sum, planes, through(inner, *planes))
             return planes
@@ -188,7 +187,7 @@ class _Network:
         self, activation: Activation, place: int, offset: Array, k: Array, theta: Array
     ) -> tuple[Array, ...]:
         """K and Θ after an activation whose factors begin at ``place``."""
-        factors = range(place, place + len(activation.factors(np.ones(1))))
+        factors = range(place, place + activation.planes)
 
         def dual(k: Array, theta: Array, x: Array, y: Array) -> tuple[Array, Array]:
             x_factors, y_factors = tuple(x[f] for f in factors), tuple(_moved(y, f, offset) for f in factors)
