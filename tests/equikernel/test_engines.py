@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -157,6 +160,48 @@ def test_a_small_memory_limit_cuts_the_work_and_changes_nothing(engine: str) -> 
         np.testing.assert_allclose(values, exact, rtol=1e-13)
         np.testing.assert_array_equal(values, values.T)
         np.testing.assert_allclose(across, exact[:2], rtol=1e-13)
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+import numpy as np
+from equikernel import GroupCNN
+
+def memory(which):
+    return 1024 * int(re.search(which + r":\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+engine, (rows, count, side, channels, limit) = sys.argv[1], map(int, sys.argv[2:])
+net = GroupCNN(group="C4", depth=1, head=("relu",))
+x = np.ones((count, side, side, channels), np.float32)
+net.kernel(x[:rows], x[:2] if engine == "cpu" else x, engine=engine, memory_limit=limit)  # compiles
+Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is used
+before = memory("VmRSS")
+kernel = net.kernel(x[:rows], x, engine=engine, memory_limit=limit)
+print(memory("VmHWM") - before - kernel.nngp.nbytes - kernel.ntk.nbytes)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks of memory are measured on Linux")
+@pytest.mark.parametrize(
+    ("engine", "rows", "count", "side", "channels", "limit"),
+    [
+        ("cpu", 500, 1000, 2, 1, 16_000_000),
+        ("cpu", 1, 300, 16, 64, 30_000_000),
+        ("xla", 9, 60, 8, 64, 16_000_000),
+        ("general", 9, 40, 8, 64, 16_000_000),
+        ("reference", 3, 6, 6, 64, 16_000_000),
+    ],
+    ids=["many pairs", "many channels", "xla", "general", "reference"],
+)
+def test_the_memory_stays_within_its_limit(
+    engine: str, rows: int, count: int, side: int, channels: int, limit: int
+) -> None:
+    arguments = [engine, *map(str, (rows, count, side, channels, limit))]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True, timeout=100
+    )
+    assert int(done.stdout) <= limit
 
 
 def test_errors_name_the_image_also_where_the_work_is_cut() -> None:
