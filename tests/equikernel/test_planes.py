@@ -19,7 +19,8 @@ FLAT = types.Array(types.float32, 1, "C")
 U = types.uint64
 ROW = (FLAT, U, U, FLAT, U, FLAT, U, U, FLAT, U, types.float32)
 LOOPS = {
-    "arc_cosine_float32": (*ROW, types.float32),
+    "arc_cosine_row": (*ROW, types.float32),
+    "convolved_arc_cosine_row": (FLAT, FLAT, U, U, U, *[types.float32] * 3, *ROW, types.float32),
     "erf_row": ROW,
     "gelu_row": ROW,
     "wave_row": (*ROW, types.boolean),
@@ -30,7 +31,8 @@ LOOPS = {
     "input_line": (FLAT, U, FLAT, U, U, U, U, U, FLAT),
 }
 PACKED = {
-    "arc_cosine_float32": "sqrtps",
+    "arc_cosine_row": "sqrtps",
+    "convolved_arc_cosine_row": "sqrtps",
     "erf_row": "sqrtps",
     "gelu_row": "sqrtps",
     "wave_row": "mulps",

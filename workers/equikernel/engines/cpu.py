@@ -94,7 +94,7 @@ class CpuEngine:
           ImageError: a row does not fit the scratch memory, or as :func:`pack`.
           NetworkError: as :func:`pack`.
         """
-        widest = int(NTK_LINE) - planes.LANES - 4 * self.gap
+        widest = int(NTK_LINE) - planes.LANES - planes.ALIGNED - 4 * self.gap
         if max(images.shape[1:3]) > widest:
             raise ImageError(
                 f"images are {images.shape[1]}x{images.shape[2]} pixels; the cpu engine takes up to {widest} per side"

@@ -9,7 +9,8 @@ Layout. The planes of ``count`` neighbouring horizontal offsets lie side by side
 loops are long and vectorise. Each plane row is stored with its two segments apart by ``radius`` zero entries (for
 CIRCULAR padding: between halos of ``radius`` wrapped entries), so that horizontal sums need no seams at all. Stored
 are rows after the horizontal half of the box filter; the vertical half, the activation and the next horizontal half
-happen on one row at a time in ``line``, which stays in the L1 cache. The planes of the next layer overwrite those of
+happen on one row at a time in ``line``, which stays in the L1 cache. The most frequent vertical half and activation,
+radius 1 and the arc cosine, share one loop. The planes of the next layer overwrite those of
 the last one, ``radius`` rows lower.
 
 What keeps LLVM vectorising (a test inspects the machine code): flat arrays, unsigned indices, no slices inside, short
@@ -28,6 +29,7 @@ from equikernel.engines.rows import (
     NTK_LINE,
     U,
     arc_cosine_row,
+    convolved_arc_cosine_row,
     erf_row,
     gelu_row,
     identity_row,
@@ -46,6 +48,9 @@ LINE = 2 * int(NTK_LINE)
 
 LANES = 32
 """Long rows are padded with zeros to a multiple of this: vectors of up to 16 entries, unrolled, leave no remainder."""
+
+ALIGNED, CACHE_LINE = 16, 64
+"""Entries and bytes that rows are aligned to."""
 
 REORDERED = {**EXACT, "fastmath": {"contract", "reassoc", "nsz"}}
 
@@ -237,6 +242,20 @@ def padded(length):
     return (length + U(LANES - 1)) // U(LANES) * U(LANES)
 
 
+@njit(**EXACT)
+def aligned_start(gap):
+    """Where a row begins in ``line``, after ``gap`` zeros or more, so that its vectors do not straddle cache lines."""
+    return (gap + U(ALIGNED - 1)) // U(ALIGNED) * U(ALIGNED)
+
+
+@njit(**EXACT)
+def aligned_zeros(count, dtype):
+    """``count`` zeros that begin at a cache line."""
+    array = np.zeros(count + U(CACHE_LINE), dtype)
+    skipped = U(-array.ctypes.data % CACHE_LINE) // U(array.itemsize)
+    return array[skipped : skipped + count]
+
+
 class Program(NamedTuple):
     """A network as flat arrays: its convolutions in turn, and for each the operations on a row that follow it.
 
@@ -333,6 +352,8 @@ def pooled_plane(
     # Taken out of the tuples once: each access counts references, which a row would feel.
     knl, ntk, saved, line, correlation, nngp, slope, masks = scratch
     radius_y, radius_x, scales, biases, ends, kinds, places, terms, middle, _, _, _ = program
+    start = aligned_start(gap)
+    nothing = scales[ZERO] * 0
     layers = U(len(ends))
     zeros = U(len(knl)) - length
     plane = height * length
@@ -343,8 +364,8 @@ def pooled_plane(
     for i in range(height):
         other = U(i) + offset_y
         other = other - height if other >= height else other
-        input_line(x, U(i) * length, y, other * length, channels, plane, length, gap, line)
-        horizontal(line, gap, length, radius_x[ZERO], knl, top + U(i) * length)
+        input_line(x, U(i) * length, y, other * length, channels, plane, length, start, line)
+        horizontal(line, start, length, radius_x[ZERO], knl, top + U(i) * length)
     if circular:
         wrap_rows(knl, top, height, length, radius_y[ZERO])
 
@@ -374,39 +395,50 @@ def pooled_plane(
             elif below < spoilt or above < spoilt:
                 continue
             here = top + row * length
-            vertical(knl, zeros, here, length, below, above, length, radius, scale, bias, line, gap, False)
-            if layer == ZERO:
-                copy(line, gap, NTK_LINE + gap, length)
+            following = begin
+            if radius == ONE and kinds[begin] == ARC_COSINE:
+                before = here - length if below > ZERO else zeros
+                after = here + length if above > ZERO else zeros
+                first = places[begin] * plane
+                convolved_arc_cosine_row(
+                    knl, knl if layer == ZERO else ntk, here, before, after, scale, nothing if layer == ZERO else scale,
+                    bias, line, start, length, x, first + row * length, y, first + other * length, plane, masks,
+                    begin * longest, branch, middle[begin],
+                )  # fmt: skip
+                following += ONE
             else:
-                vertical(
-                    ntk, zeros, here, length, below, above, length, radius, scale, bias, line, NTK_LINE + gap, True
-                )
-            for operation in range(begin, end):
+                vertical(knl, zeros, here, length, below, above, length, radius, scale, bias, line, start, False)
+                if layer == ZERO:
+                    copy(line, start, NTK_LINE + start, length)
+                else:
+                    theta = NTK_LINE + start
+                    vertical(ntk, zeros, here, length, below, above, length, radius, scale, bias, line, theta, True)
+            for operation in range(following, end):
                 o = U(operation)
                 kind = kinds[o]
                 if kind >= SAVE:
                     slot = (places[o] * U(2) * height + row) * length
                     if kind == SAVE:
-                        save_row(line, gap, length, saved, slot)
-                        save_row(line, NTK_LINE + gap, length, saved, slot + plane)
+                        save_row(line, start, length, saved, slot)
+                        save_row(line, NTK_LINE + start, length, saved, slot + plane)
                     else:
-                        add_row(line, gap, length, saved, slot)
-                        add_row(line, NTK_LINE + gap, length, saved, slot + plane)
+                        add_row(line, start, length, saved, slot)
+                        add_row(line, NTK_LINE + start, length, saved, slot + plane)
                 else:
                     first = places[o] * plane
                     activate(
-                        kind, terms[o], middle[o], line, gap, length, x, first + row * length,
+                        kind, terms[o], middle[o], line, start, length, x, first + row * length,
                         y, first + other * length, plane, masks, o * longest, branch, correlation, nngp, slope,
                     )  # fmt: skip
             if last:
-                sum_k += total(line, gap, length)
-                sum_theta += total(line, NTK_LINE + gap, length)
+                sum_k += total(line, start, length)
+                sum_theta += total(line, NTK_LINE + start, length)
             else:
                 if circular:
-                    wrap_line(line, gap, count, width, gap)
-                    wrap_line(line, NTK_LINE + gap, count, width, gap)
-                horizontal(line, gap, length, next_radius, knl, lower + row * length)
-                horizontal(line, NTK_LINE + gap, length, next_radius, ntk, lower + row * length)
+                    wrap_line(line, start, count, width, gap)
+                    wrap_line(line, NTK_LINE + start, count, width, gap)
+                horizontal(line, start, length, next_radius, knl, lower + row * length)
+                horizontal(line, NTK_LINE + start, length, next_radius, ntk, lower + row * length)
         begin = end
         top = lower
         if circular and not last:
@@ -437,14 +469,15 @@ def pooled_pairs(
     dtype = packed1.dtype
     image = program.planes * height * width
     longest = padded(block * (width + gap + gap))
-    x = np.empty(program.planes * height * longest, dtype)
-    y = np.empty(program.planes * height * longest, dtype)
+    x = aligned_zeros(program.planes * height * longest, dtype)
+    y = aligned_zeros(program.planes * height * longest, dtype)
     rows = height + scratch_rows(program.radius_y)
     operations = U(len(program.kind))
     scratch = Scratch(
-        np.zeros(rows * longest, dtype), np.zeros(rows * longest, dtype),
-        np.empty(U(2) * program.slots * height * longest, dtype), np.zeros(LINE, dtype), np.empty(longest, dtype),
-        np.empty(longest, dtype), np.empty(longest, dtype), np.empty(operations * longest, dtype),
+        aligned_zeros(rows * longest, dtype), aligned_zeros(rows * longest, dtype),
+        aligned_zeros(U(2) * program.slots * height * longest, dtype), aligned_zeros(U(LINE), dtype),
+        aligned_zeros(longest, dtype), aligned_zeros(longest, dtype), aligned_zeros(longest, dtype),
+        aligned_zeros(operations * longest, dtype),
     )  # fmt: skip
     for j in range(len(others)):
         sums_k[j] = 0.0

@@ -39,77 +39,88 @@ def identity_row(line, start, length, mask, here):
 
 
 @njit(**EXACT)
-def arc_cosine_float32(line, start, length, x, x_first, y, y_first, plane, mask, here, branch, middle):
-    """K and Θ of one row through ``α u + β |u|``; the mask holds ``2β²/π``.
+def arc_cosine_float32(c, branch, middle):
+    """``(√(1-c²) + c A, A)`` with ``A = middle + arcsin c = π - arccos c + s``, ``c`` taken as ``±1`` near it.
 
-    ``π - arccos c + s`` is ``middle + arcsin c``. With ``a = |c|``: ``arccos a = √(1-a) P(a)`` and
-    ``√(1-a²) = √(1-a) Q(a)``, both to 3e-8.
+    With ``a = |c|``: ``arccos a = √(1-a) P(a)``, to 3e-8.
     """
-    one, right_angle = np.float32(1), np.float32(0.5 * math.pi)
+    one, zero, right_angle = np.float32(1), np.float32(0), np.float32(0.5 * math.pi)
+    a = abs(c)
+    gap = one - a
+    flat = gap < branch
+    gap = zero if flat else gap
+    a = one if flat else a
+    arc = np.float32(-0.001211737769810765)
+    arc = arc * a + np.float32(0.006491521428436943)
+    arc = arc * a + np.float32(-0.016841052415648962)
+    arc = arc * a + np.float32(0.030722122418260587)
+    arc = arc * a + np.float32(-0.050114303104553254)
+    arc = arc * a + np.float32(0.08896885320062521)
+    arc = arc * a + np.float32(-0.21459815556457223)
+    arc = arc * a + np.float32(1.570796298215578)
+    angle = middle + math.copysign(right_angle - math.sqrt(gap) * arc, c)
+    return math.sqrt(gap * (one + a)) + angle * math.copysign(a, c), angle
+
+
+@njit(**EXACT)
+def arc_cosine_float64(c, branch, middle):
+    """As in float32, with arccos from ``arcsin w = w + w³ R(w²)``, ``w <= 1/2``, to 2e-17."""
+    a = abs(c)
+    a = a if 1.0 - a >= branch else 1.0
+    gap = 1.0 - a
+    large = a > 0.5
+    square = 0.5 * gap if large else a * a
+    w = math.sqrt(square) if large else a
+    arc = w + w * square * arcsine_series(square)
+    arcsine = 0.5 * math.pi - (arc + arc) if large else arc
+    angle = middle + math.copysign(arcsine, c)
+    return math.sqrt(gap * (1.0 + a)) + angle * math.copysign(a, c), angle
+
+
+def arc_cosine(c, branch, middle):
+    """``(√(1-c²) + c A, A)`` in the precision of ``c``."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(arc_cosine)
+def _arc_cosine(c, branch, middle):
+    if c == types.float32:
+        return lambda c, branch, middle: arc_cosine_float32(c, branch, middle)
+    return lambda c, branch, middle: arc_cosine_float64(c, branch, middle)
+
+
+@njit(**EXACT)
+def arc_cosine_row(line, start, length, x, x_first, y, y_first, plane, mask, here, branch, middle):
+    """K and Θ of one row through ``α u + β |u|``; the mask holds ``2β²/π``."""
     x_inverse, y_inverse = x_first + plane, y_first + plane
     for i in range(length):
         p = U(i)
-        c = line[start + p] * (x[x_inverse + p] * y[y_inverse + p])
-        a = abs(c)
-        a = a if one - a >= branch else one
-        root = math.sqrt(one - a)
-        arc = np.float32(-0.001211737769810765)
-        arc = arc * a + np.float32(0.006491521428436943)
-        arc = arc * a + np.float32(-0.016841052415648962)
-        arc = arc * a + np.float32(0.030722122418260587)
-        arc = arc * a + np.float32(-0.050114303104553254)
-        arc = arc * a + np.float32(0.08896885320062521)
-        arc = arc * a + np.float32(-0.21459815556457223)
-        arc = arc * a + np.float32(1.570796298215578)
-        sine = np.float32(0.001350497625810776)
-        sine = sine * a + np.float32(-0.007282173243122015)
-        sine = sine * a + np.float32(0.019134855550510317)
-        sine = sine * a + np.float32(-0.03583095964805238)
-        sine = sine * a + np.float32(0.06175806488564121)
-        sine = sine * a + np.float32(-0.12491270664306565)
-        sine = sine * a + np.float32(0.4999959701462716)
-        sine = sine * a + np.float32(1.0000000312900168)
-        angle = middle + math.copysign(right_angle - root * arc, c)
+        nngp, angle = arc_cosine(line[start + p] * (x[x_inverse + p] * y[y_inverse + p]), branch, middle)
         scale = mask[here + p]
-        line[start + p] = (x[x_first + p] * y[y_first + p]) * (scale * (root * sine + angle * math.copysign(a, c)))
+        line[start + p] = (x[x_first + p] * y[y_first + p]) * (scale * nngp)
         line[NTK_LINE + start + p] *= scale * angle
 
 
 @njit(**EXACT)
-def arc_cosine_float64(line, start, length, x, x_first, y, y_first, plane, mask, here, branch, middle):
-    """As in float32, with arccos from ``arcsin w = w + w³ R(w²)``, ``w <= 1/2``, to 2e-17."""
+def convolved_arc_cosine_row(
+    knl, ntk, row, before, after, weight, ntk_weight, bias, line, start, length, x, x_first, y, y_first, plane, mask,
+    here, branch, middle,
+):  # fmt: skip
+    """The vertical half of a box filter of radius 1, then :func:`arc_cosine_row`: one loop instead of three.
+
+    Args:
+      knl, ntk: planes of K and Θ; their rows begin at ``before``, ``row`` and ``after``.
+      weight, ntk_weight, bias: ``K = weight · Σ knl + bias``, ``Θ = K + ntk_weight · Σ ntk``.
+    """
     x_inverse, y_inverse = x_first + plane, y_first + plane
     for i in range(length):
         p = U(i)
-        c = line[start + p] * (x[x_inverse + p] * y[y_inverse + p])
-        a = abs(c)
-        a = a if 1.0 - a >= branch else 1.0
-        gap = 1.0 - a
-        large = a > 0.5
-        square = 0.5 * gap if large else a * a
-        w = math.sqrt(square) if large else a
-        arc = w + w * square * arcsine_series(square)
-        arcsine = 0.5 * math.pi - (arc + arc) if large else arc
-        angle = middle + math.copysign(arcsine, c)
+        k = (knl[before + p] + knl[row + p] + knl[after + p]) * weight + bias
+        theta = (ntk[before + p] + ntk[row + p] + ntk[after + p]) * ntk_weight + k
+        nngp, angle = arc_cosine(k * (x[x_inverse + p] * y[y_inverse + p]), branch, middle)
         scale = mask[here + p]
-        sine = math.sqrt(gap * (1.0 + a))
-        line[start + p] = (x[x_first + p] * y[y_first + p]) * (scale * (sine + angle * math.copysign(a, c)))
-        line[NTK_LINE + start + p] *= scale * angle
-
-
-def arc_cosine_row(line, start, length, x, x_first, y, y_first, plane, mask, here, branch, middle):
-    """K and Θ of one row through ``α u + β |u|``, in the precision of ``line``."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(arc_cosine_row)
-def _arc_cosine_row(line, start, length, x, x_first, y, y_first, plane, mask, here, branch, middle):
-    chosen = arc_cosine_float32 if line.dtype == types.float32 else arc_cosine_float64
-
-    def row(line, start, length, x, x_first, y, y_first, plane, mask, here, branch, middle):
-        chosen(line, start, length, x, x_first, y, y_first, plane, mask, here, branch, middle)
-
-    return row
+        line[start + p] = (x[x_first + p] * y[y_first + p]) * (scale * nngp)
+        line[NTK_LINE + start + p] = theta * (scale * angle)
 
 
 @njit(**EXACT)
