@@ -28,6 +28,11 @@ READOUT = stax.Dense(1)
 SMALL: Any = "same"
 
 
+def wrong(value: object) -> Any:
+    """An argument of a wrong type."""
+    return value
+
+
 def network(group: str, width: int = 1, padding: Any = "SAME", **std: float) -> Any:
     """Two convolutions with ReLU and erf, group pooling, a dense layer with ReLU, and the read-out."""
     return stax.serial(
@@ -192,6 +197,14 @@ def test_the_shape_of_any_batch_can_be_asked_for() -> None:
         (lambda: GroupConv("C4", 1, (2, 2)), "GroupConv: filter_shape (2, 2) has no centre pixel to rotate about"),
         (lambda: GroupConv("C4", 1, (3, 5)), "GroupConv: C4 turns filters of (3, 5); use square ones"),
         (lambda: Lift("C4", 1, padding=SMALL), "Lift: padding 'same' does not exist; choose SAME, VALID, CIRCULAR"),
+        (lambda: Lift(wrong(4), 1), "Lift: 4 is no group"),
+        (lambda: Lift("C4", 0), "Lift: out_chan = 0; a layer has a whole number of channels, 1 or more"),
+        (lambda: Lift("C4", wrong(2.5)), "Lift: out_chan = 2.5; a layer has a whole number of channels"),
+        (lambda: Lift("C4", 1, wrong(3)), "Lift: filter_shape = 3; give rows and columns, as in (3, 3)"),
+        (lambda: Lift("C4", 1, wrong((3.0, 3.0))), "Lift: filter_shape = (3.0, 3.0); give rows and columns"),
+        (lambda: GroupConv("C4", 1, W_std=-1), "GroupConv: W_std = -1; a standard deviation is a number, 0 or more"),
+        (lambda: GroupConv("C4", 1, b_std=float("nan")), "GroupConv: b_std = nan; a standard deviation is a number"),
+        (lambda: GroupConv("C4", 1, W_std=wrong("1")), "GroupConv: W_std = '1'; a standard deviation is a number"),
     ],
 )
 def test_unusable_layers_say_what_to_do(make: Any, message: str) -> None:
@@ -224,6 +237,32 @@ def test_unusable_inputs_say_what_to_do(layers: Any, x: Array, message: str) -> 
         init_fn(jax.random.key(0), x.shape)
     with pytest.raises((ImageError, NetworkError), match=re.escape(message)):
         kernel_fn(x, None, "nngp")
+
+
+def test_images_of_another_size_or_number_of_channels_are_refused() -> None:
+    init_fn, apply_fn, kernel_fn = finite("C4", 4)
+    _, params = init_fn(jax.random.key(0), X1.shape)
+    for x in (X1[..., :1], np.concatenate([X1, X1], axis=3)):  # one channel would be broadcast
+        with pytest.raises(
+            ImageError, match=f"Lift: the input has {x.shape[3]} channels, and the parameters are for 2"
+        ):
+            apply_fn(params, x)
+    with pytest.raises(
+        ImageError, match=re.escape("x1 has shape (3, 5, 5, 2), x2 (3, 4, 4, 2); the mean over filters")
+    ):
+        kernel_fn(X1, X1[:, :4, :4], "ntk")
+    with pytest.raises(ImageError, match="Lift: the input is a list; it takes one array"):
+        apply_fn(params, X1.tolist())
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float16, bool])
+def test_images_of_other_dtypes_are_converted(dtype: Any) -> None:
+    init_fn, apply_fn, kernel_fn = finite("C4", 4)
+    x = np.random.default_rng(0).integers(0, 2 if dtype is bool else 200, X1.shape).astype(dtype)
+    floats = x.astype(np.float32)
+    _, params = init_fn(jax.random.key(0), x.shape)
+    np.testing.assert_allclose(apply_fn(params, x), apply_fn(params, floats), rtol=1e-5)
+    np.testing.assert_allclose(kernel_fn(x, None, "ntk"), kernel_fn(floats, None, "ntk"), rtol=1e-5)
 
 
 def test_masks_are_refused() -> None:

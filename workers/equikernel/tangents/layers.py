@@ -14,13 +14,14 @@ layers, give an NTK of 0.17846, 200 sampled networks of width 128 give 0.1768 ±
 from __future__ import annotations
 
 import math
+import numbers
 from itertools import product
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from neural_tangents._src.stax.requirements import Bool, Diagonal, layer, requires
+from neural_tangents._src.stax.requirements import Bool, Diagonal, MaskedArray, layer, requires
 
 from equikernel import groups
 from equikernel.errors import ImageError, NetworkError
@@ -121,7 +122,7 @@ def _group_convolution(
     w_std: float,
     b_std: float | None,
 ) -> Triple:
-    _check_layer(name, group, filter_shape, padding)
+    _check_layer(name, group, out_chan, filter_shape, padding, w_std, b_std)
     radii = (filter_shape[0] // 2, filter_shape[1] // 2)
     taps, n = filter_shape[0] * filter_shape[1], groups.order(group)
     lifting = name == "Lift"
@@ -146,6 +147,11 @@ def _group_convolution(
         _refuse_masks(name, inputs, **kwargs)
         weights, bias = params
         shape = output_shape(inputs.shape)
+        if inputs.shape[-1] != weights.shape[2]:
+            raise ImageError(
+                f"{name}: the input has {inputs.shape[-1]} channels, and the parameters are for {weights.shape[2]}; "
+                "call init_fn with the shape of the input"
+            )
         rotated = jnp.einsum("rav,vqcd->raqcd", jnp.asarray(rotations, inputs.dtype), weights)
         if not lifting:  # tap q of the filter of element r reads the input at element rq
             table = groups.multiplication_table(group)
@@ -158,6 +164,10 @@ def _group_convolution(
     def kernel_fn(k: Any, **kwargs: Any) -> Any:
         _check_kernel(name, k)
         output_shape(k.shape1)
+        if k.shape1[1:-1] != k.shape2[1:-1]:
+            raise ImageError(
+                f"{name}: x1 has shape {k.shape1}, x2 {k.shape2}; the mean over filters needs images of one size"
+            )
         k = k.reverse() if k.is_reversed else k
 
         def average(covariance: Any, batch_axes: int) -> Any:
@@ -255,19 +265,30 @@ def _named(
     return triple
 
 
-def _check_layer(name: str, group: str, filter_shape: tuple[int, int], padding: str) -> None:
-    if not groups.is_group(group):
+def _check_layer(name: str, group: Any, out_chan: Any, filter_shape: Any, padding: Any, w_std: Any, b_std: Any) -> None:
+    if not isinstance(group, str) or not groups.is_group(group):
         raise NetworkError(
             f"{name}: {group!r} is no group; use C_n or D_n with n from 1 to {groups.LARGEST}, as in 'C4'"
         )
+    if not _is_whole(out_chan) or out_chan < 1:
+        raise NetworkError(f"{name}: out_chan = {out_chan!r}; a layer has a whole number of channels, 1 or more")
+    for field, value in (("W_std", w_std), ("b_std", 0.0 if b_std is None else b_std)):
+        if not (isinstance(value, (int, float, np.number)) and 0 <= value < math.inf):
+            raise NetworkError(f"{name}: {field} = {value!r}; a standard deviation is a number, 0 or more")
     if padding not in PADDINGS:
         raise NetworkError(f"{name}: padding {padding!r} does not exist; choose {', '.join(PADDINGS)}")
-    if len(filter_shape) != 2 or any(side < 1 or side % 2 == 0 for side in filter_shape):
+    if not (isinstance(filter_shape, (tuple, list)) and len(filter_shape) == 2 and all(map(_is_whole, filter_shape))):
+        raise NetworkError(f"{name}: filter_shape = {filter_shape!r}; give rows and columns, as in (3, 3)")
+    if any(side < 1 or side % 2 == 0 for side in filter_shape):
         raise NetworkError(
             f"{name}: filter_shape {filter_shape} has no centre pixel to rotate about; use two odd sides"
         )
     if filter_shape[0] != filter_shape[1] and not groups.keeps_rectangles(group):
         raise NetworkError(f"{name}: {group} turns filters of {filter_shape}; use square ones, or C1, C2, D1 or D2")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _check_images(name: str, shape: tuple[int, ...], group: str) -> None:
@@ -296,8 +317,10 @@ def _check_square(name: str, shape: tuple[int, ...], group: str) -> None:
 
 
 def _refuse_masks(name: str, inputs: Any, mask_constant: Any = None, **kwargs: Any) -> None:
-    if mask_constant is not None or not hasattr(inputs, "shape"):
+    if mask_constant is not None or isinstance(inputs, MaskedArray):
         raise NetworkError(f"{name} supports no masks: a masked pixel has no rotation; leave out mask_constant")
+    if not hasattr(inputs, "shape"):
+        raise ImageError(f"{name}: the input is a {type(inputs).__name__}; it takes one array")
 
 
 def _check_kernel(name: str, k: Any) -> None:
