@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -296,9 +297,61 @@ def test_unusable_requests_say_what_to_do() -> None:
         finite.apply(net, params, np.ones((1, 4, 4, 2)))
     with pytest.raises(ImageError, match="needs square ones"):
         finite.apply(net, params, np.ones((1, 5, 6, 2)))
-    with pytest.raises(NetworkError, match="width 0"):
-        finite.init(net, 0, key, 2)
     with pytest.raises(ImageError, match=r"x2 has shape \(5, 5, 2\)"):
         finite.empirical_kernels(net, 4, key, np.ones((1, 5, 5, 2)), np.ones((5, 5, 2)))
     with pytest.raises(ImageError, match=r"x1 has images of shape \(5, 5, 2\), but x2 of \(6, 6, 2\)"):
         finite.empirical_kernels(net, 4, key, np.ones((1, 5, 5, 2)), np.ones((1, 6, 6, 2)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"depth": 3}, "the parameters have 3 layers, and the network 4 (convolutions, head and read-out); call init"),
+        ({"depth": 2, "head": "relu"}, "the parameters have 3 layers, and the network 4"),
+        (
+            {"depth": 2, "group": "C2"},
+            "weights of layer 1 have shape (3, 3, 4, 4, 4), and the network needs (3, 3, 2, 4, 4)",
+        ),
+        (
+            {"depth": 2, "filter_size": 5},
+            "weights of layer 0 have shape (3, 3, 1, 2, 4), and the network needs (5, 5, 1,",
+        ),
+    ],
+)
+def test_parameters_of_another_network_are_refused(fields: dict[str, Any], message: str) -> None:
+    params = finite.init(GroupCNN(depth=2), 4, jax.random.key(0), 2)
+    with pytest.raises(NetworkError, match=re.escape(message)):
+        finite.apply(GroupCNN(**fields), params, np.ones((1, 5, 5, 2)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"width": 0}, "width = 0; give a whole number, 1 or more"),
+        ({"width": 2.5}, "width = 2.5; give a whole number"),
+        ({"width": True}, "width = True; give a whole number"),
+        ({"samples": 0}, "samples = 0; give a whole number"),
+        ({"key": 0}, "key = 0 is no JAX random key; give jax.random.key(0)"),
+    ],
+)
+def test_numbers_that_make_no_network_are_refused(fields: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"width": 4, "key": jax.random.key(0), **fields}
+    with pytest.raises(NetworkError, match=re.escape(message)):
+        finite.empirical_kernels(GroupCNN(depth=1), x1=np.ones((1, 5, 5, 2)), **arguments)
+    if "samples" not in fields:
+        with pytest.raises(NetworkError, match=re.escape(message)):
+            finite.init(GroupCNN(depth=1), channels=2, **arguments)
+
+
+def test_bad_pixels_are_refused_and_integers_converted() -> None:
+    net, key = GroupCNN(depth=1), jax.random.key(0)
+    params = finite.init(net, 4, key, 2)
+    x = np.random.default_rng(0).integers(0, 200, (2, 5, 5, 2)).astype(np.uint8)
+    np.testing.assert_array_equal(finite.apply(net, params, x), finite.apply(net, params, x.astype(np.float32)))
+    np.testing.assert_array_equal(jax.jit(lambda x: finite.apply(net, params, x))(x).shape, (2,))
+    bad = x.astype(np.float32)
+    bad[1, 2, 3, 1] = np.nan
+    with pytest.raises(ImageError, match=r"images\[1\] has NaN or infinite pixels, the first at \[2, 3, 1\]"):
+        finite.apply(net, params, bad)
+    with pytest.raises(ImageError, match=r"x2\[1\] has NaN or infinite pixels"):
+        finite.empirical_kernels(net, 4, key, x, bad)

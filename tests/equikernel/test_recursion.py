@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from equikernel import Activation, AvgPool, Conv, GroupCNN, Residual, recursion
 from equikernel.groups import GRID_GROUPS, Symmetry, multiplication_table, order, symmetries
-from equikernel.ranges import Labels
+from equikernel.images import Labels
 
 Array = NDArray[np.float64]
 

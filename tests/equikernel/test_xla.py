@@ -15,8 +15,8 @@ from equikernel.engines import functions, xla
 from equikernel.engines.device import platform
 from equikernel.engines.xla import XlaEngine, block_shape
 from equikernel.engines.xla_planes import plane_sums
+from equikernel.images import Labels
 from equikernel.kernel import Kernel
-from equikernel.ranges import Labels
 
 NETWORKS = {
     "SAME": GroupCNN(group="C4", depth=2, b_std=0.2),

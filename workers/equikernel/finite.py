@@ -29,6 +29,7 @@ import numpy as np
 from equikernel import groups
 from equikernel.errors import ImageError, NetworkError
 from equikernel.geometry import windows
+from equikernel.images import Labels, as_images, check_finite
 from equikernel.layers import Branch, Convolution, Nonlinearity, Pooling
 
 if TYPE_CHECKING:
@@ -66,28 +67,60 @@ def init(net: GroupCNN, width: int, key: jax.Array, channels: int) -> Params:
       channels: channels of the images.
 
     Raises:
-      NetworkError: ``width`` or ``channels`` is below 1.
+      NetworkError: ``width`` or ``channels`` is no whole number, or below 1, or ``key`` is no key.
     """
-    if width < 1 or channels < 1:
-        raise NetworkError(
-            f"a network of width {width} on images of {channels} channels has no parameters; use 1 or more"
-        )
+    _check_count("width", width)
+    _check_count("channels", channels)
+    _check_key(key)
+    shapes = _shapes(net, width, channels)
+    sizes = [size for shape in shapes for size in (math.prod(shape), shape[-1])]
+    # One draw for all layers: XLA takes about half a second to compile each.
+    values = iter(jnp.split(jax.random.normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1]))
+    return tuple(Layer(next(values).reshape(shape), next(values)) for shape in shapes)
+
+
+def _shapes(net: GroupCNN, width: int, channels: int) -> list[tuple[int, ...]]:
+    """The shape of the weights of each layer."""
     inputs, shapes = (1, channels), []
     for step in net.convolutions:
         shapes.append((2 * step.radii[0] + 1, 2 * step.radii[1] + 1, *inputs, width))
         inputs = groups.order(net.group), width
-    dense = [(width, width)] * len(net.head) + [(width, 1)]
-    sizes = [size for shape in (*shapes, *dense) for size in (math.prod(shape), shape[-1])]
-    # One draw for all layers: XLA takes about half a second to compile each.
-    values = iter(jnp.split(jax.random.normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1]))
-    return tuple(Layer(next(values).reshape(shape), next(values)) for shape in (*shapes, *dense))
+    return [*shapes, *[(width, width)] * len(net.head), (width, 1)]
+
+
+def _check_params(net: GroupCNN, params: Params) -> None:
+    """Raise :class:`NetworkError` unless ``params`` are of this network, of any width and number of channels."""
+    *_, channels, width = params[0].weights.shape
+    expected = _shapes(net, width, channels)
+    if len(params) != len(expected):
+        raise NetworkError(
+            f"the parameters have {len(params)} layers, and the network {len(expected)} (convolutions, head and "
+            "read-out); call init with this network"
+        )
+    for index, (layer, shape) in enumerate(zip(params, expected, strict=True)):
+        if layer.weights.shape != shape:
+            raise NetworkError(
+                f"the weights of layer {index} have shape {layer.weights.shape}, and the network needs {shape}; call "
+                "init with this network"
+            )
+
+
+def _check_key(key: Any) -> None:
+    if not (isinstance(key, jax.Array) and (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape == (2,))):
+        raise NetworkError(f"key = {key!r} is no JAX random key; give jax.random.key(0)")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise NetworkError(f"{name} = {value!r}; give a whole number, 1 or more")
 
 
 def apply(net: GroupCNN, params: Params, images: ArrayLike) -> jax.Array:
     """Outputs ``(n,)`` of the network on ``(n, H, W, C)`` images, in the dtype of ``params``.
 
     Raises:
-      ImageError, NetworkError: the images are not ``(n, H, W, C)`` or do not fit the network or its parameters.
+      ImageError, NetworkError: the images are not ``(n, H, W, C)`` real and finite numbers (inside ``jax.jit`` no
+        values are looked at), or do not fit the network or its parameters, or these are of another network.
     """
     return _dense(net, params[-1], features(net, params, images))[:, 0]
 
@@ -98,6 +131,10 @@ def features(net: GroupCNN, params: Params, images: ArrayLike) -> jax.Array:
     Raises:
       ImageError, NetworkError: as :func:`apply`.
     """
+    _check_params(net, params)
+    if not isinstance(images, jax.core.Tracer):
+        images = as_images(images, "images")
+        check_finite(images, Labels("images"))
     weights = params[0].weights
     x = jnp.asarray(images, weights.dtype)
     if x.ndim != 4 or x.shape[3] != weights.shape[3]:
@@ -194,10 +231,16 @@ def empirical_kernels(
       bit when ``x2`` is ``None``.
 
     Raises:
-      ImageError, NetworkError: the images are not ``(n, H, W, C)`` or do not fit the network, or a width below 1.
+      ImageError, NetworkError: the images are not ``(n, H, W, C)`` real and finite numbers or do not fit the network,
+        or ``width`` or ``samples`` is no whole number, or below 1, or ``key`` is no key.
     """
-    first = _as_images(x1, "x1")
-    second = first if x2 is None else _as_images(x2, "x2")
+    first = as_images(x1, "x1")
+    second = first if x2 is None else as_images(x2, "x2")
+    check_finite(first, Labels("x1"))
+    check_finite(second, Labels("x2"))
+    _check_count("samples", samples)
+    _check_count("width", width)
+    _check_key(key)
     if first.shape[1:] != second.shape[1:]:
         raise ImageError(
             f"x1 has images of shape {first.shape[1:]}, but x2 of {second.shape[1:]}; kernels need equal shapes"
@@ -236,10 +279,3 @@ def _kernels_of_one(
 
     columns, h2 = jax.lax.map(column, jnp.asarray(x2, h1.dtype))
     return net.w_std**2 / width * h1 @ h2.T + net.b_std**2, columns.T
-
-
-def _as_images(images: ArrayLike, name: str) -> NDArray[Any]:
-    array = np.asarray(images)
-    if array.ndim != 4:
-        raise ImageError(f"{name} has shape {array.shape}; it must be (images, height, width, channels)")
-    return array

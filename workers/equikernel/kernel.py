@@ -13,9 +13,9 @@ import numpy as np
 
 from equikernel.errors import EngineError, ImageError, MemoryLimitError, NonFiniteKernelError, suggestion
 from equikernel.groups import on_grid, union
+from equikernel.images import Labels, as_images, check_pixels
 from equikernel.layers import Branch, Convolution, Pooling
 from equikernel.memory import available_memory, format_bytes
-from equikernel.ranges import Labels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,9 +32,6 @@ DTYPES = ("float32", "float64")
 
 SHARE = 0.5
 """Share of the free memory that a call uses unless told otherwise; and share of that for work in progress."""
-
-CHECKED_AT_ONCE = 2**20
-"""Pixels that are looked at at once for bad values."""
 
 
 class _Matrices(NamedTuple):
@@ -205,10 +202,10 @@ class KernelFunction:
             whose squares leave the range of the dtype, or non-square images for a group with quarter turns.
           NetworkError: the network does not fit the images.
         """
-        array, labels = _as_images(images, name), Labels(name, first)
+        array, labels = as_images(images, name), Labels(name, first)
         _, height, width, channels = array.shape
         self.check_size(height, width, channels)
-        _check_pixels(array, self.dtype, labels)
+        check_pixels(array, self.dtype, labels)
         with np.errstate(over="ignore", invalid="ignore"):
             prepared = self.engine.prepare(array, labels)
         self._refuse_vanishing(prepared, labels)
@@ -361,8 +358,8 @@ def compute(
 ) -> dict[str, Kernel]:
     """The kernels of ``x1`` against ``x2`` by group, block by block; see :meth:`equikernel.GroupCNN.kernel`."""
     function = KernelFunction(network, groups, engine, dtype, threads, memory_limit)
-    first = _as_images(x1, "x1")
-    second = first if x2 is None else _as_images(x2, "x2")
+    first = as_images(x1, "x1")
+    second = first if x2 is None else as_images(x2, "x2")
     if first.shape[1:] != second.shape[1:]:
         raise _unequal(first.shape[1:], second.shape[1:])
     function.check_size(*first.shape[1:])
@@ -372,7 +369,7 @@ def compute(
     if edge >= largest:
         return function(function.prepare(first, "x1"), None if x2 is None else function.prepare(second, "x2"))
     for name, images in (("x1", first),) if x2 is None else (("x1", first), ("x2", second)):
-        _check_pixels(images, function.dtype, Labels(name))  # before any time is spent
+        check_pixels(images, function.dtype, Labels(name))  # before any time is spent
     for i in range(0, len(first), edge):
         rows = function.prepare(first[i : i + edge], "x1", first=i)
         for j in range(i if x2 is None else 0, len(second), edge):
@@ -477,47 +474,6 @@ def _checked_dtype(dtype: Any) -> np.dtype[Any]:
             if dtype is not None and np.dtype(dtype) == name:
                 return np.dtype(name)
     raise EngineError(f"dtype {dtype!r} does not exist for kernels; choose {_listing(DTYPES)}")
-
-
-def _as_images(images: ArrayLike, name: str) -> NDArray[Any]:
-    """An array of shape ``(n, H, W, C)`` of real numbers."""
-    try:
-        array = np.asarray(images)
-    except ValueError as error:
-        raise ImageError(f"{name} is no array ({error}); images are (n, height, width, channels)") from None
-    if array.dtype.kind not in "fiub":
-        raise ImageError(f"{name} has dtype {array.dtype}; images are real numbers, float32 or float64")
-    if array.ndim != 4:
-        raise ImageError(
-            f"{name} has shape {array.shape}; images are (n, height, width, channels), "
-            "for grey images with channels = 1, for a single image with n = 1"
-        )
-    if 0 in array.shape:
-        raise ImageError(f"{name} has shape {array.shape}, so it holds no pixels; give at least one image")
-    return array
-
-
-def _check_pixels(images: NDArray[Any], dtype: np.dtype[Any], labels: Labels) -> None:
-    """Raise :class:`ImageError` unless ``(n, H, W, C)`` images are finite and in the range of ``dtype``."""
-    low, high = (1e-15, 1e15) if dtype.itemsize == 4 else (1e-120, 1e120)
-    step = max(1, CHECKED_AT_ONCE // images[0].size)
-    for start in range(0, len(images), step):
-        piece = images[start : start + step]
-        finite = np.isfinite(piece)
-        if not finite.all():
-            image, *pixel = map(int, np.unravel_index(int(np.argmin(finite)), piece.shape))
-            raise ImageError(
-                f"{labels.of(start + image)} has NaN or infinite pixels, the first at {pixel} (row, column, "
-                "channel); remove or repair that image"
-            )
-        largest = np.maximum(piece.max(axis=(1, 2, 3)), -piece.min(axis=(1, 2, 3)).astype(np.float64))
-        bad = ((largest > high) | (largest < low)) & (largest > 0)
-        if bad.any():
-            index = int(np.argmax(bad))
-            raise ImageError(
-                f"the largest pixel of {labels.of(start + index)} is {largest[index]:.3g}; {dtype.name} kernels "
-                f"need it between {low:g} and {high:g} (or an image of zeros); rescale the images"
-            )
 
 
 def _unequal(shape1: tuple[int, ...], shape2: tuple[int, ...]) -> ImageError:

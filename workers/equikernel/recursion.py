@@ -17,9 +17,9 @@ import numpy as np
 
 from equikernel.geometry import windows
 from equikernel.groups import multiplication_table, order, reach, symmetries
+from equikernel.images import Labels, in_range
 from equikernel.layers import Branch, Convolution, Nonlinearity, Pooling
 from equikernel.pooled import Pooled, Prepared
-from equikernel.ranges import Labels, in_range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

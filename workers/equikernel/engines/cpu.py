@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from equikernel.activations import Activation
+    from equikernel.images import Labels
     from equikernel.layers import Step
     from equikernel.network import Architecture
-    from equikernel.ranges import Labels
 
 Piece: TypeAlias = tuple[int, int, int]
 """``(place of the element, start, stop)`` of pairs with one first image."""

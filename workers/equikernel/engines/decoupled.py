@@ -12,8 +12,8 @@ import numpy as np
 
 from equikernel.activations import EPS
 from equikernel.errors import ImageError
+from equikernel.images import Labels, in_range
 from equikernel.layers import Branch, Convolution, Nonlinearity
-from equikernel.ranges import Labels, in_range
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -35,9 +35,9 @@ from equikernel.engines.dense import (
 from equikernel.engines.device import device_memory, platform, power_of_two
 from equikernel.geometry import windows
 from equikernel.groups import Symmetry, on_grid, reach, union
+from equikernel.images import Labels, in_range
 from equikernel.layers import Branch, Convolution, Nonlinearity, Pooling
 from equikernel.pooled import Pooled, Prepared, by_group
-from equikernel.ranges import Labels, in_range
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

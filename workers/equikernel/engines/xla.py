@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from equikernel.images import Labels
     from equikernel.layers import Step
     from equikernel.network import Architecture
-    from equikernel.ranges import Labels
 
 ENTRIES = {"cpu": 2**17, "gpu": 2**23}
 """Entries of the planes that are computed at once: on CPUs they stay in the caches of a few cores."""
