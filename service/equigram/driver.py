@@ -111,12 +111,17 @@ def check_address(workers: WorkerSpec) -> None:
 
     Raises:
       ClusterError: nobody answers there, or not as Ray does.
-      ResourceError: a worker needs more cores than this machine has.
+      ResourceError: a worker needs more cores than this machine has, or a GPU, and there is none.
     """
     address = workers.address
     if address is None:
-        from equikernel.kernel import available_cores
+        from equikernel.kernel import available_cores, has_gpu
 
+        if workers.gpus and not has_gpu():
+            raise ResourceError(
+                f"workers.gpus = {workers.gpus:g}, but JAX finds no GPU on this machine; install JAX for its GPU (as "
+                "with `pip install 'jax[cuda13]'`), name a cluster in workers.address, or leave out workers.gpus"
+            )
         if workers.cpus > available_cores():
             raise ResourceError(
                 f"a worker with workers.cpus = {workers.cpus} does not fit on this machine, which has "
@@ -308,7 +313,7 @@ class _Pool:
         actor: Any = ray.remote(TileWorker).options(
             num_cpus=workers.cpus, num_gpus=workers.gpus, memory=self._memory, max_restarts=0
         )
-        handle = actor.remote(self._store, self._spec.network, gram.groups, gram.engine, gram.dtype, workers.cpus)
+        handle = actor.remote(self._store, self._spec.network, gram.groups, self._spec.engine, gram.dtype, workers.cpus)
         return _Worker(handle, {handle.ready.remote(): None})
 
     def _stop(self, worker: _Worker) -> None:

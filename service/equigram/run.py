@@ -19,7 +19,7 @@ from equigram.solve.stage import Result, check_solvable, solve_run
 from equigram.store import GramStore, free_space
 from equikernel.errors import EquikernelError, NetworkError
 from equikernel.groups import keeps_rectangles, union
-from equikernel.kernel import KernelFunction, available_cores, choose_engine
+from equikernel.kernel import KernelFunction, available_cores
 from equikernel.memory import available_memory, format_bytes
 from equikernel.worker import CACHED_BLOCKS, measure_pair_seconds, processor_kind
 
@@ -36,7 +36,7 @@ MEASURED_SIDE = {"reference": 8, "general": 16}
 """Pixels per side of the images that the cost of a pair is measured with at most, by engine; 48 for the others."""
 
 PREDICT_BLOCK = 64
-"""New images that are predicted at once."""
+"""New images that are computed at once against a block of training images."""
 
 
 class Listener(Protocol):
@@ -180,7 +180,7 @@ def worker_memory(spec: JobSpec, tiling: Tiling, image_shape: tuple[int, int, in
     """Bytes that a worker needs at most, for images of ``(H, W, C)``."""
     elements = len(union(spec.gram.groups))
     gram = spec.gram
-    engine = KernelFunction(spec.network, gram.groups, gram.engine, gram.dtype, spec.workers.cpus).engine
+    engine = KernelFunction(spec.network, gram.groups, spec.engine, gram.dtype, spec.workers.cpus).engine
     image = engine.image_bytes(*image_shape)
     return (
         WORKER_BYTES
@@ -287,11 +287,10 @@ def predicted_pair_seconds(spec: JobSpec, shape: tuple[int, int, int]) -> float:
     """
     height, width, channels = shape
     network, gram = spec.network, spec.gram
-    engine, _ = choose_engine(network, gram.groups, gram.engine)
-    rows, cols = measured_size(network, gram.groups, height, width, MEASURED_SIDE.get(engine, 48))
+    rows, cols = measured_size(network, gram.groups, height, width, MEASURED_SIDE.get(spec.engine, 48))
     images = np.random.default_rng(0).normal(size=(2, rows, cols, channels)).astype(gram.dtype)
     try:
-        pair = measure_pair_seconds(network, gram.groups, gram.engine, gram.dtype, spec.workers.cpus, images)
+        pair = measure_pair_seconds(network, gram.groups, spec.engine, gram.dtype, spec.workers.cpus, images)
     except EquikernelError as error:
         raise NetworkError(f"this network fails already on noise of mean 0 and standard deviation 1: {error}") from None
     return pair * (height * width / (rows * cols)) ** 2
@@ -402,12 +401,16 @@ def predict(
         choices = ", ".join(f"{value:g}" for value in ridges)
         raise SpecError(f"the run has no solution for ridge {ridge:g}; choose one of {choices}")
     new = load_images(images, info.preprocessing)
-    function = KernelFunction(spec.network, (group,), spec.gram.engine, spec.gram.dtype)
-    train = function.prepare(store.images("train"), "the training images")
-    values = np.empty((len(new.images), arrays["offset"].size))
-    for start in range(0, len(new.images), PREDICT_BLOCK):
-        block = function.prepare(new.images[start : start + PREDICT_BLOCK], images)
-        cross = getattr(function(block, train)[group], kernel).astype(np.float64)
-        values[start : start + PREDICT_BLOCK] = cross @ arrays["coefficients"][chosen] + arrays["offset"]
-        progress(min(start + PREDICT_BLOCK, len(values)), len(values))
+    function = KernelFunction(spec.network, (group,), spec.engine, spec.gram.dtype)
+    values = np.tile(arrays["offset"].astype(np.float64), (len(new.images), 1))
+    coefficients = arrays["coefficients"][chosen]
+    blocks = info.tiling.train_blocks
+    for index in range(blocks):  # each block of training images is read and prepared once
+        first = index * info.tile
+        train = function.prepare(store.block("train", index), "the training images", first)
+        for start in range(0, len(values), PREDICT_BLOCK):
+            block = function.prepare(new.images[start : start + PREDICT_BLOCK], images, start)
+            cross = getattr(function(block, train)[group], kernel).astype(np.float64)
+            values[start : start + len(cross)] += cross @ coefficients[first : first + train.count]
+            progress((index * len(values) + start + len(cross)) // blocks, len(values))
     return Predictions(new.names, values, info.classes, group, kernel, ridges[chosen])

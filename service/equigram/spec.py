@@ -11,9 +11,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from equigram.errors import SpecError
 from equigram.yamlfile import read_yaml
 from equikernel.activations import Custom
+from equikernel.errors import EngineError
 from equikernel.fields import describe
 from equikernel.groups import on_grid
-from equikernel.kernel import EngineName
+from equikernel.kernel import EngineName, choose_engine
 from equikernel.network import Architecture, GroupCNN, GroupName
 
 KernelName = Literal["nngp", "ntk"]
@@ -110,7 +111,8 @@ class GramSpec(_Section):
     """Edge of a tile in images; ``auto`` chooses it from the measured cost of a pair."""
     engine: EngineName = "auto"
     """How the kernels are computed: ``cpu`` is fast and exact, ``xla`` the same in JAX, ``general`` does any network,
-    ``reference`` is the slow literal recursion; ``auto`` takes the best for network and machine."""
+    ``reference`` is the slow literal recursion; ``auto`` takes ``general`` where the others cannot, else ``xla`` for
+    workers with GPUs and ``cpu`` for those without."""
 
     @model_validator(mode="after")
     def _groups_that_share_a_pass(self) -> Self:
@@ -190,6 +192,14 @@ class JobSpec(_Section):
         return self
 
     @model_validator(mode="after")
+    def _engine_can_do_the_network(self) -> Self:
+        try:
+            _ = self.engine
+        except EngineError as error:
+            raise ValueError(f"gram.engine: {error}") from None
+        return self
+
+    @model_validator(mode="after")
     def _activations_have_names(self) -> Self:
         network = self.network
         custom = [one for one in (*network.head_activations, *network.activations) if isinstance(one, Custom)]
@@ -199,6 +209,15 @@ class JobSpec(_Section):
                 "equikernel.GroupCNN.kernel in your own program"
             )
         return self
+
+    @property
+    def engine(self) -> str:
+        """The engine of all workers, of the plan and of predictions: it depends on the job, not on the machine.
+
+        Raises:
+          EngineError: ``gram.engine`` cannot do this network.
+        """
+        return choose_engine(self.network, self.gram.groups, self.gram.engine, gpu=self.workers.gpus > 0)[0]
 
     @property
     def solved_kernels(self) -> tuple[KernelName, ...]:

@@ -122,8 +122,15 @@ def needs_dense(steps: Iterable[Step], groups: tuple[str, ...]) -> str:
     return ""
 
 
-def choose_engine(network: Architecture, groups: tuple[str, ...], engine: str) -> tuple[str, str]:
+def choose_engine(
+    network: Architecture, groups: tuple[str, ...], engine: str, gpu: bool | None = None
+) -> tuple[str, str]:
     """The engine to use and the reason, for the name that a user gave.
+
+    Args:
+      network, groups: the networks.
+      engine: one of :data:`ENGINES`.
+      gpu: whether to compute on a GPU; ``None`` means if JAX has one here.
 
     Raises:
       EngineError: there is no such engine, or it cannot do this network.
@@ -140,9 +147,9 @@ def choose_engine(network: Architecture, groups: tuple[str, ...], engine: str) -
         return engine, "it was asked for"
     if why:
         return "general", why
-    if has_gpu():
-        return "xla", "offsets decouple, and JAX has a GPU"
-    return "cpu", "offsets decouple, and JAX has no GPU"
+    if has_gpu() if gpu is None else gpu:
+        return "xla", "offsets decouple, and there is a GPU"
+    return "cpu", "offsets decouple, and there is no GPU"
 
 
 @cache
