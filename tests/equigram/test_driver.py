@@ -265,6 +265,10 @@ def test_more_cores_than_this_machine_has_are_refused_before_a_cluster_is_starte
         ResourceError, match=f"workers.cpus = 999 does not fit on this machine, which has {available_cores()} "
     ):
         check_address(WorkerSpec(cpus=999))
+    with pytest.raises(
+        ResourceError, match=r"workers.gpus = 0.5, but JAX finds no GPU on this machine; install JAX for"
+    ):
+        check_address(WorkerSpec(gpus=0.5))
     check_address(WorkerSpec())
 
 

@@ -362,3 +362,48 @@ def test_predictions_that_the_run_cannot_make_are_refused(
     run(simple())
     with pytest.raises(SpecError, match=words):
         predict(finished, str(npz), *asked)
+
+
+def test_training_images_are_read_once_for_all_new_ones(
+    finished: GramStore, simple: Job, npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(simple())
+    whole = predict(finished, str(npz), "C1", "ntk")
+    read: list[int] = []
+    block = GramStore.block
+
+    def counting(store: GramStore, split: Any, index: int) -> Any:
+        read.append(index)
+        return block(store, split, index)
+
+    monkeypatch.setattr(GramStore, "block", counting)
+    monkeypatch.setattr("equigram.run.PREDICT_BLOCK", 2)
+    steps: list[int] = []
+    parts = predict(finished, str(npz), "C1", "ntk", progress=lambda done, total: steps.append(done))
+    assert read == [0, 1, 2]
+    assert len(whole.names) > 2
+    assert steps == sorted(steps)
+    assert steps[-1] == len(whole.names)
+    assert_allclose(parts.values, whole.values, rtol=1e-12)
+
+
+LAYERS = [{"kind": "conv", "activation": "leaky_relu(0.1)"}, {"kind": "avg_pool", "size": 2}, {"kind": "conv"}]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"network": {"layers": LAYERS}, "gram": {"groups": ["C1", "C4"]}},
+        {"network": {"depth": 1}, "gram": {"groups": ["C8"], "dtype": "float64"}},
+        {"network": {"depth": 2}, "gram": {"groups": ["C1", "D4"], "engine": "xla"}},
+    ],
+    ids=["layers", "C8", "xla"],
+)
+def test_every_engine_and_several_groups_go_through_a_run(cluster: None, job: Job, sections: dict[str, Any]) -> None:
+    spec = job(**sections)
+    store = run(spec).store
+    x = store.images("train")
+    for group in spec.gram.groups:
+        kernel = spec.network_for(group).kernel(x, engine=spec.engine, dtype=spec.gram.dtype)
+        for name in ("nngp", "ntk"):
+            assert_allclose(store.matrix("gram", group, name), getattr(kernel, name), rtol=1e-6)

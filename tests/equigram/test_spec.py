@@ -293,6 +293,10 @@ def test_an_unknown_field_is_refused_with_a_suggestion(tmp_path: Path, more: str
             "gram.kernels[0]: 'NTK' is not allowed; choose 'nngp' or 'ntk'; did you mean 'ntk'?",
         ),
         ("gram: {dtype: float16}", "gram.dtype: 'float16' is not allowed; choose 'float32' or 'float64'"),
+        (
+            "network: {layers: [{kind: conv}, {kind: avg_pool, size: 2}]}\ngram: {engine: xla}",
+            "gram.engine: the engine 'xla' cannot do this network: the pooling layers[1] does not keep the offset",
+        ),
         ("gram: {engine: gpu}", "gram.engine: 'gpu' is not allowed; choose 'auto', 'cpu', 'xla', 'general' or "),
         ("gram: {tile: foo}", "gram.tile: 'foo' is not allowed; choose 'auto' or a whole number from 1 to 65536"),
         ("gram: {tile: 0}", "gram.tile: 0 is not allowed; choose 'auto' or a whole number from 1 to 65536"),
@@ -342,3 +346,18 @@ def test_every_wrong_field_is_named_in_a_line_of_its_own(tmp_path: Path) -> None
     assert [line.split(": ")[:2] for line in lines] == [
         [str(path), field] for field in ("store", "data.sise", "gram.groups[0]", "gram.tile")
     ]
+
+
+@pytest.mark.parametrize(
+    ("sections", "engine"),
+    [
+        ({}, "cpu"),
+        ({"workers": {"gpus": 0.5}}, "xla"),
+        ({"gram": {"groups": ["C8"]}}, "general"),
+        ({"gram": {"groups": ["C8"]}, "workers": {"gpus": 1}}, "general"),
+        ({"network": {"layers": [{"kind": "conv"}, {"kind": "avg_pool", "size": 2}]}}, "general"),
+        ({"gram": {"engine": "reference"}, "workers": {"gpus": 1}}, "reference"),
+    ],
+)
+def test_the_engine_depends_on_the_job_alone(sections: dict[str, Any], engine: str) -> None:
+    assert JobSpec.parse({"store": "runs/x", "data": {"train": "x.npz"}, **sections}).engine == engine

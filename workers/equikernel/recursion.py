@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 ARRAYS_AT_ONCE = 8
 """Arrays of the size of a covariance that the recursion holds at the same time."""
 
-PAIRS_BYTES = 2**27
+PAIRS_BYTES = 2**22
 """Largest covariance array, in bytes, of the pairs that are computed at once."""
 
 

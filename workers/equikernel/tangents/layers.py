@@ -147,11 +147,15 @@ def _group_convolution(
         _refuse_masks(name, inputs, **kwargs)
         weights, bias = params
         shape = output_shape(inputs.shape)
-        if inputs.shape[-1] != weights.shape[2]:
+        expected = (taps, m, inputs.shape[-1], out_chan)
+        if weights.shape != expected:
             raise ImageError(
-                f"{name}: the input has {inputs.shape[-1]} channels, and the parameters are for {weights.shape[2]}; "
-                "call init_fn with the shape of the input"
+                f"{name}: the weights have shape {weights.shape}, and an input of shape {inputs.shape} needs {expected} "
+                "(taps, elements, channels, out_chan); call init_fn of this network with the shape of the input"
             )
+        if jnp.iscomplexobj(inputs):
+            raise ImageError(f"{name}: the input has dtype {inputs.dtype}; it takes real numbers")
+        inputs = jnp.asarray(inputs, jnp.result_type(inputs, weights))  # integers would cut off the rotated filters
         rotated = jnp.einsum("rav,vqcd->raqcd", jnp.asarray(rotations, inputs.dtype), weights)
         if not lifting:  # tap q of the filter of element r reads the input at element rq
             table = groups.multiplication_table(group)
