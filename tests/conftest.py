@@ -68,7 +68,7 @@ def job(tmp_path: Path, npz: Path) -> Callable[..., JobSpec]:
     def make(store: object = tmp_path / "run", **sections: Any) -> JobSpec:
         fields: dict[str, Any] = {
             "data": {"train": npz},
-            "network": {"depth": 2},
+            "network": {} if "layers" in sections.get("network", {}) else {"depth": 2},
             "gram": {"groups": ["C1"], "tile": 4},
             "workers": {"count": 1},
         }

@@ -150,8 +150,8 @@ def _group_convolution(
         expected = (taps, m, inputs.shape[-1], out_chan)
         if weights.shape != expected:
             raise ImageError(
-                f"{name}: the weights have shape {weights.shape}, and an input of shape {inputs.shape} needs {expected} "
-                "(taps, elements, channels, out_chan); call init_fn of this network with the shape of the input"
+                f"{name}: the weights have shape {weights.shape}, and an input of shape {inputs.shape} needs "
+                f"{expected} (taps, elements, channels, out_chan); call init_fn of this network with that shape"
             )
         if jnp.iscomplexobj(inputs):
             raise ImageError(f"{name}: the input has dtype {inputs.dtype}; it takes real numbers")
