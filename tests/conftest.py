@@ -98,7 +98,7 @@ def compute() -> Callable[..., None]:
     def fill(store: GramStore, tiles: Iterable[Tile] | None = None) -> None:
         spec = store.info.spec
         gram = spec.gram
-        worker = TileWorker(store, spec.network, gram.groups, gram.engine, gram.dtype, threads=1)
+        worker = TileWorker(store, spec.network, gram.groups, spec.engine, gram.dtype, threads=1)
         for tile in store.info.tiling.tiles() if tiles is None else tiles:
             worker.compute(tile)
 

@@ -399,9 +399,12 @@ LAYERS = [{"kind": "conv", "activation": "leaky_relu(0.1)"}, {"kind": "avg_pool"
     ],
     ids=["layers", "C8", "xla"],
 )
-def test_every_engine_and_several_groups_go_through_a_run(cluster: None, job: Job, sections: dict[str, Any]) -> None:
+def test_every_engine_and_several_groups_go_through_a_store(
+    job: Job, create: Callable[..., GramStore], compute: Callable[..., None], sections: dict[str, Any]
+) -> None:
     spec = job(**sections)
-    store = run(spec).store
+    store = create(spec)
+    compute(store)
     x = store.images("train")
     for group in spec.gram.groups:
         kernel = spec.network_for(group).kernel(x, engine=spec.engine, dtype=spec.gram.dtype)

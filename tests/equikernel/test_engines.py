@@ -186,7 +186,7 @@ print(memory("VmHWM") - before - kernel.nngp.nbytes - kernel.ntk.nbytes)
 @pytest.mark.parametrize(
     ("engine", "rows", "count", "side", "channels", "limit"),
     [
-        ("cpu", 500, 1000, 2, 1, 16_000_000),
+        ("cpu", 300, 600, 2, 1, 14_000_000),
         ("cpu", 1, 300, 16, 64, 30_000_000),
         ("xla", 9, 60, 8, 64, 16_000_000),
         ("general", 9, 40, 8, 64, 16_000_000),
