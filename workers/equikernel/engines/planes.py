@@ -249,9 +249,9 @@ def aligned_start(gap):
 
 
 @njit(**EXACT)
-def aligned_zeros(count, dtype):
-    """``count`` zeros that begin at a cache line."""
-    array = np.zeros(count + U(CACHE_LINE), dtype)
+def aligned(count, dtype):
+    """Room for ``count`` entries that begins at a cache line."""
+    array = np.empty(count + U(CACHE_LINE), dtype)
     skipped = U(-array.ctypes.data % CACHE_LINE) // U(array.itemsize)
     return array[skipped : skipped + count]
 
@@ -465,20 +465,23 @@ def pooled_pairs(
       branch: correlations with ``1 - |c| < branch`` are taken as ``±1``.
       stop: ``(1,)`` bool; when another thread sets it, the sums are left unfinished after one plane.
     """
+    if len(others) == 0:
+        return
     circular = padding == CIRCULAR
     dtype = packed1.dtype
     image = program.planes * height * width
     longest = padded(block * (width + gap + gap))
-    x = aligned_zeros(program.planes * height * longest, dtype)
-    y = aligned_zeros(program.planes * height * longest, dtype)
+    x = aligned(program.planes * height * longest, dtype)
+    y = aligned(program.planes * height * longest, dtype)
     rows = height + scratch_rows(program.radius_y)
     operations = U(len(program.kind))
     scratch = Scratch(
-        aligned_zeros(rows * longest, dtype), aligned_zeros(rows * longest, dtype),
-        aligned_zeros(U(2) * program.slots * height * longest, dtype), aligned_zeros(U(LINE), dtype),
-        aligned_zeros(longest, dtype), aligned_zeros(longest, dtype), aligned_zeros(longest, dtype),
-        aligned_zeros(operations * longest, dtype),
+        aligned(rows * longest, dtype), aligned(rows * longest, dtype),
+        aligned(U(2) * program.slots * height * longest, dtype), aligned(U(LINE), dtype),
+        aligned(longest, dtype), aligned(longest, dtype), aligned(longest, dtype), aligned(operations * longest, dtype),
     )  # fmt: skip
+    scratch.knl[:] = 0
+    scratch.ntk[:] = 0
     for j in range(len(others)):
         sums_k[j] = 0.0
         sums_theta[j] = 0.0
