@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numba import njit, types
+from numba.core.ir import Expr
 
 from equikernel import Custom, GroupCNN, ImageError
 from equikernel.activations import NAMED, RELU, Activation, parse
@@ -17,10 +18,13 @@ from equikernel.engines.cpu import LONGEST_ROW, _operation, offsets_per_block
 
 FLAT = types.Array(types.float32, 1, "C")
 U = types.uint64
+U_FLAT = types.Array(U, 1, "C")
 ROW = (FLAT, U, U, FLAT, U, FLAT, U, U, FLAT, U, types.float32)
+CORRELATION = (FLAT, U, U, FLAT, U, FLAT, U, types.float32)
 LOOPS = {
-    "arc_cosine_row": (*ROW, types.float32),
-    "convolved_arc_cosine_row": (FLAT, FLAT, U, U, U, *[types.float32] * 3, *ROW, types.float32),
+    "correlation_row": CORRELATION,
+    "convolved_correlation_row": (FLAT, FLAT, U, U, U, *[types.float32] * 3, *CORRELATION),
+    "arc_cosine_row": (FLAT, U, U, FLAT, U, FLAT, U, FLAT, U, types.float32),
     "erf_row": ROW,
     "gelu_row": ROW,
     "wave_row": (*ROW, types.boolean),
@@ -31,8 +35,9 @@ LOOPS = {
     "input_line": (FLAT, U, FLAT, U, U, U, U, U, FLAT),
 }
 PACKED = {
+    "correlation_row": "mulps",
+    "convolved_correlation_row": "mulps",
     "arc_cosine_row": "sqrtps",
-    "convolved_arc_cosine_row": "sqrtps",
     "erf_row": "sqrtps",
     "gelu_row": "sqrtps",
     "wave_row": "mulps",
@@ -52,6 +57,24 @@ def test_inner_loops_use_packed_instructions(name: str) -> None:
     compiled = njit(LOOPS[name], **options)(getattr(planes if hasattr(planes, name) else rows, name).py_func)
     (assembly,) = compiled.inspect_asm().values()
     assert re.search(rf"\bv?{PACKED[name]}\b.*%[yz]mm|\b{PACKED[name]}\b", assembly), f"no packed {PACKED[name]}"
+    assert "cvtps2pd" not in assembly, "converts to float64"
+
+
+def test_rows_of_float32_are_not_computed_in_float64() -> None:
+    """One factor of the wrong type would do that, at half the speed, and nothing else would show it."""
+    program = types.NamedTuple((U_FLAT, U_FLAT, FLAT, FLAT, *[U_FLAT] * 4, FLAT, FLAT, U, U), planes.Program)
+    scratch = types.NamedUniTuple(FLAT, 8, planes.Scratch)
+    signature = (program, scratch, FLAT, FLAT, U, U, U, U, U, types.int64, U, U, U, types.float32)
+    compiled = njit(signature, **{**rows.EXACT, "cache": False})(planes.pooled_plane.py_func)
+    annotation = compiled.overloads[signature].type_annotation
+    calls = [
+        (annotation.typemap[call.func.name], called.args)
+        for call, called in annotation.calltypes.items()
+        if isinstance(call, Expr) and call.op == "call"
+    ]
+    loops = [(called, arguments) for called, arguments in calls if isinstance(called, types.Dispatcher)]
+    assert len(loops) > 20
+    assert [called for called, arguments in loops if types.float64 in arguments] == []
 
 
 def one_row(activation: Activation, k: Any, q1: Any, q2: Any, dtype: type[np.floating]) -> tuple[Any, Any]:

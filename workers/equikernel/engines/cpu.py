@@ -120,7 +120,7 @@ class CpuEngine:
         rows = height + int(program.radius_y.sum() + program.radius_y.max()) + 1
         images = 2 * int(program.planes) * height
         long_rows = images + 2 * rows + 2 * int(program.slots) * height + 3 + len(program.kind)
-        scratch = itemsize * (longest * long_rows + planes.LINE)
+        scratch = itemsize * (longest * long_rows + planes.LINE + 2 * row)
         return max(scratch, pack_bytes(self.network, height, width, channels))
 
     def working_bytes(self, height: int, width: int, channels: int) -> int:
@@ -262,8 +262,8 @@ def _operation(activation: Activation, place: int) -> Operation:
         case Homogeneous(_, _, 0.0):
             return Operation(planes.IDENTITY)
         case Homogeneous():
-            factor, shift = activation.arc_cosine
-            return Operation(planes.ARC_COSINE, place, 0, np.pi / 2 + shift, factor)
+            _, shift = activation.arc_cosine
+            return Operation(planes.ARC_COSINE, place, middle=0.5 + shift / np.pi, factor=2 * activation.beta**2)
         case Erf():
             return Operation(planes.ERF, place, factor=2 / np.pi)
         case Gelu():

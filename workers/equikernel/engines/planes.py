@@ -29,7 +29,8 @@ from equikernel.engines.rows import (
     NTK_LINE,
     U,
     arc_cosine_row,
-    convolved_arc_cosine_row,
+    convolved_correlation_row,
+    correlation_row,
     erf_row,
     gelu_row,
     identity_row,
@@ -56,49 +57,66 @@ REORDERED = {**EXACT, "fastmath": {"contract", "reassoc", "nsz"}}
 
 
 @njit(**EXACT)
-def expand(packed, first, rows, width, radius, offsets, begin, count, circular, second, length, target):
-    """Write image planes in the long-row layout.
+def expand_first(packed, first, rows, width, radius, offsets, begin, count, circular, length, target):
+    """Write planes of the first image, which is read at ``t``, in the long-row layout.
 
     Args:
       packed, first: flat array and index of the first of ``rows`` image rows of ``width`` entries.
       offsets, begin, count: the horizontal offsets side by side, ``offsets[begin : begin + count]``.
       circular: halos of wrapped entries instead of zeros between segments.
-      second: whether this is the second image, read at ``t + δ``, or the first, read at ``t``.
       target: flat array of ``rows`` long rows of ``length`` entries, zeros after the last offset.
     """
     for row in range(rows):
         start = first + U(row) * width
         write = U(row) * length
         for b in range(count):
-            offset = offsets[begin + U(b)]
-            shift = offset if second else ZERO
             if circular:
-                read = (shift + width - radius) % width
-                left = width + radius + radius
-                while left > ZERO:
-                    run = min(left, width - read)
-                    for j in range(run):
-                        target[write + U(j)] = packed[start + read + U(j)]
-                    write += run
-                    left -= run
-                    read = ZERO
+                read = (width - radius % width) % width
+                for _ in range(width + radius + radius):
+                    target[write] = packed[start + read]
+                    write += ONE
+                    read = read + ONE if read + ONE < width else ZERO
             else:
-                run = width - offset
-                for j in range(run):
-                    target[write + U(j)] = packed[start + shift + U(j)]
-                write += run
+                run = width - offsets[begin + U(b)]
+                for j in range(width):
+                    gap = radius if U(j) >= run else ZERO
+                    target[write + U(j) + gap] = packed[start + U(j)]
                 for j in range(radius):
-                    target[write + U(j)] = 0
-                write += radius
-                read = start if second else start + run
-                for j in range(offset):
-                    target[write + U(j)] = packed[read + U(j)]
-                write += offset
-                for j in range(radius):
-                    target[write + U(j)] = 0
-                write += radius
+                    target[write + run + U(j)] = 0
+                    target[write + width + radius + U(j)] = 0
+                write += width + radius + radius
         for p in range(write, U(row) * length + length):
             target[U(p)] = 0
+
+
+@njit(**EXACT)
+def expand_second(packed, first, rows, width, radius, offsets, begin, count, circular, length, twice, target):
+    """The same for the second image, read at ``t + δ``.
+
+    Between its segments, where the first image has zeros, stand any of its entries, so that each offset is one copy
+    from ``twice``: room for two copies of a row, each with a gap.
+    """
+    whole = width + radius + radius
+    for row in range(rows):
+        start = first + U(row) * width
+        if circular:
+            read = (width - radius % width) % width
+            for j in range(width + whole):
+                twice[U(j)] = packed[start + read]
+                read = read + ONE if read + ONE < width else ZERO
+        else:
+            for j in range(width):
+                twice[U(j)] = packed[start + U(j)]
+                twice[U(j) + width + radius] = packed[start + U(j)]
+            for j in range(radius):
+                twice[width + U(j)] = 0
+                twice[width + width + radius + U(j)] = 0
+        write = U(row) * length
+        for b in range(count):
+            offset = offsets[begin + U(b)]
+            for j in range(whole):
+                target[write + U(j)] = twice[offset + U(j)]
+            write += whole
 
 
 @njit(**EXACT)
@@ -210,8 +228,8 @@ def add_row(line, start, length, saved, row):
 
 @njit(**REORDERED)
 def total(line, start, length):
-    """The sum of one row, in the dtype of the row."""
-    result = line[start] * 0
+    """The sum of one row, in float64."""
+    result = 0.0
     for p in range(length):
         result += line[start + U(p)]
     return result
@@ -317,7 +335,8 @@ def activate(
 ):  # fmt: skip
     """K and Θ of one row through the activation ``kind``; see :mod:`equikernel.engines.rows`."""
     if kind == ARC_COSINE:
-        arc_cosine_row(line, start, length, x, x_first, y, y_first, plane, masks, here, branch, middle)
+        correlation_row(line, start, length, x, x_first + plane, y, y_first + plane, branch)
+        arc_cosine_row(line, start, length, x, x_first, y, y_first, masks, here, middle)
     elif kind == ERF:
         erf_row(line, start, length, x, x_first, y, y_first, plane, masks, here, branch)
     elif kind == GELU:
@@ -353,7 +372,7 @@ def pooled_plane(
     knl, ntk, saved, line, correlation, nngp, slope, masks = scratch
     radius_y, radius_x, scales, biases, ends, kinds, places, terms, middle, _, _, _ = program
     start = aligned_start(gap)
-    nothing = scales[ZERO] * 0
+    nothing = scales.dtype.type(0)
     layers = U(len(ends))
     zeros = U(len(knl)) - length
     plane = height * length
@@ -399,11 +418,13 @@ def pooled_plane(
             if radius == ONE and kinds[begin] == ARC_COSINE:
                 before = here - length if below > ZERO else zeros
                 after = here + length if above > ZERO else zeros
-                first = places[begin] * plane
-                convolved_arc_cosine_row(
+                x_first, y_first = places[begin] * plane + row * length, places[begin] * plane + other * length
+                convolved_correlation_row(
                     knl, knl if layer == ZERO else ntk, here, before, after, scale, nothing if layer == ZERO else scale,
-                    bias, line, start, length, x, first + row * length, y, first + other * length, plane, masks,
-                    begin * longest, branch, middle[begin],
+                    bias, line, start, length, x, x_first + plane, y, y_first + plane, branch,
+                )  # fmt: skip
+                arc_cosine_row(
+                    line, start, length, x, x_first, y, y_first, masks, begin * longest, middle[begin]
                 )  # fmt: skip
                 following += ONE
             else:
@@ -480,8 +501,10 @@ def pooled_pairs(
         aligned(U(2) * program.slots * height * longest, dtype), aligned(U(LINE), dtype),
         aligned(longest, dtype), aligned(longest, dtype), aligned(longest, dtype), aligned(operations * longest, dtype),
     )  # fmt: skip
+    twice = aligned(U(2) * (width + gap), dtype)
     scratch.knl[:] = 0
     scratch.ntk[:] = 0
+    y[:] = 0
     for j in range(len(others)):
         sums_k[j] = 0.0
         sums_theta[j] = 0.0
@@ -490,18 +513,17 @@ def pooled_pairs(
         count = min(block, U(len(offsets_x)) - begin)
         length = padded(count * (width + gap + gap))
         scratch.line[:] = 0
-        expand(
-            packed1, index * image, program.planes * height, width, gap, offsets_x, begin, count, circular, False,
-            length, x,
+        expand_first(
+            packed1, index * image, program.planes * height, width, gap, offsets_x, begin, count, circular, length, x
         )  # fmt: skip
         for operation in range(operations):
             mask = scratch.masks[U(operation) * longest : (U(operation) + ONE) * longest]
             border = margin if U(operation) + ONE == operations else ZERO
             column_mask(width, gap, offsets_x, begin, count, circular, border, program.factor[U(operation)], mask)
         for j in range(len(others)):
-            expand(
+            expand_second(
                 packed2, others[j] * image, program.planes * height, width, gap, offsets_x, begin, count, circular,
-                True, length, y,
+                length, twice, y,
             )  # fmt: skip
             for offset_y in offsets_y:
                 if stop[0]:

@@ -39,88 +39,102 @@ def identity_row(line, start, length, mask, here):
 
 
 @njit(**EXACT)
-def arc_cosine_float32(c, branch, middle):
-    """``(√(1-c²) + c A, A)`` with ``A = middle + arcsin c = π - arccos c + s``, ``c`` taken as ``±1`` near it.
+def arc_cosine_float32(c, middle):
+    """``(√(1-c²)/π + c A, A)`` with ``A = middle + arcsin(c)/π``, for ``|c| <= 1``.
 
-    With ``a = |c|``: ``arccos a = √(1-a) P(a)``, to 3e-8.
+    With ``a = |c|`` and ``u = √(1+a)/π``: ``arccos(a)/π = √(1-a) P(u)``, to 2e-9. Divided by π because then ``A`` is
+    exactly 1 for a ReLU at ``c = 1``: a rounding error there would grow with every layer. ``P`` is summed in two halves,
+    so that fewer operations wait for one another.
     """
-    one, zero, right_angle = np.float32(1), np.float32(0), np.float32(0.5 * math.pi)
+    one, half, per_turn = np.float32(1), np.float32(0.5), np.float32(1 / math.pi**2)
     a = abs(c)
-    gap = one - a
-    flat = gap < branch
-    gap = zero if flat else gap
-    a = one if flat else a
-    arc = np.float32(-0.001211737769810765)
-    arc = arc * a + np.float32(0.006491521428436943)
-    arc = arc * a + np.float32(-0.016841052415648962)
-    arc = arc * a + np.float32(0.030722122418260587)
-    arc = arc * a + np.float32(-0.050114303104553254)
-    arc = arc * a + np.float32(0.08896885320062521)
-    arc = arc * a + np.float32(-0.21459815556457223)
-    arc = arc * a + np.float32(1.570796298215578)
-    angle = middle + math.copysign(right_angle - math.sqrt(gap) * arc, c)
-    return math.sqrt(gap * (one + a)) + angle * math.copysign(a, c), angle
+    square = a * per_turn + per_turn
+    u = math.sqrt(square)
+    odd = np.float32(-0.4329620134510771)
+    odd = odd * square + np.float32(-1.6179905884407964)
+    odd = odd * square + np.float32(-0.9539313136819774)
+    even = np.float32(1.228232042651189)
+    even = even * square + np.float32(1.3827923071018757)
+    even = even * square + np.float32(0.7045281017157408)
+    root = math.sqrt(one - a)
+    angle = middle + math.copysign(half - root * (odd * u + even), c)
+    return root * u + angle * c, angle
 
 
 @njit(**EXACT)
-def arc_cosine_float64(c, branch, middle):
+def arc_cosine_float64(c, middle):
     """As in float32, with arccos from ``arcsin w = w + w³ R(w²)``, ``w <= 1/2``, to 2e-17."""
+    per_turn = 1 / math.pi
     a = abs(c)
-    a = a if 1.0 - a >= branch else 1.0
     gap = 1.0 - a
     large = a > 0.5
     square = 0.5 * gap if large else a * a
     w = math.sqrt(square) if large else a
+    w *= per_turn
     arc = w + w * square * arcsine_series(square)
-    arcsine = 0.5 * math.pi - (arc + arc) if large else arc
+    arcsine = 0.5 - (arc + arc) if large else arc
     angle = middle + math.copysign(arcsine, c)
-    return math.sqrt(gap * (1.0 + a)) + angle * math.copysign(a, c), angle
+    return per_turn * math.sqrt(gap * (1.0 + a)) + angle * c, angle
 
 
-def arc_cosine(c, branch, middle):
-    """``(√(1-c²) + c A, A)`` in the precision of ``c``."""
+def arc_cosine(c, middle):
+    """``(√(1-c²)/π + c A, A)`` in the precision of ``c``."""
     raise NotImplementedError("compiled code only")
 
 
 @overload(arc_cosine)
-def _arc_cosine(c, branch, middle):
+def _arc_cosine(c, middle):
     if c == types.float32:
-        return lambda c, branch, middle: arc_cosine_float32(c, branch, middle)
-    return lambda c, branch, middle: arc_cosine_float64(c, branch, middle)
+        return lambda c, middle: arc_cosine_float32(c, middle)
+    return lambda c, middle: arc_cosine_float64(c, middle)
 
 
 @njit(**EXACT)
-def arc_cosine_row(line, start, length, x, x_first, y, y_first, plane, mask, here, branch, middle):
-    """K and Θ of one row through ``α u + β |u|``; the mask holds ``2β²/π``."""
-    x_inverse, y_inverse = x_first + plane, y_first + plane
+def clamped(c, branch):
+    """``c``, or ``±1`` near it and beyond."""
+    one = type(branch)(1)
+    a = abs(c)
+    return math.copysign(a if one - a >= branch else one, c)
+
+
+@njit(**EXACT)
+def correlation_row(line, start, length, x, x_inverse, y, y_inverse, branch):
+    """The correlations ``c`` in place of K."""
     for i in range(length):
         p = U(i)
-        nngp, angle = arc_cosine(line[start + p] * (x[x_inverse + p] * y[y_inverse + p]), branch, middle)
-        scale = mask[here + p]
-        line[start + p] = (x[x_first + p] * y[y_first + p]) * (scale * nngp)
-        line[NTK_LINE + start + p] *= scale * angle
+        line[start + p] = clamped(line[start + p] * (x[x_inverse + p] * y[y_inverse + p]), branch)
 
 
 @njit(**EXACT)
-def convolved_arc_cosine_row(
-    knl, ntk, row, before, after, weight, ntk_weight, bias, line, start, length, x, x_first, y, y_first, plane, mask,
-    here, branch, middle,
+def convolved_correlation_row(
+    knl, ntk, row, before, after, weight, ntk_weight, bias, line, start, length, x, x_inverse, y, y_inverse, branch
 ):  # fmt: skip
-    """The vertical half of a box filter of radius 1, then :func:`arc_cosine_row`: one loop instead of three.
+    """The vertical half of a box filter of radius 1, then :func:`correlation_row`: one loop instead of three.
 
     Args:
       knl, ntk: planes of K and Θ; their rows begin at ``before``, ``row`` and ``after``.
       weight, ntk_weight, bias: ``K = weight · Σ knl + bias``, ``Θ = K + ntk_weight · Σ ntk``.
     """
-    x_inverse, y_inverse = x_first + plane, y_first + plane
     for i in range(length):
         p = U(i)
         k = (knl[before + p] + knl[row + p] + knl[after + p]) * weight + bias
-        theta = (ntk[before + p] + ntk[row + p] + ntk[after + p]) * ntk_weight + k
-        nngp, angle = arc_cosine(k * (x[x_inverse + p] * y[y_inverse + p]), branch, middle)
+        line[start + p] = clamped(k * (x[x_inverse + p] * y[y_inverse + p]), branch)
+        line[NTK_LINE + start + p] = (ntk[before + p] + ntk[row + p] + ntk[after + p]) * ntk_weight + k
+
+
+@njit(**EXACT)
+def arc_cosine_row(line, start, length, x, x_first, y, y_first, mask, here, middle):
+    """K and Θ of one row through ``α u + β |u|``, from the correlations in place of K; the mask holds ``2β²``.
+
+    A loop of its own, without the correlations: a processor looks ahead a fixed number of instructions, and overlaps
+    more entries where each takes fewer.
+    """
+    for i in range(length):
+        p = U(i)
+        nngp, angle = arc_cosine(line[start + p], middle)
         scale = mask[here + p]
         line[start + p] = (x[x_first + p] * y[y_first + p]) * (scale * nngp)
-        line[NTK_LINE + start + p] = theta * (scale * angle)
+        line[NTK_LINE + start + p] *= scale * angle
 
 
 @njit(**EXACT)
