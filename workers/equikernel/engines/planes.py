@@ -152,18 +152,17 @@ def input_line(x, x_row, y, y_row, channels, plane, length, radius, line):
 @njit(**EXACT)
 def horizontal(line, start, length, radius, planes, row):
     """The horizontal half of the box filter: ``planes[row + p] = Σ_{|v| <= radius} line[start + p + v]``."""
-    first = start - radius
-    if radius == ONE:
+    if radius == ZERO:
         for p in range(length):
-            q = first + U(p)
-            planes[row + U(p)] = line[q] + line[q + ONE] + line[q + U(2)]
+            planes[row + U(p)] = line[start + U(p)]
         return
     for p in range(length):
-        planes[row + U(p)] = line[first + U(p)]
-    for v in range(ONE, radius + radius + ONE):
-        q = first + U(v)
+        q = start + U(p)
+        planes[row + U(p)] = line[q - ONE] + line[q] + line[q + ONE]
+    for v in range(U(2), radius + ONE):
+        before, after = start - U(v), start + U(v)
         for p in range(length):
-            planes[row + U(p)] += line[q + U(p)]
+            planes[row + U(p)] += line[before + U(p)] + line[after + U(p)]
 
 
 @njit(**EXACT)
@@ -173,31 +172,27 @@ def vertical(planes, zeros, row, stride, below, above, length, radius, scale, bi
     ``below`` and ``above`` are how many rows lie on the same side of the seam before and after this one; the rows
     beyond are the row ``zeros``. The result is for K; for Θ (``second``) K's, ``NTK_LINE`` entries before, is added.
     """
-    if radius == ONE:
-        before = row - stride if below > ZERO else zeros
-        after = row + stride if above > ZERO else zeros
-        if second:
-            knl = start - NTK_LINE
-            for p in range(length):
-                total = planes[before + U(p)] + planes[row + U(p)] + planes[after + U(p)]
-                line[start + U(p)] = total * scale + line[knl + U(p)]
-        else:
-            for p in range(length):
-                total = planes[before + U(p)] + planes[row + U(p)] + planes[after + U(p)]
-                line[start + U(p)] = total * scale + bias
+    knl = start - NTK_LINE
+    before = row - stride if below > ZERO and radius > ZERO else zeros
+    after = row + stride if above > ZERO and radius > ZERO else zeros
+    if radius <= ONE and second:
+        for p in range(length):
+            total = planes[before + U(p)] + planes[row + U(p)] + planes[after + U(p)]
+            line[start + U(p)] = total * scale + line[knl + U(p)]
+        return
+    if radius <= ONE:
+        for p in range(length):
+            total = planes[before + U(p)] + planes[row + U(p)] + planes[after + U(p)]
+            line[start + U(p)] = total * scale + bias
         return
     for p in range(length):
-        line[start + U(p)] = planes[row + U(p)]
-    for v in range(ONE, min(radius, below) + ONE):
-        other = row - U(v) * stride
+        line[start + U(p)] = planes[before + U(p)] + planes[row + U(p)] + planes[after + U(p)]
+    for v in range(U(2), radius + ONE):
+        before = row - U(v) * stride if below >= U(v) else zeros
+        after = row + U(v) * stride if above >= U(v) else zeros
         for p in range(length):
-            line[start + U(p)] += planes[other + U(p)]
-    for v in range(ONE, min(radius, above) + ONE):
-        other = row + U(v) * stride
-        for p in range(length):
-            line[start + U(p)] += planes[other + U(p)]
+            line[start + U(p)] += planes[before + U(p)] + planes[after + U(p)]
     if second:
-        knl = start - NTK_LINE
         for p in range(length):
             line[start + U(p)] = line[start + U(p)] * scale + line[knl + U(p)]
     else:

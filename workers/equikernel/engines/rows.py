@@ -43,8 +43,8 @@ def arc_cosine_float32(c, middle):
     """``(√(1-c²)/π + c A, A)`` with ``A = middle + arcsin(c)/π``, for ``|c| <= 1``.
 
     With ``a = |c|`` and ``u = √(1+a)/π``: ``arccos(a)/π = √(1-a) P(u)``, to 2e-9. Divided by π because then ``A`` is
-    exactly 1 for a ReLU at ``c = 1``: a rounding error there would grow with every layer. ``P`` is summed in two halves,
-    so that fewer operations wait for one another.
+    exactly 1 for a ReLU at ``c = 1``: a rounding error there would grow with every layer. ``P`` is summed in two
+    halves, so that fewer operations wait for one another.
     """
     one, half, per_turn = np.float32(1), np.float32(0.5), np.float32(1 / math.pi**2)
     a = abs(c)
@@ -283,10 +283,17 @@ def series_row(
         correlation[p] = c if one - abs(c) >= branch else (one if c >= zero else -one)
         nngp[p] = x[x_term + p] * y[y_term + p]
         slope[p] = zero
-    for _ in range(U(1), terms):
+    left = terms - U(1)
+    while left % U(4) > U(0):
         x_term -= plane
         y_term -= plane
         series_step(length, x, x_term, y, y_term, correlation, nngp, slope)
+        left -= U(1)
+    while left > U(0):
+        series_steps(length, x, x_term, y, y_term, plane, correlation, nngp, slope)
+        x_term -= U(4) * plane
+        y_term -= U(4) * plane
+        left -= U(4)
     for i in range(length):
         p = U(i)
         scale = mask[here + p]
@@ -302,6 +309,26 @@ def series_step(length, x, x_term, y, y_term, correlation, nngp, slope):
         c, sum_k = correlation[p], nngp[p]
         slope[p] = slope[p] * c + sum_k
         nngp[p] = sum_k * c + x[x_term + p] * y[y_term + p]
+
+
+@njit(**EXACT)
+def series_steps(length, x, x_term, y, y_term, plane, correlation, nngp, slope):
+    """Four steps of Horner's scheme, with the terms before ``x_term`` and ``y_term``."""
+    x1, y1 = x_term - plane, y_term - plane
+    x2, y2 = x1 - plane, y1 - plane
+    x3, y3 = x2 - plane, y2 - plane
+    x4, y4 = x3 - plane, y3 - plane
+    for i in range(length):
+        p = U(i)
+        c, k, k_dot = correlation[p], nngp[p], slope[p]
+        k_dot = k_dot * c + k
+        k = k * c + x[x1 + p] * y[y1 + p]
+        k_dot = k_dot * c + k
+        k = k * c + x[x2 + p] * y[y2 + p]
+        k_dot = k_dot * c + k
+        k = k * c + x[x3 + p] * y[y3 + p]
+        slope[p] = k_dot * c + k
+        nngp[p] = k * c + x[x4 + p] * y[y4 + p]
 
 
 @njit(**EXACT)
