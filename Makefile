@@ -20,7 +20,7 @@ demo: $(STAMP)  ## real photographs, CNN against C4, from images to predictions 
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)  ## every test but the soaks
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP)  ## speed against neural-tangents, as ratios in one run
 	$(BIN)/python benchmarks/bench.py

@@ -23,16 +23,6 @@ from equikernel.worker import TileWorker, processor_kind
 BUCKETS = itertools.count()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In several processes (``-n 2 --dist loadgroup``), one runs all tests of the service, with the Ray cluster.
-
-    The tests of each file of the kernels share a process, and what it has compiled.
-    """
-    for item in items:
-        folder, file = item.path.parent.name, item.path.stem
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "equigram" else file))
-
-
 def pictures(count: int, *, size: int = 8, classes: int = 3, seed: int = 0) -> tuple[NDArray[Any], NDArray[Any]]:
     """Noisy stripes whose width tells the class: ``(count, size, size)`` uint8, and ``(count,)`` labels."""
     rng = np.random.default_rng(seed)

@@ -34,8 +34,12 @@ def environment() -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def slow(job: Callable[..., JobSpec], tmp_path: Path) -> JobSpec:
-    """A job of some seconds, in ``job.yaml``."""
-    spec = job(gram={"groups": ["C1", "C4"], "tile": 2, "engine": "reference"}, solve=None)
+    """A job of 12 tiles and some seconds, in ``job.yaml``."""
+    path = tmp_path / "few.npz"
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8)).astype(np.uint8)
+    labels = np.arange(9) % 3
+    np.savez(path, x_train=images[:6], y_train=labels[:6], x_test=images[6:], y_test=labels[6:])
+    spec = job(data={"train": str(path)}, gram={"groups": ["C1", "C4"], "tile": 2, "engine": "reference"}, solve=None)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     return spec
 

@@ -19,6 +19,7 @@ The precision is JAX's default: float32, or float64 inside ``with jax.enable_x64
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -246,15 +247,19 @@ def empirical_kernels(
             f"x1 has images of shape {first.shape[1:]}, but x2 of {second.shape[1:]}; kernels need equal shapes"
         )
 
-    def one_network(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _kernels_of_one(net, width, key, first, second)
-
     with jax.default_matmul_precision("highest"):
-        sampled = jax.jit(lambda keys: jax.lax.map(one_network, keys))(jax.random.split(key, samples))
-    nngp, ntk = map(np.asarray, sampled)
+        nngp, ntk = map(np.asarray, _kernels_of_all(net, width, jax.random.split(key, samples), first, second))
     if x2 is None:  # equal but for rounding
         nngp, ntk = ((kernel + kernel.swapaxes(1, 2)) / 2 for kernel in (nngp, ntk))
     return nngp, ntk
+
+
+@functools.partial(jax.jit, static_argnames=("net", "width"))
+def _kernels_of_all(
+    net: GroupCNN, width: int, keys: jax.Array, x1: jax.Array, x2: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """NNGP and NTK, ``(samples, n1, n2)`` each, of one random network for each of the ``keys``."""
+    return jax.lax.map(lambda key: _kernels_of_one(net, width, key, x1, x2), keys)  # type: ignore[no-any-return]
 
 
 def _kernels_of_one(

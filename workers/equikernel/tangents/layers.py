@@ -211,36 +211,59 @@ def _average(
     if over_group:
         table = groups.multiplication_table(group)
         k = sum(k[..., rq[:, None], rq[None, :]] for rq in table.T) / len(table)
-    matrices = jnp.asarray(rotations, k.dtype)  # R_r[a, v]: (n, pixels, taps)
+    rows, cols = (2 * radius + 1 for radius in groups.reach(group, radii))
+    n, _, taps = rotations.shape
+    matrices = jnp.asarray(np.moveaxis(rotations, 0, 1).reshape(rows, cols, n, taps), k.dtype)
 
     def add(v: Any, total: Any) -> Any:
-        first = sum(
-            matrices[:, a, v][:, None] * shifted for a, shifted in enumerate(_shifted(k, (1, 3), group, radii, padding))
-        )
-        return total + sum(
-            matrices[:, b, v] * shifted for b, shifted in enumerate(_shifted(first, (2, 4), group, radii, padding))
-        )
+        weights = matrices[..., v]
+        first = _weighted(k, (1, 3), weights[..., :, None], group, radii, padding)
+        return total + _weighted(first, (2, 4), weights[..., None, :], group, radii, padding)
 
-    rows, cols = _sides((k.shape[1], k.shape[3]), group, radii, padding, "")
-    shape = (len(k), rows.outputs, rows.outputs, cols.outputs, cols.outputs, *k.shape[5:])
-    # A loop, not a sum: XLA would take as many times as long to compile it.
-    return jax.lax.fori_loop(0, rotations.shape[2], add, jnp.zeros(shape, k.dtype)) / rotations.shape[2]
+    height, width = _sides((k.shape[1], k.shape[3]), group, radii, padding, "")
+    shape = (len(k), height.outputs, height.outputs, width.outputs, width.outputs, *k.shape[5:])
+    return jax.lax.fori_loop(0, taps, add, jnp.zeros(shape, k.dtype)) / taps
 
 
 def _shifted(x: Any, axes: tuple[int, int], group: str, radii: groups.Offset, padding: Padding) -> Any:
     """``x(t + a)`` along two axes, for each pixel ``a`` within the reach of the filters, row by row."""
+    rows, cols = (2 * radius + 1 for radius in groups.reach(group, radii))
+    padded, sides = _padded(x, axes, group, radii, padding)
+    for i, j in product(range(rows), range(cols)):
+        yield _seen(_seen(padded, axes[0], sides[0], i), axes[1], sides[1], j)
+
+
+def _weighted(k: Any, axes: tuple[int, int], weights: Any, group: str, radii: groups.Offset, padding: Padding) -> Any:
+    """``Σ_a weights[a] k(t + a)`` along two axes, with ``weights[a]`` ``(n, n)`` or broadcast to it.
+
+    Loops here and over ``v``, not sums: XLA would take as many times as long to compile them.
+    """
+    padded, sides = _padded(k, axes, group, radii, padding)
+
+    def add(i: Any, total: Any) -> Any:
+        row = _seen(padded, axes[0], sides[0], i)
+        return total + sum(weights[i, j] * _seen(row, axes[1], sides[1], j) for j in range(weights.shape[1]))
+
+    shape = list(padded.shape)
+    for axis, side in zip(axes, sides, strict=True):
+        shape[axis] = side.outputs
+    return jax.lax.fori_loop(0, len(weights), add, jnp.zeros(shape, k.dtype))
+
+
+def _padded(x: Any, axes: tuple[int, int], group: str, radii: groups.Offset, padding: Padding) -> tuple[Any, Any]:
+    """``x`` with room for the filters at both ends of two axes, and where the filters lie on each."""
     reach = groups.reach(group, radii)
-    sides = _sides(tuple(x.shape[axis] for axis in axes), group, radii, padding, "")
-    border = (0, 0) if padding == "VALID" else reach
     widths = [(0, 0)] * x.ndim
-    for axis, width in zip(axes, border, strict=True):
-        widths[axis] = (width, width)
+    if padding != "VALID":
+        for axis, radius in zip(axes, reach, strict=True):
+            widths[axis] = (radius, radius)
     padded = jnp.pad(x, widths, mode="wrap" if padding == "CIRCULAR" else "constant")
-    for offset in product(*(range(-radius, radius + 1) for radius in reach)):
-        seen = padded
-        for axis, side, a, width in zip(axes, sides, offset, border, strict=True):
-            seen = jax.lax.slice_in_dim(seen, side.first + a + width, side.first + a + width + side.outputs, axis=axis)
-        yield seen
+    return padded, _sides(tuple(x.shape[axis] for axis in axes), group, radii, padding, "")
+
+
+def _seen(padded: Any, axis: int, side: Any, tap: Any) -> Any:
+    """What all outputs of one axis see at the filter's row or column number ``tap``."""
+    return jax.lax.dynamic_slice_in_dim(padded, tap, side.outputs, axis=axis)
 
 
 def _sides(sides: tuple[int, ...], group: str, radii: groups.Offset, padding: Padding, name: str) -> Any:
