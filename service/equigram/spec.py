@@ -194,9 +194,14 @@ class JobSpec(_Section):
     @model_validator(mode="after")
     def _engine_can_do_the_network(self) -> Self:
         try:
-            _ = self.engine
+            engine = self.engine
         except EngineError as error:
             raise ValueError(f"gram.engine: {error}") from None
+        if self.workers.gpus and engine in ("cpu", "reference"):
+            raise ValueError(
+                f"workers.gpus = {self.workers.gpus:g}, but the engine {engine!r} runs on CPUs only; leave out gpus, "
+                "or choose gram.engine: auto"
+            )
         return self
 
     @model_validator(mode="after")

@@ -181,21 +181,19 @@ def test_off_the_grid_a_network_is_invariant_up_to_interpolation() -> None:
     assert change["C8"] < 0.8 * change["C4"]
 
 
-def jacobian(net: GroupCNN, params: finite.Params, x: Array) -> Array:
-    """``∂f/∂θ``: ``(n, parameters)``."""
-    leaves = jax.tree.leaves(jax.jit(jax.jacrev(lambda params: finite.apply(net, params, x)))(params))
-    return np.concatenate([np.asarray(leaf).reshape(len(x), -1) for leaf in leaves], axis=1)
-
-
 def test_the_empirical_ntk_is_the_sum_over_all_parameters() -> None:
     net = GroupCNN(group="C2", depth=2, b_std=0.3, w_std=1.2, head=("erf",))
     x1, x2, key = positive_images(2, 5, seed=1), positive_images(3, 5, seed=2), jax.random.key(4)
+    x = np.concatenate([x1, x2])
     with jax.enable_x64(True):
         nngp, ntk = finite.empirical_kernels(net, 4, key, x1, x2, samples=2)
+        jacobian = jax.jit(jax.jacrev(lambda params: finite.apply(net, params, x)))
+        features = jax.jit(lambda params: finite.features(net, params, x))
         for sample, sample_key in enumerate(jax.random.split(key, 2)):
             params = finite.init(net, 4, sample_key, 2)
-            j1, j2 = jacobian(net, params, x1), jacobian(net, params, x2)
-            h1, h2 = (np.asarray(finite.features(net, params, x)) for x in (x1, x2))
+            leaves = jax.tree.leaves(jacobian(params))
+            j1, j2 = np.split(np.concatenate([np.reshape(leaf, (len(x), -1)) for leaf in leaves], axis=1), [2])
+            h1, h2 = np.split(np.asarray(features(params)), [2])
             assert_allclose(ntk[sample], j1 @ j2.T, rtol=1e-12)
             assert_allclose(nngp[sample], 1.2**2 * h1 @ h2.T / 4 + 0.3**2, rtol=1e-12)
 

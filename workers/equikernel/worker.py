@@ -173,6 +173,6 @@ def measure_pair_seconds(
             start = time.perf_counter()
             function(many, one)
             seconds = min(seconds, time.perf_counter() - start)
-        if seconds > 0.2 or count > 10_000:
+        if seconds > 0.05 or count > 10_000:
             return seconds / count
         count *= 4
