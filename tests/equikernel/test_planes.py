@@ -23,7 +23,7 @@ ROW = (FLAT, U, U, FLAT, U, FLAT, U, U, FLAT, U, types.float32)
 CORRELATION = (FLAT, U, U, FLAT, U, FLAT, U, types.float32)
 LOOPS = {
     "correlation_row": CORRELATION,
-    "convolved_correlation_row": (FLAT, FLAT, U, U, U, *[types.float32] * 3, *CORRELATION),
+    "convolved_correlation_row": (FLAT, FLAT, U, U, U, *[types.float32] * 4, *CORRELATION),
     "arc_cosine_row": (FLAT, U, U, FLAT, U, FLAT, U, FLAT, U, types.float32),
     "erf_row": ROW,
     "gelu_row": ROW,
@@ -31,7 +31,7 @@ LOOPS = {
     "polynomial_row": (*ROW, types.boolean),
     "series_step": (U, FLAT, U, FLAT, U, FLAT, FLAT, FLAT),
     "series_steps": (U, FLAT, U, FLAT, U, U, FLAT, FLAT, FLAT),
-    "vertical": (FLAT, U, U, U, U, U, U, U, types.float32, types.float32, FLAT, U, types.boolean),
+    "vertical": (FLAT, U, U, U, U, U, U, U, *[types.float32] * 3, FLAT, U, types.boolean),
     "horizontal": (FLAT, U, U, U, FLAT, U),
     "input_line": (FLAT, U, FLAT, U, U, U, U, U, FLAT),
 }
@@ -64,7 +64,7 @@ def test_inner_loops_use_packed_instructions(name: str) -> None:
 
 def test_rows_of_float32_are_not_computed_in_float64() -> None:
     """One factor of the wrong type would do that, at half the speed, and nothing else would show it."""
-    program = types.NamedTuple((U_FLAT, U_FLAT, FLAT, FLAT, *[U_FLAT] * 4, FLAT, FLAT, U, U), planes.Program)
+    program = types.NamedTuple((U_FLAT, U_FLAT, FLAT, FLAT, FLAT, *[U_FLAT] * 4, FLAT, FLAT, U, U), planes.Program)
     scratch = types.NamedUniTuple(FLAT, 8, planes.Scratch)
     signature = (program, scratch, FLAT, FLAT, U, U, U, U, U, types.int64, U, U, U, types.float32)
     compiled = njit(signature, **{**rows.EXACT, "cache": False})(planes.pooled_plane.py_func)

@@ -135,8 +135,9 @@ class CpuEngine:
         """The network for images of ``channels`` channels, in the precision of the computation."""
         convolutions, operations, ends = _lowered(self.network.steps, channels)
         taps = [(2 * step.radii[0] + 1) * (2 * step.radii[1] + 1) for step in convolutions]
-        scale = [step.w2 / count for step, count in zip(convolutions, taps, strict=True)]
+        scale = np.array([step.w2 / count for step, count in zip(convolutions, taps, strict=True)])
         scale[0] /= channels
+        rounded = scale.astype(dtype)
 
         def whole(values: Sequence[int | np.uint64]) -> NDArray[np.uint64]:
             return np.array(values, np.uint64)
@@ -147,7 +148,8 @@ class CpuEngine:
         return planes.Program(
             whole([step.radii[0] for step in convolutions]),
             whole([step.radii[1] for step in convolutions]),
-            np.array(scale, dtype),
+            rounded,
+            (scale - rounded).astype(dtype),
             np.array([step.b2 for step in convolutions], dtype),
             whole(ends),
             whole(kind),

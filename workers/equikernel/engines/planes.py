@@ -166,11 +166,12 @@ def horizontal(line, start, length, radius, planes, row):
 
 
 @njit(**EXACT)
-def vertical(planes, zeros, row, stride, below, above, length, radius, scale, bias, line, start, second):
-    """The vertical half: ``line[start + p] = scale · Σ_v planes[row + v·stride + p] + bias``.
+def vertical(planes, zeros, row, stride, below, above, length, radius, scale, rest, bias, line, start, second):
+    """The vertical half: ``line[start + p] = (scale + rest) · Σ_v planes[row + v·stride + p] + bias``.
 
     ``below`` and ``above`` are how many rows lie on the same side of the seam before and after this one; the rows
-    beyond are the row ``zeros``. The result is for K; for Θ (``second``) K's, ``NTK_LINE`` entries before, is added.
+    beyond are the row ``zeros``. The result is for K; for Θ (``second``) K's, ``NTK_LINE`` entries before, is added,
+    and ``rest`` is left out.
     """
     knl = start - NTK_LINE
     before = row - stride if below > ZERO and radius > ZERO else zeros
@@ -183,7 +184,7 @@ def vertical(planes, zeros, row, stride, below, above, length, radius, scale, bi
     if radius <= ONE:
         for p in range(length):
             total = planes[before + U(p)] + planes[row + U(p)] + planes[after + U(p)]
-            line[start + U(p)] = total * scale + bias
+            line[start + U(p)] = total * scale + (total * rest + bias)
         return
     for p in range(length):
         line[start + U(p)] = planes[before + U(p)] + planes[row + U(p)] + planes[after + U(p)]
@@ -197,7 +198,7 @@ def vertical(planes, zeros, row, stride, below, above, length, radius, scale, bi
             line[start + U(p)] = line[start + U(p)] * scale + line[knl + U(p)]
     else:
         for p in range(length):
-            line[start + U(p)] = line[start + U(p)] * scale + bias
+            line[start + U(p)] = line[start + U(p)] * scale + (line[start + U(p)] * rest + bias)
 
 
 @njit(**EXACT)
@@ -274,7 +275,8 @@ class Program(NamedTuple):
 
     Attributes:
       radius_y, radius_x: of each convolution, ``(convolutions,)`` uint64.
-      scale, bias: ``w² / taps`` and ``b²`` of each convolution.
+      scale, rest, bias: ``w² / taps``, what its rounding cut off, and ``b²`` of each convolution. Without the rest,
+        each layer would move ``c`` by the same error in the same direction.
       end: where the operations of each convolution end in the arrays that follow, ``(convolutions,)`` uint64.
       kind: :data:`IDENTITY` … :data:`ADD` of each operation, ``(operations,)`` uint64. After a convolution comes an
         activation, if only the identity, which clears the gaps; and at the end, to clear what VALID padding removes.
@@ -290,6 +292,7 @@ class Program(NamedTuple):
     radius_y: Any
     radius_x: Any
     scale: Any
+    rest: Any
     bias: Any
     end: Any
     kind: Any
@@ -365,7 +368,7 @@ def pooled_plane(
     """
     # Taken out of the tuples once: each access counts references, which a row would feel.
     knl, ntk, saved, line, correlation, nngp, slope, masks = scratch
-    radius_y, radius_x, scales, biases, ends, kinds, places, terms, middle, _, _, _ = program
+    radius_y, radius_x, scales, rests, biases, ends, kinds, places, terms, middle, _, _, _ = program
     start = aligned_start(gap)
     nothing = scales.dtype.type(0)
     layers = U(len(ends))
@@ -393,7 +396,7 @@ def pooled_plane(
         radius = radius_y[layer]
         lower = top - radius * length
         next_radius = ZERO if last else radius_x[layer + ONE]
-        scale, bias = scales[layer], biases[layer]
+        scale, rest, bias = scales[layer], rests[layer], biases[layer]
         if padding == VALID:
             spoilt += radius
         for i in range(height):
@@ -415,20 +418,23 @@ def pooled_plane(
                 after = here + length if above > ZERO else zeros
                 x_first, y_first = places[begin] * plane + row * length, places[begin] * plane + other * length
                 convolved_correlation_row(
-                    knl, knl if layer == ZERO else ntk, here, before, after, scale, nothing if layer == ZERO else scale,
-                    bias, line, start, length, x, x_first + plane, y, y_first + plane, branch,
+                    knl, knl if layer == ZERO else ntk, here, before, after, scale, rest,
+                    nothing if layer == ZERO else scale, bias, line, start, length, x, x_first + plane, y,
+                    y_first + plane, branch,
                 )  # fmt: skip
                 arc_cosine_row(
                     line, start, length, x, x_first, y, y_first, masks, begin * longest, middle[begin]
                 )  # fmt: skip
                 following += ONE
             else:
-                vertical(knl, zeros, here, length, below, above, length, radius, scale, bias, line, start, False)
+                vertical(knl, zeros, here, length, below, above, length, radius, scale, rest, bias, line, start, False)
                 if layer == ZERO:
                     copy(line, start, NTK_LINE + start, length)
                 else:
                     theta = NTK_LINE + start
-                    vertical(ntk, zeros, here, length, below, above, length, radius, scale, bias, line, theta, True)
+                    vertical(
+                        ntk, zeros, here, length, below, above, length, radius, scale, rest, bias, line, theta, True
+                    )
             for operation in range(following, end):
                 o = U(operation)
                 kind = kinds[o]

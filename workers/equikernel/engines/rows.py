@@ -107,17 +107,19 @@ def correlation_row(line, start, length, x, x_inverse, y, y_inverse, branch):
 
 @njit(**EXACT)
 def convolved_correlation_row(
-    knl, ntk, row, before, after, weight, ntk_weight, bias, line, start, length, x, x_inverse, y, y_inverse, branch
+    knl, ntk, row, before, after, weight, rest, ntk_weight, bias, line, start, length, x, x_inverse, y, y_inverse,
+    branch,
 ):  # fmt: skip
     """The vertical half of a box filter of radius 1, then :func:`correlation_row`: one loop instead of three.
 
     Args:
       knl, ntk: planes of K and Θ; their rows begin at ``before``, ``row`` and ``after``.
-      weight, ntk_weight, bias: ``K = weight · Σ knl + bias``, ``Θ = K + ntk_weight · Σ ntk``.
+      weight, rest, ntk_weight, bias: ``K = (weight + rest) · Σ knl + bias``, ``Θ = K + ntk_weight · Σ ntk``.
     """
     for i in range(length):
         p = U(i)
-        k = (knl[before + p] + knl[row + p] + knl[after + p]) * weight + bias
+        total = knl[before + p] + knl[row + p] + knl[after + p]
+        k = total * weight + (total * rest + bias)
         line[start + p] = clamped(k * (x[x_inverse + p] * y[y_inverse + p]), branch)
         line[NTK_LINE + start + p] = (ntk[before + p] + ntk[row + p] + ntk[after + p]) * ntk_weight + k
 
