@@ -150,7 +150,7 @@ def test_a_custom_activation_is_the_built_in_one_where_the_series_ends() -> None
 
 def test_a_custom_gram_matrix_is_positive_semidefinite_however_rough_the_activation() -> None:
     x = np.random.default_rng(0).normal(size=(6, 5, 5, 1))
-    kernel = GroupCNN(group="C1", depth=2, activation=Custom(lambda x: np.sign(x) + 0.3, 10)).kernel(x, dtype="float64")
+    kernel = GroupCNN(group="C1", depth=2, activation=Custom(lambda x: np.abs(x) + 0.3, 10)).kernel(x, dtype="float64")
     for values in kernel:
         eigenvalues = np.linalg.eigvalsh(values)
         assert eigenvalues[0] >= -1e-14 * eigenvalues[-1]
@@ -166,11 +166,14 @@ def test_a_custom_gram_matrix_is_positive_semidefinite_however_rough_the_activat
         (lambda x: np.where(x > 0, np.nan, x), "the quadrature gives nan with 32 nodes"),
         (lambda x: x @ x, "the function fails with ValueError: matmul: "),
         (lambda x: math.tanh(x), "the function fails with TypeError: "),
+        (np.sign, "E[σ'(u)²] is not finite for u ~ N(0, "),
+        (lambda x: np.abs(x) ** -0.25, "so the NTK has no limit; use a continuous function"),
+        (lambda x: x - x.mean(), "and of each number alone [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]; it must act on arrays"),
         (lambda x: x.sum(), "returns shape () and dtype float64; it must act on arrays entry by entry"),
         (lambda x: x.astype(int), "and dtype int64; it must act on arrays entry by entry and return real numbers"),
     ],
 )
-def test_a_custom_activation_without_a_second_moment_is_refused(function: Any, message: str) -> None:
+def test_a_custom_activation_without_kernels_is_refused(function: Any, message: str) -> None:
     with pytest.raises(NetworkError, match=re.escape(message)):
         GroupCNN(group="C1", depth=1, activation=Custom(function)).kernel(np.ones((1, 4, 4, 1)))
 

@@ -330,7 +330,9 @@ def test_parameters_of_another_network_are_refused(fields: dict[str, Any], messa
         ({"width": 2.5}, "width = 2.5; give a whole number"),
         ({"width": True}, "width = True; give a whole number"),
         ({"samples": 0}, "samples = 0; give a whole number"),
-        ({"key": 0}, "key = 0 is no JAX random key; give jax.random.key(0)"),
+        ({"key": 0}, "key = 0 is no JAX random key, or several; give one, as jax.random.key(0)"),
+        ({"key": jax.random.split(jax.random.key(0), 2)}, "is no JAX random key, or several; give one"),
+        ({"key": jax.numpy.zeros(2)}, "is no JAX random key, or several; give one"),
     ],
 )
 def test_numbers_that_make_no_network_are_refused(fields: dict[str, Any], message: str) -> None:
@@ -340,6 +342,12 @@ def test_numbers_that_make_no_network_are_refused(fields: dict[str, Any], messag
     if "samples" not in fields:
         with pytest.raises(NetworkError, match=re.escape(message)):
             finite.init(GroupCNN(depth=1), channels=2, **arguments)
+
+
+@pytest.mark.parametrize("params", [(), None, [np.zeros(3)], "weights"])
+def test_what_is_no_parameters_is_refused(params: Any) -> None:
+    with pytest.raises(NetworkError, match=f"the parameters are a {type(params).__name__}, not those that init makes"):
+        finite.apply(GroupCNN(depth=1), params, np.ones((1, 5, 5, 2)))
 
 
 def test_bad_pixels_are_refused_and_integers_converted() -> None:

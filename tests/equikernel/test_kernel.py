@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -347,8 +347,9 @@ def test_unusable_engine_dtype_and_network() -> None:
     for dtype in ("float16", None):
         with pytest.raises(EngineError, match=f"dtype {dtype!r} does not exist"):
             GroupCNN().kernel(x, dtype=dtype)
-    with pytest.raises(EngineError, match="0 threads compute nothing; use 1 or more"):
-        GroupCNN().kernel(x, threads=0)
+    for threads in (0, 1.5, "2", True):
+        with pytest.raises(EngineError, match=f"threads = {threads!r}; give a whole number, 1 or more"):
+            GroupCNN().kernel(x, threads=cast("Any", threads))
     with pytest.raises(NetworkError, match="VALID padding eats the image: 3 convolutions of size 3 remove 6 of 6"):
         GroupCNN(padding="VALID").kernel(x)
     with pytest.raises(NetworkError, match="CIRCULAR padding: a filter of size 7 wraps around an image of 6 pixels"):
@@ -357,7 +358,15 @@ def test_unusable_engine_dtype_and_network() -> None:
         GroupCNN(filter_size=4)
 
 
+def test_masked_images_are_refused() -> None:
+    x = images(1)
+    with pytest.raises(ImageError, match="x1 is a masked array, and kernels know no missing pixels"):
+        GroupCNN().kernel(np.ma.masked_array(x, mask=x > 0))
+
+
 def test_unusable_groups() -> None:
+    with pytest.raises(NetworkError, match="groups = 4 is no list of names; choose of C1, C2, C4, D1, D2, D4"):
+        GroupCNN().kernel(images(1), groups=cast("Any", 4))
     for group, message in (
         ("D3", "'D3' is not allowed; choose of C1, C2, C4, D1, D2, D4"),
         ("c4", "did you mean 'C4'"),

@@ -200,8 +200,10 @@ def fast_flops_of_one_rotation() -> float:
 
 
 def test_explain_refuses_what_kernel_would_refuse() -> None:
-    with pytest.raises(ImageError, match="image_shape = "):
-        GroupCNN().explain((32, 32))  # type: ignore[arg-type]
+    shapes: list[Any] = [(32, 32), 7, None, "777", (7.0, 7.0, 3.0), (True, 7, 3), (7, 7, 0)]
+    for shape in shapes:
+        with pytest.raises(ImageError, match=re.escape(f"image_shape = {shape!r} is no shape of an image")):
+            GroupCNN().explain(shape)
     with pytest.raises(NetworkError, match="breaks the symmetry"):
         GroupCNN(layers=[Conv(3, stride=2)]).explain((8, 8, 1))
     with pytest.raises(EngineError, match="cannot do this network"):
@@ -214,8 +216,10 @@ def test_what_no_memory_holds_is_refused_with_both_numbers() -> None:
         GroupCNN(group="C8", depth=1).kernel(np.ones((1, 12, 12, 1)), memory_limit=2**20)
     with pytest.raises(MemoryLimitError, match=r"the kernels of 3000000 against 3000000 images take \d+\.\d TiB"):
         GroupCNN(depth=1).kernel(np.broadcast_to(ONES, (3_000_000, 6, 6, 1)))
-    with pytest.raises(EngineError, match="memory_limit = 0 bytes hold nothing"):
-        GroupCNN(depth=1).kernel(ONES, memory_limit=0)
+    limits: list[Any] = [0, "1GB", float("nan"), 1e9]
+    for limit in limits:
+        with pytest.raises(EngineError, match=f"memory_limit = {limit!r}; give a whole number of bytes"):
+            GroupCNN(depth=1).kernel(ONES, memory_limit=limit)
 
 
 @pytest.mark.parametrize("group", ["C3", "C8", "D3"])
@@ -255,6 +259,11 @@ def test_an_activation_of_features_that_are_not_gaussian_is_refused(layers: Any,
         GroupCNN(layers=layers)
     assert str(error.value).startswith(f"{place}: ")
     assert f"the activation of {before} and no convolution since; they are not Gaussian" in str(error.value)
+
+
+def test_one_layer_needs_no_list() -> None:
+    assert GroupCNN(layers=[Conv(3), Residual(Conv(3))]) == GroupCNN(layers=[Conv(3), Residual([Conv(3)])])
+    assert GroupCNN(layers=Conv(3)) == GroupCNN(layers=[Conv(3)])
 
 
 def test_sums_and_means_of_gaussian_features_may_be_activated() -> None:

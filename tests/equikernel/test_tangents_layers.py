@@ -202,6 +202,10 @@ def test_the_shape_of_any_batch_can_be_asked_for() -> None:
         (lambda: Lift("C4", wrong(2.5)), "Lift: out_chan = 2.5; a layer has a whole number of channels"),
         (lambda: Lift("C4", 1, wrong(3)), "Lift: filter_shape = 3; give rows and columns, as in (3, 3)"),
         (lambda: Lift("C4", 1, wrong((3.0, 3.0))), "Lift: filter_shape = (3.0, 3.0); give rows and columns"),
+        (
+            lambda: GroupConv("C4", 1, W_std=True),
+            "GroupConv: W_std = True; a standard deviation is a number, 0 or more",
+        ),
         (lambda: GroupConv("C4", 1, W_std=-1), "GroupConv: W_std = -1; a standard deviation is a number, 0 or more"),
         (lambda: GroupConv("C4", 1, b_std=float("nan")), "GroupConv: b_std = nan; a standard deviation is a number"),
         (lambda: GroupConv("C4", 1, W_std=wrong("1")), "GroupConv: W_std = '1'; a standard deviation is a number"),

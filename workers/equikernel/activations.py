@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from equikernel.errors import NetworkError, suggestion
+from equikernel.errors import NetworkError, is_whole, suggestion
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,6 +41,9 @@ function. Even numbers: where σ jumps or is infinite at 0 alone, no node lies t
 
 SETTLED = 0.1
 """Largest relative difference between the quadratures of a second moment that counts as settled."""
+
+JUMP = 1.2
+"""Growth of ``E[σ'²]`` from the fewest to the most of these nodes that a kink explains, and a jump of σ exceeds."""
 
 
 class Activation:
@@ -324,7 +327,7 @@ class Custom(Activation):
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise NetworkError(f"Custom needs a function of one array; {self.function!r} is none")
-        if not (isinstance(self.nodes, int) and 2 <= self.nodes <= 100):
+        if not (is_whole(self.nodes) and 2 <= self.nodes <= 100):
             raise NetworkError(f"Custom: {self.nodes!r} quadrature nodes; use a whole number from 2 to 100")
 
     def __str__(self) -> str:
@@ -364,8 +367,8 @@ class Custom(Activation):
         """``√q``, ``1/√q`` and the coefficients of the series.
 
         Raises:
-          NetworkError: ``E[σ(u)²]`` is not finite, or its quadrature does not settle; or ``σ`` does not act entry by
-            entry.
+          NetworkError: ``E[σ(u)²]`` or ``E[σ'(u)²]`` is not finite, or its quadrature does not settle; or ``σ`` does
+            not act entry by entry.
         """
         self._check(float(np.max(q)))
         root, inverse = super().factors(q)
@@ -391,6 +394,12 @@ class Custom(Activation):
                 f"{self}: on a float array of shape {probe.shape} the function returns shape {np.shape(values)} and "
                 f"dtype {np.asarray(values).dtype}; it must act on arrays entry by entry and return real numbers"
             )
+        alone = np.array([self(number.reshape(1, 1))[0, 0] for number in probe.reshape(-1)]).reshape(probe.shape)
+        if not np.allclose(values, alone, rtol=1e-3, atol=1e-6, equal_nan=True):
+            raise NetworkError(
+                f"{self}: of {probe.tolist()} the function makes {np.asarray(values).tolist()}, and of each number "
+                f"alone {alone.tolist()}; it must act on arrays entry by entry"
+            )
         with np.errstate(all="ignore"):
             moments = {}
             for nodes in (self.nodes, *CHECKED_NODES):
@@ -404,8 +413,21 @@ class Custom(Activation):
             raise NetworkError(
                 f"{self}: E[σ(u)²] is not finite for u ~ N(0, {q:.3g}), or needs more nodes: the quadrature gives "
                 f"{moments[self.nodes]:.6g} with {self.nodes} nodes and {moments[worst]:.6g} with {worst}; use a "
-                "function that grows more slowly, smaller variances (w_std, the images), or more nodes"
+                "function that is defined everywhere and grows more slowly, smaller variances (w_std, the images), or "
+                "more nodes"
             )
+        few, many = (self._slope(q, nodes) for nodes in (CHECKED_NODES[0], CHECKED_NODES[-1]))
+        if not many <= JUMP * few:
+            raise NetworkError(
+                f"{self}: E[σ'(u)²] is not finite for u ~ N(0, {q:.3g}): {few / q:.6g} with {CHECKED_NODES[0]} terms "
+                f"and {many / q:.6g} with {CHECKED_NODES[-1]}, so the NTK has no limit; use a continuous function"
+            )
+
+    def _slope(self, q: float, nodes: int) -> float:
+        """``q E[σ'(u)²] = Σ_m m b_m²`` by a quadrature, as far as it has terms."""
+        with np.errstate(all="ignore"):
+            coefficients = hermite_coefficients(self, np.sqrt(np.array([q])), nodes)[:, 0]
+            return float(np.sum(np.arange(nodes) * coefficients**2))
 
 
 def hermite_coefficients(function: Activation, root: NDArray[np.float64], count: int) -> NDArray[np.float64]:

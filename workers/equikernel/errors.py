@@ -6,7 +6,8 @@ Every message states what is wrong, the offending value beside the allowed one, 
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
+import numbers
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -46,3 +47,8 @@ def suggestion(value: object, allowed: Iterable[str]) -> str:
     names = {name.lower(): name for name in allowed}
     close = difflib.get_close_matches(str(value).lower(), names, n=1)
     return f"; did you mean {names[close[0]]!r}?" if close else ""
+
+
+def is_whole(value: Any) -> bool:
+    """Whether ``value`` is a whole number, of Python or NumPy; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

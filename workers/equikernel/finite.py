@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from equikernel import groups
-from equikernel.errors import ImageError, NetworkError
+from equikernel.errors import ImageError, NetworkError, is_whole
 from equikernel.geometry import windows
 from equikernel.images import Labels, as_images, check_finite
 from equikernel.layers import Branch, Convolution, Nonlinearity, Pooling
@@ -91,6 +91,8 @@ def _shapes(net: GroupCNN, width: int, channels: int) -> list[tuple[int, ...]]:
 
 def _check_params(net: GroupCNN, params: Params) -> None:
     """Raise :class:`NetworkError` unless ``params`` are of this network, of any width and number of channels."""
+    if not (params and isinstance(params, (tuple, list)) and all(isinstance(layer, Layer) for layer in params)):
+        raise NetworkError(f"the parameters are a {type(params).__name__}, not those that init makes; call init")
     *_, channels, width = params[0].weights.shape
     expected = _shapes(net, width, channels)
     if len(params) != len(expected):
@@ -107,12 +109,14 @@ def _check_params(net: GroupCNN, params: Params) -> None:
 
 
 def _check_key(key: Any) -> None:
-    if not (isinstance(key, jax.Array) and (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape == (2,))):
-        raise NetworkError(f"key = {key!r} is no JAX random key; give jax.random.key(0)")
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    old = isinstance(key, jax.Array) and key.dtype == jnp.uint32
+    if not ((typed and key.shape == ()) or (old and key.shape == (2,))):
+        raise NetworkError(f"key = {key!r} is no JAX random key, or several; give one, as jax.random.key(0)")
 
 
 def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+    if not is_whole(value) or value < 1:
         raise NetworkError(f"{name} = {value!r}; give a whole number, 1 or more")
 
 
@@ -123,7 +127,8 @@ def apply(net: GroupCNN, params: Params, images: ArrayLike) -> jax.Array:
       ImageError, NetworkError: the images are not ``(n, H, W, C)`` real and finite numbers (inside ``jax.jit`` no
         values are looked at), or do not fit the network or its parameters, or these are of another network.
     """
-    return _dense(net, params[-1], features(net, params, images))[:, 0]
+    h = features(net, params, images)
+    return _dense(net, params[-1], h)[:, 0]
 
 
 def features(net: GroupCNN, params: Params, images: ArrayLike) -> jax.Array:
@@ -223,8 +228,8 @@ def empirical_kernels(
 
     ``NNGP = w² h(x1)·h(x2) / width + b²`` with the input ``h`` of the read-out: the covariance of the output over the
     parameters of the read-out. ``NTK = Σ_θ ∂f(x1)/∂θ ∂f(x2)/∂θ`` over all parameters. Their means over the samples
-    tend to ``net.kernel(x1, x2)``: the spread of one sample is of order ``1/√width``, and from depth 2 on the mean is
-    biased by order ``1/width``.
+    tend to ``net.kernel(x1, x2)``: the spread of one sample is of order ``1/√width``, and from two hidden layers on
+    (those of the head included) the mean is biased by order ``1/width``.
 
     Args:
       net: the network.

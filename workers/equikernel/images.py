@@ -43,6 +43,10 @@ def as_images(images: ArrayLike, name: str) -> NDArray[Any]:
         array = np.asarray(images)
     except ValueError as error:
         raise ImageError(f"{name} is no array ({error}); images are (n, height, width, channels)") from None
+    if isinstance(images, np.ma.MaskedArray):
+        raise ImageError(
+            f"{name} is a masked array, and kernels know no missing pixels; fill them, or leave images out"
+        )
     if array.dtype.kind not in "fiub":
         raise ImageError(f"{name} has dtype {array.dtype}; images are real numbers, float32 or float64")
     if array.ndim != 4:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from equikernel.errors import EngineError, ImageError, MemoryLimitError, NonFiniteKernelError, suggestion
+from equikernel.errors import EngineError, ImageError, MemoryLimitError, NonFiniteKernelError, is_whole, suggestion
 from equikernel.groups import on_grid, union
 from equikernel.images import Labels, as_images, check_pixels
 from equikernel.layers import Branch, Convolution, Pooling
@@ -170,7 +170,7 @@ class KernelFunction:
 
     Args:
       network: everything but the group.
-      groups: names of the groups; all of them come from one pass at the cost of the largest.
+      groups: names of the groups; all of them come from one pass at the cost of their union.
       engine, dtype: as in :meth:`equikernel.GroupCNN.kernel`.
       threads: CPU threads of the engine ``"cpu"``; ``None`` means all cores this process may use.
       memory_limit: bytes that a call may use besides its result; ``None`` means half of what is free now.
@@ -188,10 +188,13 @@ class KernelFunction:
         threads: int | None = None,
         memory_limit: int | None = None,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise EngineError(f"{threads} threads compute nothing; use 1 or more, or None for all cores")
-        if memory_limit is not None and memory_limit < 1:
-            raise EngineError(f"memory_limit = {memory_limit} bytes hold nothing; give a positive number, or None")
+        if threads is not None and not (is_whole(threads) and threads >= 1):
+            raise EngineError(f"threads = {threads!r}; give a whole number, 1 or more, or None for all cores")
+        if memory_limit is not None and not (is_whole(memory_limit) and memory_limit >= 1):
+            raise EngineError(
+                f"memory_limit = {memory_limit!r}; give a whole number of bytes, 1 or more, or None for half of what "
+                "is free"
+            )
         name, self.reason = choose_engine(network, groups, engine)
         self.network = network
         self.groups = groups
@@ -426,8 +429,12 @@ def explain(
     """Which engine computes the kernels of ``(H, W, C)`` images; see :meth:`equikernel.GroupCNN.explain`."""
     from equikernel.cost import pair_flops
 
-    if len(image_shape) != 3 or min(image_shape) < 1:
-        raise ImageError(f"image_shape = {image_shape} is no shape of an image; give (height, width, channels)")
+    if not (
+        isinstance(image_shape, (tuple, list))
+        and len(image_shape) == 3
+        and all(is_whole(side) and side >= 1 for side in image_shape)
+    ):
+        raise ImageError(f"image_shape = {image_shape!r} is no shape of an image; give (height, width, channels)")
     height, width, channels = image_shape
     function = KernelFunction(network, groups, engine, dtype)
     for group in groups:

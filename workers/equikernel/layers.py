@@ -168,7 +168,7 @@ class Residual(_Layer):
     )
 
     def __init__(self, layers: Any, **fields: Any) -> None:
-        super().__init__(layers=layers, **fields)
+        super().__init__(layers=(layers,) if isinstance(layers, _Layer) else layers, **fields)
 
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Self, overload
 
@@ -39,7 +40,7 @@ from equikernel.layers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from numpy.typing import ArrayLike
 
@@ -371,8 +372,10 @@ class GroupCNN(Architecture):
 
 
 def _checked_groups(names: Iterable[str]) -> tuple[str, ...]:
-    given = (names,) if isinstance(names, str) else tuple(names)
     choices = ", ".join(groups.GRID_GROUPS)
+    if not isinstance(names, Iterable):
+        raise NetworkError(f"groups = {names!r} is no list of names; choose of {choices}")
+    given = (names,) if isinstance(names, str) else tuple(names)
     if not given:
         raise NetworkError(f"groups: the list is empty; choose of {choices}")
     for name in given:

@@ -1,8 +1,8 @@
 """The CPU engine: orbit reduction and offset decoupling, in Numba, on all cores.
 
 Orbit reduction: the pooled kernel of ``G`` is the mean of plain CNN kernels over rotated and mirrored
-images, ``K_G(f, f') = 1/|G| Σ_{d ∈ G} K_{C_1}(f, ρ(d) f')``, and likewise Θ, because square filters are mapped to
-themselves. So one pass over the elements of the largest group holds the kernels of all its subgroups.
+images, ``K_G(f, f') = 1/|G| Σ_{d ∈ G} K_{C_1}(f, ρ(d) f')``, and likewise Θ, because the elements map
+the filters to themselves. So one pass over the elements of several groups holds the kernels of all of them.
 """
 
 from __future__ import annotations

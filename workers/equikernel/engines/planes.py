@@ -363,7 +363,7 @@ def pooled_plane(
       offset_y: the vertical offset.
       gap: entries between segments: the largest horizontal radius.
       count, length: horizontal offsets side by side, and entries of a long row.
-      longest: entries between the rows of ``masks`` and ``work``.
+      longest: entries between the rows of ``masks``.
       branch: correlations with ``1 - |c| < branch`` are taken as ``±1``.
     """
     # Taken out of the tuples once: each access counts references, which a row would feel.

@@ -1,7 +1,7 @@
 """The dual kernels of the activations on one row of K and Θ, compiled with Numba to packed instructions.
 
-Each function here is :meth:`equikernel.activations.Activation.combine` entry by entry, with polynomials in place of the
-functions that do not vectorise. All take
+A row of an activation is :meth:`equikernel.activations.Activation.combine` entry by entry, with polynomials in place of
+the functions that do not vectorise; the rest are its parts. The rows take
 
     line, start, length: the row of K begins at ``line[start]``, that of Θ ``NTK_LINE`` entries later; both are updated.
     x, x_first, y, y_first, plane: flat arrays; the row of the first factor of each image begins at ``x[x_first]`` and

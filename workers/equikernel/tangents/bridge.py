@@ -14,7 +14,7 @@ internals.
 ``neural_tangents.experimental`` is left out also where TensorFlow is installed; there ``import
 neural_tangents.experimental`` adds it. Tested with JAX 0.10.2, 0.11.2 and 0.12.0.1.
 
-Nothing else in :mod:`equikernel` imports this module, JAX or neural-tangents for the kernels themselves.
+No engine needs this module or neural-tangents, and ``cpu`` and ``reference`` do not need JAX either.
 """
 
 from __future__ import annotations

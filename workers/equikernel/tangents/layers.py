@@ -14,7 +14,6 @@ layers, give an NTK of 0.17846, 200 sampled networks of width 128 give 0.1768 ±
 from __future__ import annotations
 
 import math
-import numbers
 from itertools import product
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -24,7 +23,7 @@ import numpy as np
 from neural_tangents._src.stax.requirements import Bool, Diagonal, MaskedArray, layer, requires
 
 from equikernel import groups
-from equikernel.errors import ImageError, NetworkError
+from equikernel.errors import ImageError, NetworkError, is_whole
 from equikernel.geometry import windows
 from equikernel.tangents.bridge import stax
 
@@ -297,14 +296,14 @@ def _check_layer(name: str, group: Any, out_chan: Any, filter_shape: Any, paddin
         raise NetworkError(
             f"{name}: {group!r} is no group; use C_n or D_n with n from 1 to {groups.LARGEST}, as in 'C4'"
         )
-    if not _is_whole(out_chan) or out_chan < 1:
+    if not is_whole(out_chan) or out_chan < 1:
         raise NetworkError(f"{name}: out_chan = {out_chan!r}; a layer has a whole number of channels, 1 or more")
     for field, value in (("W_std", w_std), ("b_std", 0.0 if b_std is None else b_std)):
-        if not (isinstance(value, (int, float, np.number)) and 0 <= value < math.inf):
+        if isinstance(value, bool) or not (isinstance(value, (int, float, np.number)) and 0 <= value < math.inf):
             raise NetworkError(f"{name}: {field} = {value!r}; a standard deviation is a number, 0 or more")
     if padding not in PADDINGS:
         raise NetworkError(f"{name}: padding {padding!r} does not exist; choose {', '.join(PADDINGS)}")
-    if not (isinstance(filter_shape, (tuple, list)) and len(filter_shape) == 2 and all(map(_is_whole, filter_shape))):
+    if not (isinstance(filter_shape, (tuple, list)) and len(filter_shape) == 2 and all(map(is_whole, filter_shape))):
         raise NetworkError(f"{name}: filter_shape = {filter_shape!r}; give rows and columns, as in (3, 3)")
     if any(side < 1 or side % 2 == 0 for side in filter_shape):
         raise NetworkError(
@@ -312,10 +311,6 @@ def _check_layer(name: str, group: Any, out_chan: Any, filter_shape: Any, paddin
         )
     if filter_shape[0] != filter_shape[1] and not groups.keeps_rectangles(group):
         raise NetworkError(f"{name}: {group} turns filters of {filter_shape}; use square ones, or C1, C2, D1 or D2")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _check_images(name: str, shape: tuple[int, ...], group: str) -> None:
