@@ -394,11 +394,11 @@ class Custom(Activation):
                 f"{self}: on a float array of shape {probe.shape} the function returns shape {np.shape(values)} and "
                 f"dtype {np.asarray(values).dtype}; it must act on arrays entry by entry and return real numbers"
             )
-        alone = np.array([self(number.reshape(1, 1))[0, 0] for number in probe.reshape(-1)]).reshape(probe.shape)
-        if not np.allclose(values, alone, rtol=1e-3, atol=1e-6, equal_nan=True):
+        first = self(probe[:, :1])
+        if not np.allclose(values[:, :1], first, rtol=1e-3, atol=1e-6, equal_nan=True):
             raise NetworkError(
-                f"{self}: of {probe.tolist()} the function makes {np.asarray(values).tolist()}, and of each number "
-                f"alone {alone.tolist()}; it must act on arrays entry by entry"
+                f"{self}: of the columns {probe.round(1).T.tolist()} the function makes {np.round(values, 3).T.tolist()}, "
+                f"and of the first one alone {np.round(first, 3).T.tolist()}; it must act on arrays entry by entry"
             )
         with np.errstate(all="ignore"):
             moments = {}
@@ -426,8 +426,8 @@ class Custom(Activation):
     def _slope(self, q: float, nodes: int) -> float:
         """``q E[σ'(u)²] = Σ_m m b_m²`` by a quadrature, as far as it has terms."""
         with np.errstate(all="ignore"):
-            coefficients = hermite_coefficients(self, np.sqrt(np.array([q])), nodes)[:, 0]
-            return float(np.sum(np.arange(nodes) * coefficients**2))
+            z, basis = quadrature(nodes, nodes)
+            return float(np.sum(np.arange(nodes) * (basis.T @ np.asarray(self(np.sqrt(q) * z))) ** 2))
 
 
 def hermite_coefficients(function: Activation, root: NDArray[np.float64], count: int) -> NDArray[np.float64]:
