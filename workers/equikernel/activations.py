@@ -398,8 +398,8 @@ class Custom(Activation):
         if not np.allclose(values[:, :1], first, rtol=1e-3, atol=1e-6, equal_nan=True):
             raise NetworkError(
                 f"{self}: of the columns {probe.round(1).T.tolist()} the function makes "
-                f"{np.round(values, 3).T.tolist()}, and of the first one alone {np.round(first, 3).T.tolist()}; it must "
-                "act on arrays entry by entry"
+                f"{np.round(values, 3).T.tolist()}, and of the first one alone {np.round(first, 3).T.tolist()}; it "
+                "must act on arrays entry by entry"
             )
         with np.errstate(all="ignore"):
             moments = {}
