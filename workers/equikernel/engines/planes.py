@@ -9,8 +9,8 @@ Layout. The planes of ``count`` neighbouring horizontal offsets lie side by side
 loops are long and vectorise. Each plane row is stored with its two segments apart by ``radius`` zero entries (for
 CIRCULAR padding: between halos of ``radius`` wrapped entries), so that horizontal sums need no seams at all. Stored
 are rows after the horizontal half of the box filter; the vertical half, the activation and the next horizontal half
-happen on one row at a time in ``line``, which stays in the L1 cache. The most frequent vertical half and activation,
-radius 1 and the arc cosine, share one loop. The planes of the next layer overwrite those of
+happen on one row at a time in ``line``, which stays in the L1 cache. The most frequent vertical half, of
+radius 1 and before an arc cosine, shares a loop with the correlations. The planes of the next layer overwrite those of
 the last one, ``radius`` rows lower.
 
 What keeps LLVM vectorising (a test inspects the machine code): flat arrays, unsigned indices, no slices inside, short

@@ -243,7 +243,6 @@ def wave_row(line, start, length, x, x_first, y, y_first, plane, mask, here, bra
 @njit(**EXACT)
 def polynomial_row(line, start, length, x, x_first, y, y_first, plane, mask, here, branch, odd):
     """K and Θ of one row through an even or ``odd`` polynomial: four coefficients, of every second power of ``c``."""
-    one = mask.dtype.type(1)
     x_inverse, y_inverse = x_first + plane, y_first + plane
     x0, y0 = x_inverse + plane, y_inverse + plane
     x1, y1 = x0 + plane, y0 + plane
@@ -252,8 +251,7 @@ def polynomial_row(line, start, length, x, x_first, y, y_first, plane, mask, her
     for i in range(length):
         p = U(i)
         inverse = x[x_inverse + p] * y[y_inverse + p]
-        c = line[start + p] * inverse
-        c = c if one - abs(c) >= branch else (one if c >= 0 else -one)
+        c = clamped(line[start + p] * inverse, branch)
         square = c * c
         slope = nngp = x[x3 + p] * y[y3 + p]
         nngp = nngp * square + x[x2 + p] * y[y2 + p]
@@ -275,14 +273,12 @@ def series_row(
 
     ``correlation``, ``nngp`` and ``slope`` are scratch rows: ``c``, and the sums of Horner's scheme for K and K̇.
     """
-    one = mask.dtype.type(1)
     zero = mask.dtype.type(0)
     x_inverse, y_inverse = x_first + plane, y_first + plane
     x_term, y_term = x_inverse + plane * terms, y_inverse + plane * terms
     for i in range(length):
         p = U(i)
-        c = line[start + p] * (x[x_inverse + p] * y[y_inverse + p])
-        correlation[p] = c if one - abs(c) >= branch else (one if c >= zero else -one)
+        correlation[p] = clamped(line[start + p] * (x[x_inverse + p] * y[y_inverse + p]), branch)
         nngp[p] = x[x_term + p] * y[y_term + p]
         slope[p] = zero
     left = terms - U(1)
