@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -323,6 +323,8 @@ class Custom(Activation):
 
     function: Callable[[Any], Any]
     nodes: int = 32
+    _checked: float = field(default=-1.0, init=False, repr=False, compare=False)
+    """The largest variance at which the function was checked."""
 
     def __post_init__(self) -> None:
         if not callable(self.function):
@@ -370,7 +372,9 @@ class Custom(Activation):
           NetworkError: ``E[σ(u)²]`` or ``E[σ'(u)²]`` is not finite, or its quadrature does not settle; or ``σ`` does
             not act entry by entry.
         """
-        self._check(float(np.max(q)))
+        if (largest := float(np.max(q))) > self._checked:
+            self._check(largest)
+            object.__setattr__(self, "_checked", largest)
         root, inverse = super().factors(q)
         return root, inverse, *hermite_coefficients(self, root, self.nodes)
 
