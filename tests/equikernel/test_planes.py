@@ -64,7 +64,7 @@ def test_inner_loops_use_packed_instructions(name: str) -> None:
 
 def test_rows_of_float32_are_not_computed_in_float64() -> None:
     """One factor of the wrong type would do that, at half the speed, and nothing else would show it."""
-    program = types.NamedTuple((U_FLAT, U_FLAT, FLAT, FLAT, FLAT, *[U_FLAT] * 4, FLAT, FLAT, U, U), planes.Program)
+    program = types.NamedTuple((U_FLAT, U_FLAT, FLAT, FLAT, FLAT, *[U_FLAT] * 4, FLAT, FLAT, *[U] * 4), planes.Program)
     scratch = types.NamedUniTuple(FLAT, 8, planes.Scratch)
     signature = (program, scratch, FLAT, FLAT, U, U, U, U, U, types.int64, U, U, U, types.float32)
     compiled = njit(signature, **{**rows.EXACT, "cache": False})(planes.pooled_plane.py_func)

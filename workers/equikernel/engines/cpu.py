@@ -117,7 +117,7 @@ class CpuEngine:
         program = self._program(channels, np.dtype(np.float32))
         row = width + 2 * self.gap
         longest = offsets_per_block(width, row) * row + planes.LANES
-        rows = height + int(program.radius_y.sum() + program.radius_y.max()) + 1
+        rows = height + int(program.shift + program.halo) + 1
         images = 2 * int(program.planes) * height
         long_rows = images + 2 * rows + 2 * int(program.slots) * height + 3 + len(program.kind)
         scratch = itemsize * (longest * long_rows + planes.LINE + 2 * row)
@@ -145,8 +145,9 @@ class CpuEngine:
         columns = zip(*operations, strict=True)
         kind, place, terms, middle, factor = (list(column) for column in columns)
         slots = [int(p) + 1 for k, p in zip(kind, place, strict=True) if k == planes.SAVE]
+        radii = [step.radii[0] for step in convolutions]
         return planes.Program(
-            whole([step.radii[0] for step in convolutions]),
+            whole(radii),
             whole([step.radii[1] for step in convolutions]),
             rounded,
             (scale - rounded).astype(dtype),
@@ -159,6 +160,8 @@ class CpuEngine:
             np.array(factor, dtype),
             np.uint64(max(slots, default=0)),
             np.uint64(channels + factor_planes(self.network)),
+            np.uint64(sum(radii)),
+            np.uint64(max(radii)),
         )
 
     def pairs(

@@ -287,6 +287,7 @@ class Program(NamedTuple):
       factor: constant factor of an activation.
       slots: arrays that :data:`SAVE` needs.
       planes: channels and factors of an image.
+      shift, halo: sum of ``radius_y``, the rows by which planes are moved in the end, and the largest of them.
     """
 
     radius_y: Any
@@ -302,6 +303,8 @@ class Program(NamedTuple):
     factor: Any
     slots: Any
     planes: Any
+    shift: Any
+    halo: Any
 
 
 class Scratch(NamedTuple):
@@ -368,7 +371,7 @@ def pooled_plane(
     """
     # Taken out of the tuples once: each access counts references, which a row would feel.
     knl, ntk, saved, line, correlation, nngp, slope, masks = scratch
-    radius_y, radius_x, scales, rests, biases, ends, kinds, places, terms, middle, _, _, _ = program
+    radius_y, radius_x, scales, rests, biases, ends, kinds, places, terms, middle, _, _, _, shift, _ = program
     start = aligned_start(gap)
     nothing = scales.dtype.type(0)
     layers = U(len(ends))
@@ -376,7 +379,7 @@ def pooled_plane(
     plane = height * length
     circular = padding == CIRCULAR
     seam = height - offset_y
-    top = radius_y.sum() * length  # row 0 of the first layer; each further layer lies lower by a vertical radius
+    top = shift * length  # row 0 of the first layer; each further layer lies lower by a vertical radius
 
     for i in range(height):
         other = U(i) + offset_y
@@ -495,7 +498,7 @@ def pooled_pairs(
     longest = padded(block * (width + gap + gap))
     x = aligned(program.planes * height * longest, dtype)
     y = aligned(program.planes * height * longest, dtype)
-    rows = height + scratch_rows(program.radius_y)
+    rows = height + program.shift + program.halo + ONE  # the last one holds zeros
     operations = U(len(program.kind))
     scratch = Scratch(
         aligned(rows * longest, dtype), aligned(rows * longest, dtype),
@@ -535,9 +538,3 @@ def pooled_pairs(
                 )  # fmt: skip
                 sums_k[j] += sum_k
                 sums_theta[j] += sum_theta
-
-
-@njit(**EXACT)
-def scratch_rows(radius_y):
-    """Rows of the scratch planes beyond the height: the shift of each layer, a halo below, and the row of zeros."""
-    return radius_y.sum() + radius_y.max() + ONE
