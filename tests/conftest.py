@@ -3,6 +3,7 @@
 import itertools
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,16 @@ from equigram.store import GramStore
 from equikernel.worker import TileWorker, processor_kind
 
 BUCKETS = itertools.count()
+
+COMPILE = "import numpy, equikernel; equikernel.GroupCNN().kernel(numpy.ones((1, 4, 4, 1)), dtype={!r})"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the CPU engine once, before several processes do so at the same time."""
+    if getattr(config.option, "numprocesses", None):
+        programs = [subprocess.Popen([sys.executable, "-c", COMPILE.format(one)]) for one in ("float32", "float64")]
+        for program in programs:
+            program.wait(timeout=300)
 
 
 def pictures(count: int, *, size: int = 8, classes: int = 3, seed: int = 0) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -132,8 +133,16 @@ def output_of_moved_images(net: GroupCNN, size: int) -> NDArray[Any]:
     return np.asarray(jax.jit(lambda params, x: finite.apply(net, params, x))(params, moved)).reshape(8, 2)
 
 
-@pytest.mark.parametrize(("padding", "size"), [("SAME", 7), ("VALID", 6), ("CIRCULAR", 6)])
-@pytest.mark.parametrize("group", groups.GRID_GROUPS)
+@pytest.mark.parametrize(
+    ("group", "padding", "size"),
+    [
+        *itertools.product(["C4", "D2"], ["SAME", "CIRCULAR"], [6, 7]),
+        ("C1", "SAME", 7),
+        ("C2", "VALID", 6),
+        ("D1", "CIRCULAR", 6),
+        ("D4", "VALID", 6),
+    ],
+)
 def test_the_symmetries_of_its_group_are_the_ones_that_a_network_does_not_see(
     group: str, padding: str, size: int
 ) -> None:
@@ -235,14 +244,12 @@ def test_sampled_networks_confirm_that_the_first_layer_counts_once() -> None:
 
 
 CONVERGING = {
-    "C1 sin": GroupCNN(group="C1", depth=2, activation="sin", w_std=1.4),
     "C4": GroupCNN(group="C4", depth=2, padding="VALID", w_std=1.2, b_std=0.3, head=("erf",)),
     "D4 leaky": GroupCNN(group="D4", depth=2, activation="leaky_relu(0.2)", w_std=1.4),
-    "C3": GroupCNN(group="C3", depth=2, padding="CIRCULAR", w_std=1.4),
+    "C3 sin": GroupCNN(group="C3", depth=2, padding="CIRCULAR", activation="sin", w_std=1.4),
     "C8 gelu": GroupCNN(group="C8", depth=2, activation="gelu", w_std=1.4, b_std=0.2),
     "D3": GroupCNN(group="D3", depth=1, w_std=1.4, head=("relu",)),
-    "layers": GroupCNN(group="C4", layers=LAYERS, b_std=0.3),
-    "custom": GroupCNN(group="C2", depth=2, activation=Custom(jnp.tanh), w_std=1.4),
+    "layers": GroupCNN(group="C2", layers=LAYERS, activation=Custom(jnp.tanh), b_std=0.3),
 }
 
 

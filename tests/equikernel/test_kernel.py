@@ -90,10 +90,15 @@ def test_cpu_engine_equals_the_literal_recursion(
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("activation", ["relu", "erf"])
 @pytest.mark.parametrize(
-    ("group", "padding", "filter_size"),
-    [*itertools.product(["C1", "C4"], PADDINGS, [3]), ("C2", "SAME", 5), ("C4", "CIRCULAR", 5), ("D2", "SAME", 3)],
+    ("group", "padding", "filter_size", "activation"),
+    [
+        *itertools.product(["C1", "C4"], PADDINGS, [3], ["relu"]),
+        *itertools.product(["C4"], PADDINGS, [3], ["erf"]),
+        *itertools.product(["C2"], ["SAME"], [5], ["relu", "erf"]),
+        ("C4", "CIRCULAR", 5, "relu"),
+        ("D2", "SAME", 3, "relu"),
+    ],
 )
 def test_branch_point(group: str, padding: str, filter_size: int, activation: str, dtype: str) -> None:
     """Identical, rotated, proportional, constant and zero images: c = ±1 and q = 0, where √ε lurks."""
@@ -254,8 +259,8 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize(
     ("count", "side", "depth", "threads"),
-    [(2000, 32, 3, 1), (2000, 32, 3, 2), (1, 160, 50, 1), (1, 160, 50, 2)],
-    ids=["pairs, one thread", "pairs, two threads", "one pair, one thread", "one pair, two threads"],
+    [(2000, 32, 3, 2), (1, 160, 50, 1)],
+    ids=["pairs, two threads", "one pair, one thread"],
 )
 def test_a_call_of_many_minutes_can_be_interrupted(count: int, side: int, depth: int, threads: int) -> None:
     program = LONG_CALL.format(count=count, side=side, depth=depth, threads=threads)
