@@ -285,6 +285,58 @@ def plot(
         out.print(str(path), soft_wrap=True)
 
 
+@_command
+def verify(
+    store: StoreArgument,
+    repair: Annotated[bool, typer.Option("--repair", help="Delete what is wrong, and compute it again.")] = False,
+    samples: Annotated[
+        int, typer.Option(min=0, metavar="NUMBER", help="Tiles that are computed anew, and minors that are taken.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(min=0, metavar="NUMBER", help="Of the choice of these.")] = 0,
+    address: AddressOption = None,
+) -> None:
+    """Check everything that a store holds; exit code 1 if something is wrong. Changes nothing without `--repair`.
+
+    Reads every chunk (size, checksum, finite values, the same bits on both sides of the diagonal), computes the kernel
+    of every image with itself and compares it with the diagonal, bounds every entry by Cauchy-Schwarz, takes
+    eigenvalues of some principal minors, and computes some tiles anew: the same bits on the same kind of processor,
+    else to 5e-6 (float32).
+    """
+    from equigram.run import repair as repair_tiles
+    from equigram.screen import Screen
+    from equigram.store import GramStore
+    from equigram.verify import verify as verify_store
+
+    opened = GramStore.open(store)
+    with Screen(err) as screen:
+        report = verify_store(opened, screen, samples, seed)
+    for finding in report.findings:
+        out.print(f"wrong: {finding.what}", soft_wrap=True)
+    how = "the same bits" if report.to_the_bit else "agreeing to rounding"
+    _print_facts(
+        ("chunks", f"{report.chunks:,} read"),
+        ("diagonal", f"{report.images:,} images computed with themselves, {how} required"),
+        ("minors", f"{report.minors:,} sampled"),
+        ("anew", f"{report.anew:,} tiles computed, {how} required"),
+        ("missing", f"{report.missing:,} tiles"),
+        ("wrong", f"{len(report.bad_tiles):,} tiles" if report.findings else "nothing"),
+    )
+    if not report.findings:
+        return
+    beyond = any(finding.tile is None for finding in report.findings)
+    if repair and report.bad_tiles and not beyond:
+        with Screen(err) as screen:
+            repair_tiles(opened, report.bad_tiles, screen, address)
+        out.print(f"computed again: {len(report.bad_tiles):,} tiles; `equigram run JOB.yaml` solves with them")
+        return
+    if beyond:
+        remedy = "what no tile can mend is wrong; delete the store and run its job again"
+    else:
+        remedy = f"mend it with `equigram verify {shlex.quote(store)} --repair`"
+    count = len(report.findings)
+    raise StoreError(f"{store}: {count:,} {'thing is' if count == 1 else 'things are'} wrong; {remedy}")
+
+
 def _version(show: bool) -> None:
     if show:
         out.print(f"equigram {__version__}")

@@ -103,6 +103,11 @@ def is_diagonal(tile: Tile) -> bool:
     return tile.part == "gram" and tile.row == tile.col
 
 
+def tile_of(part: Part, row: int, col: int) -> Tile:
+    """The tile that fills a chunk."""
+    return Tile(part, row, col) if part == "cross" else Tile(part, min(row, col), max(row, col))
+
+
 def _block(index: int, edge: int, count: int) -> range:
     return range(index * edge, min((index + 1) * edge, count))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,7 +13,7 @@ from equigram.data import Survey, fingerprint, load_dataset, load_images, survey
 from equigram.data.sources import some
 from equigram.driver import check_address, ray_session, run_tiles, worker_count
 from equigram.errors import DamagedTileError, DataNotFoundError, ResourceError, SpecError, StoreMismatchError
-from equigram.plan import Plan, Tiling, choose_edge, image_bytes, tile_bytes, worker_bytes
+from equigram.plan import Plan, Tile, Tiling, choose_edge, image_bytes, tile_bytes, worker_bytes
 from equigram.solve.regression import memory_needed
 from equigram.solve.stage import Result, check_solvable, solve_run
 from equigram.store import GramStore, free_space
@@ -93,9 +93,7 @@ def run(spec: JobSpec, listener: Listener | None = None) -> Finished:
     except DamagedTileError:
         damaged = store.damaged_tiles()
         listener.note(f"damaged in the store and computed again: tiles {some(sorted(map(str, damaged)))}")
-        for tile in damaged:
-            store.discard_tile(tile)
-        compute_tiles(store, spec, listener)
+        repair(store, sorted(damaged), listener, spec.workers.address)
         results = solve(store, spec, listener)
     return Finished(store, tuple(results))
 
@@ -323,6 +321,7 @@ def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener) -> None:
     check_worker_memory(spec, memory)
     store.check_writable()
     done, total = sum(map(tiling.pairs, finished)), tiling.total_pairs
+    kinds = set(info.processors)
     if finished:
         listener.note(f"{len(finished)} of {len(tiling)} tiles are in the store already")
     with ray_session(spec.workers):
@@ -332,7 +331,21 @@ def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener) -> None:
         with contextlib.closing(run_tiles(store, spec, missing, count, memory, listener.note)) as reports:
             for report in reports:
                 done += report.pairs
+                if report.processor not in kinds:
+                    kinds.add(report.processor)
+                    store.remember_processor(report.processor)
                 listener.progress("pairs", done, total)
+
+
+def repair(store: GramStore, tiles: Sequence[Tile], listener: Listener, address: str | None = None) -> None:
+    """Delete tiles, and compute all that are missing, on the cluster at ``address`` or the one of the job."""
+    spec = store.info.spec
+    if address is not None:
+        spec = spec.model_copy(update={"workers": spec.workers.model_copy(update={"address": address})})
+    check_address(spec.workers)
+    for tile in tiles:
+        store.discard_tile(tile)
+    compute_tiles(store, spec, listener)
 
 
 def solve(store: GramStore, spec: JobSpec, listener: Listener) -> list[Result]:

@@ -25,7 +25,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -44,7 +44,7 @@ from equigram.errors import (
     StoreMismatchError,
     StoreNotFoundError,
 )
-from equigram.plan import Part, Tile, Tiling, chunk_bytes, is_diagonal
+from equigram.plan import Part, Tile, Tiling, chunk_bytes, is_diagonal, tile_of
 from equigram.spec import JobSpec
 from equikernel.errors import EquikernelError, NonFiniteKernelError
 
@@ -78,9 +78,11 @@ class RunInfo:
     preprocessing: Preprocessing
     fingerprint: str
     processor: str
+    processors: tuple[str, ...]
     created: str
     versions: dict[str, str]
     notes: tuple[str, ...]
+    images_sha256: dict[str, str]
 
     @property
     def tiling(self) -> Tiling:
@@ -160,8 +162,9 @@ class GramStore:
                 for name, split in splits.items()
             },
             "processor": processor,
+            "processors": [],
             "python": platform.python_version(),
-            "versions": _versions(),
+            "versions": versions(),
             "notes": dataset.notes,
         }
         with store._storage("create the run store"):
@@ -252,9 +255,11 @@ class GramStore:
             preprocessing=Preprocessing.from_json(attributes["preprocessing"]),
             fingerprint=attributes["fingerprint"],
             processor=attributes["processor"],
+            processors=tuple(attributes.get("processors", [attributes["processor"]])),
             created=attributes["created"],
             versions=attributes["versions"],
             notes=tuple(attributes["notes"]),
+            images_sha256=attributes["images_sha256"],
         )
 
     def check_belongs_to(self, spec: JobSpec) -> None:
@@ -279,7 +284,19 @@ class GramStore:
             return
         with self._storage("write the job into the run store"):
             self._root.attrs["equigram"] = {**attributes, "spec": fields}
-        del self.info
+        self.__dict__.pop("info", None)
+
+    def remember_processor(self, kind: str) -> None:
+        """Keep the kind of a processor that computes tiles of this run."""
+        attributes = self._attributes()
+        if attributes is None:
+            return
+        known = attributes.get("processors", [attributes["processor"]])
+        if kind in known:
+            return
+        with self._storage("write the kind of processor into the run store"):
+            self._root.attrs["equigram"] = {**attributes, "processors": [*known, kind]}
+        self.__dict__.pop("info", None)
 
     # ------------------------------------------------------------------ images and labels
 
@@ -324,7 +341,7 @@ class GramStore:
         """
         spec, tiling = self.info.spec.gram, self.info.tiling
         rows, cols = (slice(side.start, side.stop) for side in (tiling.rows(tile), tiling.cols(tile)))
-        for group, kernel in self._matrices:
+        for group, kernel in self.matrices:
             with np.errstate(over="ignore"):
                 values = np.asarray(getattr(kernels[group], kernel), spec.dtype)
             if not np.isfinite(values).all():
@@ -342,26 +359,53 @@ class GramStore:
         """The tiles whose chunks are all there, in full size, from one listing per matrix."""
         tiling = self.info.tiling
         present = {
-            part: set.intersection(*(self._whole_chunks(part, *names) for names in self._matrices))
-            for part in self._parts
+            part: set.intersection(*(self._whole_chunks(part, *names) for names in self.matrices))
+            for part in self.parts
         }
         return {tile for tile in tiling.tiles() if present[tile.part].issuperset(tiling.chunks(tile))}
+
+    def layout_errors(self) -> list[str]:
+        """What is wrong with the arrays, as sentences: those that the job needs, their shapes, dtypes and chunks."""
+        info, errors = self.info, []
+        sizes = {"train": info.train, "test": info.test}
+        splits = [split for split, count in sizes.items() if count]
+        expected: dict[str, tuple[tuple[int, ...], str]] = {}
+        for split in splits:
+            expected[f"images/{split}"] = (sizes[split], *info.image_shape), "float32"
+        for part in self.parts:
+            for group, kernel in self.matrices:
+                rows = info.test if part == "cross" else info.train
+                expected[f"{part}/{group}/{kernel}"] = (rows, info.train), info.spec.gram.dtype
+        for name, (shape, dtype) in expected.items():
+            with self._storage(f"open {name}"):
+                try:
+                    array: Any = self._root[name]
+                    found = array.shape, str(array.dtype)
+                    chunks, matrix = array.chunks, "images" not in name
+                except (KeyError, ValueError, TypeError, AttributeError) as error:
+                    errors.append(f"{name}: its metadata cannot be read ({type(error).__name__})")
+                    continue
+            if found != (shape, dtype):
+                errors.append(f"{name} is {found[1]} of shape {found[0]}; the job needs {dtype} of {shape}")
+            elif matrix and chunks != 2 * (info.tile,):
+                errors.append(f"{name} has chunks of {chunks}; its tiles have {2 * (info.tile,)}")
+        return errors
 
     def damaged_tiles(self) -> set[Tile]:
         """The tiles of which a stored chunk fails its checksum or holds values that are not finite; reads all."""
         return {
-            _tile_of(part, row, col)
-            for part in self._parts
-            for group, kernel in self._matrices
+            tile_of(part, row, col)
+            for part in self.parts
+            for group, kernel in self.matrices
             for row, col in self._whole_chunks(part, group, kernel)
-            if self._read(part, group, kernel, row, col)[1]
+            if self.read(part, group, kernel, row, col)[1]
         }
 
     def discard_tile(self, tile: Tile) -> None:
         """Delete a tile, so that the next run computes it again."""
         with self._storage(f"delete tile {tile}"):
             for row, col in self.info.tiling.chunks(tile):
-                for group, kernel in self._matrices:
+                for group, kernel in self.matrices:
                     with contextlib.suppress(FileNotFoundError):
                         self._call("rm_file", f"{self._place[1]}/{tile.part}/{group}/{kernel}/c/{row}/{col}")
 
@@ -374,9 +418,9 @@ class GramStore:
           DamagedTileError: a chunk fails its checksum or holds values that are not finite; ``error.tile`` names it.
         """
         info, tiling, name = self.info, self.info.tiling, f"{part}/{group}/{kernel}"
-        if (group, kernel) not in self._matrices or part not in self._parts:
+        if (group, kernel) not in self.matrices or part not in self.parts:
             raise StoreMismatchError(
-                f"{self.url} holds no matrix {name}; it holds {' and '.join(self._parts)} of the groups "
+                f"{self.url} holds no matrix {name}; it holds {' and '.join(self.parts)} of the groups "
                 f"{', '.join(info.spec.gram.groups)} and the kernels {', '.join(info.spec.gram.kernels)}"
             )
         cols = range(tiling.train_blocks)
@@ -390,16 +434,16 @@ class GramStore:
         result = np.empty((info.test if part == "cross" else info.train, info.train), info.spec.gram.dtype)
         for row in rows:
             window = tiling.rows(Tile(part, row, 0))
-            values, wrong = self._read(part, group, kernel, row)
+            values, wrong = self.read(part, group, kernel, row)
             if wrong:
                 values = np.hstack([self._read_chunk(part, group, kernel, row, col) for col in cols])
             result[window.start : window.stop] = values
         return result
 
     def _read_chunk(self, part: Part, group: str, kernel: str, row: int, col: int) -> NDArray[Any]:
-        values, wrong = self._read(part, group, kernel, row, col)
+        values, wrong = self.read(part, group, kernel, row, col)
         if wrong:
-            tile = _tile_of(part, row, col)
+            tile = tile_of(part, row, col)
             raise DamagedTileError(
                 f"{self.url}: chunk {row}, {col} of {part}/{group}/{kernel} (tile {tile}) is damaged: {wrong}; "
                 "`equigram run JOB.yaml` computes that tile again",
@@ -407,7 +451,7 @@ class GramStore:
             )
         return values
 
-    def _read(self, part: Part, group: str, kernel: str, row: int, col: int | None = None) -> tuple[NDArray[Any], str]:
+    def read(self, part: Part, group: str, kernel: str, row: int, col: int | None = None) -> tuple[NDArray[Any], str]:
         """The values of a chunk, without ``col`` of a row of chunks, and what is wrong with them, if anything."""
         tiling = self.info.tiling
         rows = tiling.rows(Tile(part, row, 0))
@@ -493,11 +537,12 @@ class GramStore:
         return StoreNotFoundError(f"{self.url} is not a finished run store; make one with `equigram run JOB.yaml`")
 
     @property
-    def _parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[Part, ...]:
+        """The two matrices of each group and kernel, or the train matrix alone where there are no test images."""
         return ("gram", "cross") if self.info.test else ("gram",)
 
     @property
-    def _matrices(self) -> list[tuple[str, str]]:
+    def matrices(self) -> list[tuple[str, str]]:
         """Group and kernel of every matrix of a part."""
         gram = self.info.spec.gram
         return [(group, kernel) for group in gram.groups for kernel in gram.kernels]
@@ -530,22 +575,31 @@ class GramStore:
         return values
 
     def _whole_chunks(self, part: Part, group: str, kernel: str) -> set[tuple[int, int]]:
-        """The chunks ``(row, col)`` of a matrix that are there in full size; temporary files are passed over."""
-        info, name = self.info, f"{part}/{group}/{kernel}"
-        size = chunk_bytes(info.tile, np.dtype(info.spec.gram.dtype).itemsize)
+        """The chunks ``(row, col)`` of a matrix that are there in full size."""
+        expected = self.chunk_bytes
+        return {place for place, size in self.chunk_sizes(part, group, kernel).items() if size == expected}
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of every chunk of a matrix."""
+        return chunk_bytes(self.info.tile, np.dtype(self.info.spec.gram.dtype).itemsize)
+
+    def chunk_sizes(self, part: Part, group: str, kernel: str) -> dict[tuple[int, int], int]:
+        """Bytes of the chunks ``(row, col)`` of a matrix that are stored; temporary files are passed over."""
+        name = f"{part}/{group}/{kernel}"
         fs, path = self._place
         with self._storage(f"list {name}"):
             fs.invalidate_cache()
             try:
                 listing = self._call("find", f"{path}/{name}/c", detail=True)
             except FileNotFoundError:
-                return set()
-        chunks = set()
+                return {}
+        sizes = {}
         for file, entry in listing.items():
             row, col = file.rsplit("/", 2)[-2:]
-            if row.isdecimal() and col.isdecimal() and entry["size"] == size:
-                chunks.add((int(row), int(col)))
-        return chunks
+            if row.isdecimal() and col.isdecimal():
+                sizes[int(row), int(col)] = int(entry["size"])
+        return sizes
 
     def _children(self) -> list[str]:
         """Names of the files and folders directly in the store."""
@@ -609,11 +663,6 @@ def _is_local(fs: Any) -> bool:
     return "file" in _protocols(fs)
 
 
-def _tile_of(part: Part, row: int, col: int) -> Tile:
-    """The tile that fills a chunk."""
-    return Tile(part, row, col) if part == "cross" else Tile(part, min(row, col), max(row, col))
-
-
 def _identity(spec: JobSpec, tile: int) -> list[tuple[str, Any]]:
     """The fields that decide what is in the matrices, flat and in a fixed order."""
     gram = spec.gram.model_dump(mode="json")
@@ -624,12 +673,13 @@ def _identity(spec: JobSpec, tile: int) -> list[tuple[str, Any]]:
     return [(f"{section}.{field}", value) for section, fields in sections.items() for field, value in fields.items()]
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _add_array(group: zarr.Group, name: str, values: NDArray[Any], chunks: tuple[int, ...]) -> None:

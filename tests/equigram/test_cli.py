@@ -27,6 +27,7 @@ from equigram.errors import SpecError
 EQUIGRAM = str(Path(sys.executable).with_name("equigram"))
 ENVIRONMENT = os.environ | {"COLUMNS": "80", "TERM": "xterm", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
 LIMIT = 120
+COMMANDS = ("run", "plan", "status", "verify", "predict", "plot")
 FORKING = """
 import json, os, signal, sys
 import equigram.cli, equigram.figures, equigram.run, equikernel.engines.cpu, typer.rich_utils, zarr
@@ -195,6 +196,32 @@ def test_a_finished_run_has_nothing_to_do_and_says_the_same(finished: tuple[Path
     again = run.command("run", "job.yaml", folder=run.folder)
     assert (again.code, again.out) == (0, finished[1].out)
     assert {name: content for name, content in run.files().items() if name in before} == before
+
+
+def test_a_finished_run_is_verified(run: Place) -> None:
+    before = run.files()
+    done = run.command("verify", "run", folder=run.folder)
+    assert done.code == 0, done
+    assert done.out.splitlines() == [
+        "chunks    60 read",
+        "diagonal  27 images computed with themselves, the same bits required",
+        "minors    6 sampled",
+        "anew      8 tiles computed, the same bits required",
+        "missing   0 tiles",
+        "wrong     nothing",
+    ]
+    assert run.files() == before
+
+
+def test_what_is_wrong_with_a_store_is_told_and_repaired(copy: Place) -> None:
+    good = copy.files()
+    (copy / "run/gram/C4/ntk/c/0/1").write_bytes(b"nothing")
+    done = copy.command("verify", "run", "--samples", 0, folder=copy.folder)
+    assert done.code == 1
+    assert done.out.startswith("wrong: chunk 0, 1 of gram/C4/ntk has 7 bytes, not 260\n")
+    assert done.err.splitlines()[-1] == "error: run: 1 thing is wrong; mend it with `equigram verify run --repair`"
+    assert copy.command("verify", "run", "--repair", folder=copy.folder).code == 0
+    assert copy.files() == good
 
 
 def test_on_a_terminal_there_are_bars(run: Place) -> None:
@@ -627,7 +654,7 @@ def test_a_place_that_cannot_be_written_is_a_failure(run: Place) -> None:
 
 
 def test_help_and_version_are_on_standard_output(command: Callable[..., Done], tmp_path: Path) -> None:
-    for arguments in (["--help"], ["-h"], *([name, "--help"] for name in ("run", "plan", "status", "predict", "plot"))):
+    for arguments in (["--help"], ["-h"], *([name, "--help"] for name in COMMANDS)):
         done = command(*arguments, folder=tmp_path)
         assert (done.code, done.err) == (0, "")
         assert "Usage: equigram" in done.out

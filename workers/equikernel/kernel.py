@@ -286,6 +286,13 @@ class KernelFunction:
                 for group in self.groups
             }
 
+    def diagonal(self, block: Block) -> dict[str, Pooled]:
+        """NNGP and NTK ``(n,)`` float64 of each image with itself, by group: the diagonal of what a call gives."""
+        same = np.arange(block.count)
+        with np.errstate(over="ignore", invalid="ignore"):
+            pooled = self.engine.pairs(block.prepared, block.prepared, same, same)
+            return {group: self._dense(group, pooled[group], block, block, same, same) for group in self.groups}
+
     def _finish(
         self,
         group: str,
@@ -298,13 +305,8 @@ class KernelFunction:
         symmetric: bool,
     ) -> Kernel:
         """Dense layers, then from a list of pairs to matrices in the dtype of the result."""
-        q1 = q2 = eps = np.empty(0)
-        if self.network.head:
-            q1 = self._self_kernels(group, block1)[rows]
-            q2 = self._self_kernels(group, block2)[cols]
-            eps = np.maximum(self._rounding(group, block1)[rows], self._rounding(group, block2)[cols])
         matrices = []
-        for values in dense_layers(self.network, pooled, q1, q2, eps):
+        for values in self._dense(group, pooled, block1, block2, rows, cols):
             matrix = np.empty((block1.count, block2.count), self.dtype)
             matrix[rows, cols] = values
             if symmetric:
@@ -314,6 +316,23 @@ class KernelFunction:
         kernel.engine = self.engine.name
         _refuse_non_finite(kernel, group, block1.labels, block2.labels)
         return kernel
+
+    def _dense(
+        self,
+        group: str,
+        pooled: Pooled,
+        block1: Block,
+        block2: Block,
+        rows: NDArray[np.intp],
+        cols: NDArray[np.intp],
+    ) -> Pooled:
+        """The pooled kernels ``(p,)`` of pairs through the dense layers."""
+        q1 = q2 = eps = np.empty(0)
+        if self.network.head:
+            q1 = self._self_kernels(group, block1)[rows]
+            q2 = self._self_kernels(group, block2)[cols]
+            eps = np.maximum(self._rounding(group, block1)[rows], self._rounding(group, block2)[cols])
+        return dense_layers(self.network, pooled, q1, q2, eps)
 
     def _self_kernels(self, group: str, block: Block) -> NDArray[np.float64]:
         if group not in block.variances:

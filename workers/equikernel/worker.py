@@ -63,11 +63,13 @@ class TileReport:
       tile: the tile.
       pairs: image pairs computed.
       seconds: time for reading, computing and writing.
+      processor: the kind of processor that computed it.
     """
 
     tile: Any
     pairs: int
     seconds: float
+    processor: str
 
 
 class TileWorker:
@@ -112,7 +114,7 @@ class TileWorker:
                 self._blame(tile, split, index)
             raise type(error)(f"tile {tile}: {error}") from None
         _patiently(lambda: self._store.write_tile(tile, kernels))
-        return TileReport(tile, pairs, time.perf_counter() - start)
+        return TileReport(tile, pairs, time.perf_counter() - start, processor_kind())
 
     def _block(self, split: str, index: int) -> Block:
         key = (split, index)

@@ -1,0 +1,322 @@
+"""Checks what a store holds, without believing any of it.
+
+Each check finds what the ones before it cannot:
+
+- layout: the arrays are those of the job, with its shapes, dtype and chunks;
+- images: their SHA-256 is the one that was noted when the store was made;
+- chunks: full size, matching checksum, finite values;
+- symmetry: a chunk of the train matrix and its mirror image hold the same bits;
+- diagonal: the kernel of every image with itself, computed anew;
+- Cauchy-Schwarz: ``|K(f, f')| <= √(K(f, f) K(f', f'))`` for every entry;
+- eigenvalues: principal minors of the train matrix, chosen at random, are positive semi-definite;
+- recomputation: tiles chosen at random, computed anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from equigram.errors import StoreError
+from equigram.plan import Part, Tile, is_diagonal, tile_of
+from equigram.store import versions
+from equikernel.kernel import KernelFunction
+from equikernel.worker import processor_kind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from equigram.run import Listener
+    from equigram.store import GramStore, SplitName
+
+    Array = NDArray[np.float64]
+
+T = TypeVar("T")
+
+SAMPLES = 8
+"""Tiles that are computed anew, and principal minors that are taken, unless another number is asked for."""
+
+MINOR = 128
+"""Images from each of the two blocks of a principal minor at most."""
+
+TOLERANCE = {"float32": 5e-6, "float64": 1e-11}
+"""Largest difference that another kind of processor or engine explains, relative to ``√(K(f, f) K(f', f'))``."""
+
+SAME_BITS = ("cpu", "reference")
+"""Engines with which the bits of a pair depend on the two images and the kind of processor alone."""
+
+VERSIONS = ("equigram", "numpy", "numba", "llvmlite")
+"""Packages that must have the same version for the same bits."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong.
+
+    Attributes:
+      what: what, and where.
+      tile: the tile to compute again; ``None`` where that would not mend it.
+    """
+
+    what: str
+    tile: Tile | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was checked, and what is wrong.
+
+    Attributes:
+      findings: in the order of the checks.
+      missing: tiles that are not there yet, or not completely.
+      chunks: chunks of matrices that were read.
+      images: images whose kernel with themselves was computed.
+      minors: principal minors whose eigenvalues were computed.
+      anew: tiles that were computed anew.
+      to_the_bit: whether what was computed anew had to have the same bits, not only agree to :data:`TOLERANCE`.
+    """
+
+    findings: tuple[Finding, ...]
+    missing: int
+    chunks: int
+    images: int
+    minors: int
+    anew: int
+    to_the_bit: bool
+
+    @property
+    def bad_tiles(self) -> list[Tile]:
+        """The tiles to compute again."""
+        return sorted({finding.tile for finding in self.findings if finding.tile is not None})
+
+
+def verify(store: GramStore, listener: Listener, samples: int = SAMPLES, seed: int = 0) -> Report:
+    """Check a store, finished or not. Changes nothing; computes in this process, on all cores.
+
+    Args:
+      store: the run.
+      listener: told of the progress.
+      samples: how many tiles are computed anew, and how many principal minors are taken.
+      seed: of their choice.
+
+    Raises:
+      StoreError: the storage does not answer. That what it holds is wrong is no error, but in the report.
+    """
+    return _Verification(store, listener, samples, seed).run()
+
+
+class _Verification:
+    """One pass over a store."""
+
+    def __init__(self, store: GramStore, listener: Listener, samples: int, seed: int) -> None:
+        self._store, self._info, self._listener = store, store.info, listener
+        self._samples, self._rng = samples, np.random.default_rng(seed)
+        self._findings: list[Finding] = []
+        self._bad: set[Tile] = set()
+        self._chunks = 0
+        gram, processors = self._info.spec.gram, set(self._info.processors)
+        self._dtype, self._tolerance = gram.dtype, TOLERANCE[gram.dtype]
+        self._function = KernelFunction(self._info.spec.network, gram.groups, self._info.spec.engine, gram.dtype)
+        same_software = all(self._info.versions.get(name) == version for name, version in versions(VERSIONS).items())
+        self._to_the_bit = (
+            same_software and processors <= {processor_kind()} and self._function.engine.name in SAME_BITS
+        )
+
+    def run(self) -> Report:
+        """All checks; those that need the images are left out where these are damaged."""
+        missing = images = minors = anew = 0
+        self._findings += map(Finding, self._store.layout_errors())
+        if not self._findings:
+            stored = self._stored_tiles()
+            missing = len(self._info.tiling) - len(stored)
+            diagonals: dict[tuple[str, str, str], Array] = {}
+            if self._images_are_whole():
+                diagonals = self._self_kernels()
+                images = self._info.train + self._info.test
+            self._check_values(self._good(stored), diagonals)
+            if diagonals:
+                minors = self._check_minors(self._good(stored))
+                anew = self._check_anew(self._good(stored), diagonals)
+        return Report(tuple(self._findings), missing, self._chunks, images, minors, anew, self._to_the_bit)
+
+    def _good(self, tiles: list[Tile]) -> list[Tile]:
+        return [tile for tile in tiles if tile not in self._bad]
+
+    def _found(self, tile: Tile, what: str) -> None:
+        """Something is wrong with a tile; only the first thing is told."""
+        if tile not in self._bad:
+            self._bad.add(tile)
+            self._findings.append(Finding(what, tile))
+
+    def _stored_tiles(self) -> list[Tile]:
+        """The tiles of which all chunks are there; those of a wrong size are found."""
+        store, tiling = self._store, self._info.tiling
+        whole: dict[Part, set[tuple[int, int]]] = {}
+        for part in store.parts:
+            matrices = {names: store.chunk_sizes(part, *names) for names in store.matrices}
+            whole[part] = set.intersection(*(set(sizes) for sizes in matrices.values()))
+            for (group, kernel), sizes in matrices.items():
+                for (row, col), size in sizes.items():
+                    if size != store.chunk_bytes:
+                        what = (
+                            f"chunk {row}, {col} of {part}/{group}/{kernel} has {size} bytes, not {store.chunk_bytes}"
+                        )
+                        self._found(tile_of(part, row, col), what)
+        return [tile for tile in tiling.tiles() if whole[tile.part].issuperset(tiling.chunks(tile))]
+
+    def _images_are_whole(self) -> bool:
+        """Whether the images, labels and names can be read, and the images are those that were stored."""
+        tiling, store = self._info.tiling, self._store
+        blocks: dict[SplitName, int] = {"train": tiling.train_blocks, "test": tiling.test_blocks}
+        before = len(self._findings)
+        for split, count in blocks.items():
+            if not count:
+                continue
+            digest = hashlib.sha256()
+            try:
+                for index in range(count):
+                    digest.update(np.ascontiguousarray(store.block(split, index)).data)
+                store.labels(split)
+                store.names(split)
+            except StoreError as error:
+                self._findings.append(Finding(str(error)))
+                continue
+            if digest.hexdigest() != self._info.images_sha256[split]:
+                self._findings.append(
+                    Finding(f"images/{split} are other images than those of which the run was made; delete the store")
+                )
+        return len(self._findings) == before
+
+    def _self_kernels(self) -> dict[tuple[str, str, str], Array]:
+        """The kernels ``(n,)`` of every image with itself in the dtype of the run, by split, group and kernel."""
+        tiling = self._info.tiling
+        blocks: list[tuple[SplitName, int]] = [("train", index) for index in range(tiling.train_blocks)]
+        blocks += [("test", index) for index in range(tiling.test_blocks)]
+        parts: dict[tuple[str, str, str], list[Array]] = {}
+        for done, (split, index) in enumerate(blocks):
+            self._listener.progress("computing diagonal blocks", done, len(blocks))
+            block = self._function.prepare(self._store.block(split, index))
+            for group, pooled in self._function.diagonal(block).items():
+                for kernel in self._info.spec.gram.kernels:
+                    values = getattr(pooled, kernel).astype(self._dtype).astype(np.float64)
+                    parts.setdefault((split, group, kernel), []).append(values)
+        self._listener.progress("computing diagonal blocks", len(blocks), len(blocks))
+        return {key: np.concatenate(values) for key, values in parts.items()}
+
+    def _check_values(self, tiles: list[Tile], diagonals: dict[tuple[str, str, str], Array]) -> None:
+        """Every stored value: checksums, symmetry, the diagonal, and Cauchy-Schwarz."""
+        for done, tile in enumerate(tiles):
+            self._listener.progress("checking tiles", done, len(tiles))
+            for group, kernel in self._store.matrices:
+                self._chunks += len(self._info.tiling.chunks(tile))
+                values = self._read(tile, group, kernel)
+                if values is None:
+                    break
+                name = f"{group} {kernel} of tile {tile}"
+                if is_diagonal(tile) and not np.array_equal(values, values.T):
+                    self._found(tile, f"the {name} is not symmetric")
+                if diagonals:
+                    self._check_bounds(tile, name, values, *self._of_tile(diagonals, tile, group, kernel))
+        self._listener.progress("checking tiles", len(tiles), len(tiles))
+
+    def _read(self, tile: Tile, group: str, kernel: str) -> Array | None:
+        """The values of a tile, if all of its chunks are whole and its transpose is the same."""
+        read = []
+        for row, col in self._info.tiling.chunks(tile):
+            values, wrong = self._store.read(tile.part, group, kernel, row, col)
+            if wrong:
+                self._found(tile, f"chunk {row}, {col} of {tile.part}/{group}/{kernel} is damaged: {wrong}")
+                return None
+            read.append(values.astype(np.float64))
+        if len(read) == 2 and not np.array_equal(read[0], read[1].T):
+            self._found(tile, f"the {group} {kernel} of tile {tile} differs from its transpose")
+            return None
+        return read[0]
+
+    def _of_tile(
+        self, diagonals: dict[tuple[str, str, str], Array], tile: Tile, group: str, kernel: str
+    ) -> tuple[Array, Array]:
+        """The self-kernels of the images along the rows and the columns of a tile."""
+        rows, cols = self._info.tiling.rows(tile), self._info.tiling.cols(tile)
+        split = "test" if tile.part == "cross" else "train"
+        along, across = diagonals[split, group, kernel], diagonals["train", group, kernel]
+        return along[rows.start : rows.stop], across[cols.start : cols.stop]
+
+    def _check_bounds(self, tile: Tile, name: str, values: Array, rows: Array, cols: Array) -> None:
+        scale = np.sqrt(np.outer(rows, cols))
+        beyond = np.abs(values) > scale * (1 + 2 * self._tolerance)
+        if beyond.any():
+            place = np.unravel_index(int(beyond.argmax()), beyond.shape)
+            self._found(
+                tile,
+                f"entry {place[0]}, {place[1]} of the {name} is {values[place]:.9g}, and by Cauchy-Schwarz at most "
+                f"{scale[place]:.9g}",
+            )
+        if is_diagonal(tile):
+            self._compare(tile, f"diagonal of the {name}", np.diag(values), rows, rows)
+
+    def _compare(self, tile: Tile, name: str, stored: Array, computed: Array, scale: Array) -> None:
+        """Find a tile whose values are not those that are computed now."""
+        error = np.abs(stored - computed)
+        wrong = error > (0 if self._to_the_bit else self._tolerance) * scale
+        if wrong.any():
+            place = np.unravel_index(int((error / np.where(scale > 0, scale, 1)).argmax()), error.shape)
+            self._found(
+                tile,
+                f"entry {', '.join(map(str, place))} of the {name} is {stored[place]:.9g} in the store, and "
+                f"{computed[place]:.9g} computed now",
+            )
+
+    def _check_minors(self, tiles: list[Tile]) -> int:
+        """Smallest eigenvalues of the train matrix restricted to images of two blocks."""
+        good = set(tiles)
+        pairs = [
+            (Tile("gram", t.row, t.row), t, Tile("gram", t.col, t.col))
+            for t in tiles
+            if t.part == "gram" and {Tile("gram", t.row, t.row), Tile("gram", t.col, t.col)} <= good
+        ]
+        chosen = self._choose(pairs)
+        for trio in chosen:
+            for group, kernel in self._store.matrices:
+                first, between, second = (self._read(tile, group, kernel) for tile in trio)
+                if first is None or between is None or second is None:
+                    break
+                minor = first if is_diagonal(trio[1]) else np.block([[first, between], [between.T, second]])
+                keep = np.sort(self._rng.permutation(len(minor))[: 2 * MINOR])
+                values = np.linalg.eigvalsh(minor[np.ix_(keep, keep)])
+                if values[0] < -len(keep) * self._tolerance * values[-1]:
+                    for tile in dict.fromkeys(trio):
+                        self._found(
+                            tile,
+                            f"the {group} {kernel} of the images of tile {trio[1]} is not positive semi-definite: "
+                            f"eigenvalues from {values[0]:.3g} to {values[-1]:.3g}",
+                        )
+        return len(chosen)
+
+    def _check_anew(self, tiles: list[Tile], diagonals: dict[tuple[str, str, str], Array]) -> int:
+        """Compute some tiles anew."""
+        chosen = self._choose(tiles)
+        for done, tile in enumerate(chosen):
+            self._listener.progress("recomputing tiles", done, len(chosen))
+            row = self._function.prepare(self._store.block("test" if tile.part == "cross" else "train", tile.row))
+            if is_diagonal(tile):
+                kernels = self._function(row)
+            else:
+                kernels = self._function(row, self._function.prepare(self._store.block("train", tile.col)))
+            for group, kernel in self._store.matrices:
+                stored = self._read(tile, group, kernel)
+                if stored is not None:
+                    scale = np.sqrt(np.outer(*self._of_tile(diagonals, tile, group, kernel)))
+                    computed = getattr(kernels[group], kernel).astype(self._dtype).astype(np.float64)
+                    self._compare(tile, f"{group} {kernel} of tile {tile}", stored, computed, scale)
+        self._listener.progress("recomputing tiles", len(chosen), len(chosen))
+        return len(chosen)
+
+    def _choose(self, things: Sequence[T]) -> list[T]:
+        """As many as there are samples, at random."""
+        return [things[i] for i in sorted(self._rng.permutation(len(things))[: self._samples])]

@@ -1,0 +1,200 @@
+"""Verification: whatever is damaged or wrong is found, nothing is changed, and what was found can be repaired."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+
+import equigram.verify
+from equigram.errors import StoreError
+from equigram.plan import Part, Tile
+from equigram.run import Silence, repair
+from equigram.spec import JobSpec
+from equigram.store import GramStore
+from equigram.verify import Report, verify
+from equikernel.worker import processor_kind
+
+ALL = 1000
+"""More samples than there are tiles."""
+
+
+@pytest.fixture
+def finished(job: Callable[..., JobSpec], create: Callable[..., GramStore], compute: Callable[..., None]) -> GramStore:
+    """A finished run of 10 training and 5 test images: 6 tiles and 6, both with a partial last block."""
+    store = create(job(data={"size": 4}, gram={"groups": ["C1", "C4"], "tile": 4, "engine": "reference"}))
+    compute(store)
+    store.remember_processor(processor_kind())
+    return GramStore.open(store.url)
+
+
+def check(store: GramStore, samples: int = 0) -> Report:
+    return verify(GramStore.open(store.url), Silence(), samples)
+
+
+def files(store: GramStore) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(Path(store.url).rglob("*")) if path.is_file()}
+
+
+def chunk_files(store: GramStore) -> list[Path]:
+    return sorted(path for part in ("gram", "cross") for path in Path(store.url, part).rglob("c/*/*"))
+
+
+def tile_of(chunk: Path) -> Tile:
+    part, *_, row, col = chunk.parts[-6:]
+    low, high = sorted((int(row), int(col)))
+    return Tile("gram", low, high) if part == "gram" else Tile("cross", int(row), int(col))
+
+
+def damage(content: bytes, rng: np.random.Generator) -> bytes:
+    """Some bits flipped, the end cut off, or bytes added."""
+    kind, place = rng.integers(4), int(rng.integers(len(content)))
+    if kind == 0:
+        return content[:place]
+    if kind == 1:
+        return content + rng.bytes(1 + place)
+    changed = bytearray(content)
+    for byte in rng.integers(len(content), size=1 if kind == 2 else 8):
+        changed[byte] ^= int(rng.integers(1, 256))
+    return bytes(changed) if bytes(changed) != content else content[:place]
+
+
+def write(store: GramStore, name: str, place: tuple[Any, ...], value: Any) -> None:
+    """Change entries as zarr does, with a new checksum."""
+    array: Any = zarr.open_group(store.url, mode="r+")[name]
+    array[place] = value
+
+
+def test_a_whole_store_has_nothing_wrong_and_is_not_changed(finished: GramStore) -> None:
+    before = files(finished)
+    report = check(finished, ALL)
+    assert report == Report((), missing=0, chunks=report.chunks, images=15, minors=6, anew=12, to_the_bit=True)
+    assert files(finished) == before
+
+
+def test_missing_tiles_are_counted_and_not_wrong(finished: GramStore) -> None:
+    finished.discard_tile(Tile("gram", 0, 1))
+    Path(finished.url, "cross/C4/ntk/c/1/1").unlink()
+    report = check(finished, ALL)
+    assert (report.missing, report.findings) == (2, ())
+
+
+def find_damages(store: GramStore, count: int) -> None:
+    rng = np.random.default_rng(0)
+    places = chunk_files(store)
+    for _ in range(count):
+        path = places[rng.integers(len(places))]
+        content = path.read_bytes()
+        path.write_bytes(damage(content, rng))
+        assert check(store).bad_tiles == [tile_of(path)]
+        part, group, kernel = path.parts[-6:-3]
+        with pytest.raises(StoreError):
+            GramStore.open(store.url).matrix("gram" if part == "gram" else "cross", group, kernel)
+        path.write_bytes(content)
+    assert check(store).findings == ()
+
+
+def test_random_damages_are_all_found_and_refused_by_the_solver(finished: GramStore) -> None:
+    find_damages(finished, 25)
+
+
+@pytest.mark.soak
+def test_a_thousand_random_damages_are_all_found_and_refused_by_the_solver(finished: GramStore) -> None:
+    find_damages(finished, 1000)
+
+
+def test_wrong_values_with_the_right_checksum_are_found(finished: GramStore) -> None:
+    ntk = finished.matrix("gram", "C4", "ntk")
+    write(finished, "gram/C4/ntk", (1, 5), ntk[1, 5] * 1.001)
+    (finding,) = check(finished).findings
+    assert finding.what == "the C4 ntk of tile gram[0, 1] differs from its transpose"
+    write(finished, "gram/C4/ntk", (5, 1), ntk[1, 5] * 1.001)
+    assert check(finished).findings == ()  # within bounds, and not sampled
+    (finding,) = check(finished, ALL).findings
+    assert finding.what.startswith("entry 1, 1 of the C4 ntk of tile gram[0, 1] is ")
+    assert finding.tile == Tile("gram", 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "factor", "words"),
+    [
+        ("gram/C1/nngp", (3, 2), 1.1, "the C1 nngp of tile gram[0, 0] is not symmetric"),
+        ("gram/C1/nngp", (9, 9), 1 + 1e-6, "entry 1 of the diagonal of the C1 nngp of tile gram[2, 2] is"),
+        ("cross/C1/ntk", (4, 9), 100, "entry 0, 1 of the C1 ntk of tile cross[1, 2] is"),
+        ("cross/C1/ntk", (4, 9), np.nan, "chunk 1, 2 of cross/C1/ntk is damaged: it holds values that are not finite"),
+    ],
+)
+def test_impossible_values_are_found_without_samples(
+    finished: GramStore, name: str, place: tuple[int, int], factor: float, words: str
+) -> None:
+    part: Part = "gram" if name.startswith("gram") else "cross"
+    write(finished, name, place, finished.matrix(part, *name.split("/")[1:])[place] * factor)
+    (finding,) = check(finished).findings
+    assert finding.what.startswith(words)
+    assert finding.tile is not None
+
+
+def test_a_matrix_that_is_not_positive_is_found(finished: GramStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every entry of a block is possible, but not all of them together."""
+    root = np.sqrt(np.diag(finished.matrix("gram", "C1", "nngp")))
+    block = 0.99 * np.outer(root[:4], root[4:8]) * np.random.default_rng(0).choice([-1, 1], (4, 4))
+    write(finished, "gram/C1/nngp", (slice(0, 4), slice(4, 8)), block)
+    write(finished, "gram/C1/nngp", (slice(4, 8), slice(0, 4)), block.T)
+    monkeypatch.setattr(equigram.verify._Verification, "_check_anew", lambda *_: 0)
+    findings = check(finished, ALL).findings
+    words = "the C1 nngp of the images of tile gram[0, 1] is not positive semi-definite: eigenvalues from -"
+    assert [finding.what.startswith(words) for finding in findings] == 3 * [True]
+    assert [finding.tile for finding in findings] == [Tile("gram", 0, 0), Tile("gram", 0, 1), Tile("gram", 1, 1)]
+
+
+def test_other_images_are_found(finished: GramStore) -> None:
+    images = finished.images("train")
+    write(finished, "images/train", (7,), images[7] + 0.01)
+    (finding,) = check(finished, ALL).findings
+    assert finding.what.startswith("images/train are other images than those of which the run was made")
+    assert finding.tile is None
+
+
+def test_damaged_images_do_not_end_the_verification(finished: GramStore) -> None:
+    Path(finished.url, "images/test/c/1/0/0/0").write_bytes(b"nothing")
+    Path(finished.url, "gram/C1/ntk/c/0/2").write_bytes(b"nothing")
+    tile, images = check(finished, ALL).findings
+    assert "images/test is damaged" in images.what
+    assert tile.what == "chunk 0, 2 of gram/C1/ntk has 7 bytes, not 68"
+
+
+def test_another_layout_is_found(finished: GramStore) -> None:
+    path = Path(finished.url, "gram/C1/ntk/zarr.json")
+    metadata = json.loads(path.read_text())
+    path.write_text(json.dumps({**metadata, "shape": [11, 10]}))
+    (finding,) = check(finished).findings
+    assert finding.what == "gram/C1/ntk is float32 of shape (11, 10); the job needs float32 of (10, 10)"
+    path.write_text("nonsense")
+    (finding,) = check(finished).findings
+    assert finding.what.startswith("gram/C1/ntk: its metadata cannot be read")
+
+
+def test_on_another_kind_of_processor_values_agree_to_rounding(finished: GramStore) -> None:
+    finished.remember_processor("abacus")
+    nngp = finished.matrix("gram", "C1", "nngp")
+    write(finished, "gram/C1/nngp", (9, 9), nngp[9, 9] * np.float32(1 + 1e-6))
+    report = check(finished, ALL)
+    assert (report.findings, report.to_the_bit) == ((), False)
+    write(finished, "gram/C1/nngp", (9, 9), nngp[9, 9] * np.float32(1 + 1e-5))
+    assert check(finished, ALL).bad_tiles == [Tile("gram", 2, 2)]
+
+
+def test_what_is_wrong_is_computed_again(cluster: None, finished: GramStore) -> None:
+    before = files(finished)
+    for path in chunk_files(finished)[::17]:
+        path.write_bytes(b"nothing")
+    report = check(finished)
+    assert len(report.bad_tiles) > 3
+    repair(finished, report.bad_tiles, Silence())
+    assert check(finished, ALL).findings == ()
+    assert files(finished) == before
