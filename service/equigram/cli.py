@@ -337,6 +337,42 @@ def verify(
     raise StoreError(f"{store}: {count:,} {'thing is' if count == 1 else 'things are'} wrong; {remedy}")
 
 
+@_command
+def export(
+    store: StoreArgument,
+    output: Annotated[str, typer.Argument(metavar="OUT", help="A new .npz file, or a new .zarr: a folder or any URL.")],
+    groups: Annotated[
+        list[str] | None, typer.Option("--group", metavar="GROUP", help="C1, C4, …; again for more; by default all.")
+    ] = None,
+    kernels: Annotated[
+        list[str] | None,
+        typer.Option("--kernel", metavar="KERNEL", help="nngp or ntk; by default all that are stored."),
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(metavar="FIRST:END", help="Training images, as 0:1000; by default all.")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(metavar="FIRST:END", help="Test images, as 0:100, or 0:0 for none; by default all.")
+    ] = None,
+) -> None:
+    """Copy Gram matrices, labels and names out of a store, all of them or some, into one file or another zarr.
+
+    The arrays have the names that they have in the store: `gram/<group>/<kernel>` (n, n), `cross/<group>/<kernel>`
+    (m, n), `labels/train`, `labels/test`; and `names/train`, `names/test`, in zarr a line each as
+    UTF-8 bytes.
+    """
+    from equigram.export import export_run
+    from equigram.screen import Screen
+    from equigram.store import GramStore
+
+    opened = GramStore.open(store)
+    with Screen(err) as screen:
+        names = export_run(
+            opened, output, groups, kernels, train, test, lambda done, total: screen.progress("matrices", done, total)
+        )
+    out.print(f"{output}: {', '.join(names)}", soft_wrap=True)
+
+
 def _version(show: bool) -> None:
     if show:
         out.print(f"equigram {__version__}")

@@ -398,7 +398,7 @@ class GramStore:
             for part in self.parts
             for group, kernel in self.matrices
             for row, col in self._whole_chunks(part, group, kernel)
-            if self.read(part, group, kernel, row, col)[1]
+            if self.read_chunk(part, group, kernel, row, col)[1]
         }
 
     def discard_tile(self, tile: Tile) -> None:
@@ -409,8 +409,10 @@ class GramStore:
                     with contextlib.suppress(FileNotFoundError):
                         self._call("rm_file", f"{self._place[1]}/{tile.part}/{group}/{kernel}/c/{row}/{col}")
 
-    def matrix(self, part: Part, group: str, kernel: str) -> NDArray[Any]:
-        """A whole matrix, ``(n, n)`` or ``(m, n)``, in the dtype of the run.
+    def matrix(
+        self, part: Part, group: str, kernel: str, rows: range | None = None, cols: range | None = None
+    ) -> NDArray[Any]:
+        """A matrix, ``(n, n)`` or ``(m, n)``, in the dtype of the run; all of it, or neighbouring rows and columns.
 
         Raises:
           StoreMismatchError: the run has no such matrix.
@@ -423,25 +425,29 @@ class GramStore:
                 f"{self.url} holds no matrix {name}; it holds {' and '.join(self.parts)} of the groups "
                 f"{', '.join(info.spec.gram.groups)} and the kernels {', '.join(info.spec.gram.kernels)}"
             )
-        cols = range(tiling.train_blocks)
-        rows = range(tiling.test_blocks) if part == "cross" else cols
-        missing = {(row, col) for row in rows for col in cols} - self._whole_chunks(part, group, kernel)
+        rows = range(info.test if part == "cross" else info.train) if rows is None else rows
+        cols = range(info.train) if cols is None else cols
+        blocks_y, blocks_x = (range(side.start // info.tile, -(-side.stop // info.tile)) for side in (rows, cols))
+        missing = {(row, col) for row in blocks_y for col in blocks_x} - self._whole_chunks(part, group, kernel)
         if missing:
             raise IncompleteRunError(
-                f"{self.url}: {len(missing)} of {len(rows) * len(cols)} chunks of {name} are missing; "
+                f"{self.url}: {len(missing)} of {len(blocks_y) * len(blocks_x)} chunks of {name} are missing; "
                 "`equigram run JOB.yaml` computes them"
             )
-        result = np.empty((info.test if part == "cross" else info.train, info.train), info.spec.gram.dtype)
-        for row in rows:
-            window = tiling.rows(Tile(part, row, 0))
-            values, wrong = self.read(part, group, kernel, row)
+        result = np.empty((len(rows), len(cols)), info.spec.gram.dtype)
+        for row in blocks_y:
+            block = tiling.rows(Tile(part, row, 0))
+            window = range(max(rows.start, block.start), min(rows.stop, block.stop))
+            values, wrong = self._read_window(part, group, kernel, window, cols)
             if wrong:
-                values = np.hstack([self._read_chunk(part, group, kernel, row, col) for col in cols])
-            result[window.start : window.stop] = values
+                whole = np.hstack([self._read_chunk(part, group, kernel, row, col) for col in blocks_x])
+                top, left = window.start - block.start, cols.start - blocks_x.start * info.tile
+                values = whole[top : top + len(window), left : left + len(cols)]
+            result[window.start - rows.start : window.stop - rows.start] = values
         return result
 
     def _read_chunk(self, part: Part, group: str, kernel: str, row: int, col: int) -> NDArray[Any]:
-        values, wrong = self.read(part, group, kernel, row, col)
+        values, wrong = self.read_chunk(part, group, kernel, row, col)
         if wrong:
             tile = tile_of(part, row, col)
             raise DamagedTileError(
@@ -451,11 +457,13 @@ class GramStore:
             )
         return values
 
-    def read(self, part: Part, group: str, kernel: str, row: int, col: int | None = None) -> tuple[NDArray[Any], str]:
-        """The values of a chunk, without ``col`` of a row of chunks, and what is wrong with them, if anything."""
-        tiling = self.info.tiling
-        rows = tiling.rows(Tile(part, row, 0))
-        cols = range(tiling.train) if col is None else tiling.cols(Tile(part, row, col))
+    def read_chunk(self, part: Part, group: str, kernel: str, row: int, col: int) -> tuple[NDArray[Any], str]:
+        """The values of a chunk of a matrix, and what is wrong with them, if anything."""
+        tile = Tile(part, row, col)
+        return self._read_window(part, group, kernel, self.info.tiling.rows(tile), self.info.tiling.cols(tile))
+
+    def _read_window(self, part: Part, group: str, kernel: str, rows: range, cols: range) -> tuple[NDArray[Any], str]:
+        """The values of rows and columns of a matrix, and what is wrong with them, if anything."""
         with self._storage(f"read {part}/{group}/{kernel}"):
             try:
                 matrix = self._matrix(part, group, kernel)

@@ -228,7 +228,7 @@ class _Verification:
         """The values of a tile, if all of its chunks are whole and its transpose is the same."""
         read = []
         for row, col in self._info.tiling.chunks(tile):
-            values, wrong = self._store.read(tile.part, group, kernel, row, col)
+            values, wrong = self._store.read_chunk(tile.part, group, kernel, row, col)
             if wrong:
                 self._found(tile, f"chunk {row}, {col} of {tile.part}/{group}/{kernel} is damaged: {wrong}")
                 return None

@@ -27,7 +27,7 @@ from equigram.errors import SpecError
 EQUIGRAM = str(Path(sys.executable).with_name("equigram"))
 ENVIRONMENT = os.environ | {"COLUMNS": "80", "TERM": "xterm", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
 LIMIT = 120
-COMMANDS = ("run", "plan", "status", "verify", "predict", "plot")
+COMMANDS = ("run", "plan", "status", "verify", "export", "predict", "plot")
 FORKING = """
 import json, os, signal, sys
 import equigram.cli, equigram.figures, equigram.run, equikernel.engines.cpu, typer.rich_utils, zarr
@@ -211,6 +211,17 @@ def test_a_finished_run_is_verified(run: Place) -> None:
         "wrong     nothing",
     ]
     assert run.files() == before
+
+
+def test_matrices_are_exported(run: Place, tmp_path: Path) -> None:
+    output = tmp_path / "some.npz"
+    done = run.command("export", "run", output, "--group", "C4", "--kernel", "ntk", "--train", "0:7", folder=run.folder)
+    assert done == Done(
+        0, f"{output}: labels/train, names/train, labels/test, names/test, gram/C4/ntk, cross/C4/ntk\n", ""
+    )
+    assert np.load(output)["cross/C4/ntk"].shape == (9, 7)
+    again = run.command("export", "run", output, folder=run.folder)
+    assert again == Done(2, "", f"error: {output} exists already; choose another name, or delete it\n")
 
 
 def test_what_is_wrong_with_a_store_is_told_and_repaired(copy: Place) -> None:

@@ -133,7 +133,8 @@ def test_impossible_values_are_found_without_samples(
     finished: GramStore, name: str, place: tuple[int, int], factor: float, words: str
 ) -> None:
     part: Part = "gram" if name.startswith("gram") else "cross"
-    write(finished, name, place, finished.matrix(part, *name.split("/")[1:])[place] * factor)
+    _, group, kernel = name.split("/")
+    write(finished, name, place, finished.matrix(part, group, kernel)[place] * factor)
     (finding,) = check(finished).findings
     assert finding.what.startswith(words)
     assert finding.tile is not None
