@@ -100,11 +100,15 @@ def _load(job: Path, address: str | None) -> JobSpec:
     """The job in a file, on the cluster at ``address`` if one is given."""
     from equigram.spec import JobSpec
 
-    spec = JobSpec.load(job)
+    return _on_cluster(JobSpec.load(job), address)
+
+
+def _on_cluster(spec: JobSpec, address: str | None) -> JobSpec:
+    """The same job on the cluster at ``address``, if one is given."""
     if address is None:
         return spec
     fields = spec.model_dump(mode="json")
-    return JobSpec.parse({**fields, "workers": {**fields["workers"], "address": address}}, source="--address")
+    return type(spec).parse({**fields, "workers": {**fields["workers"], "address": address}}, source="--address")
 
 
 @_command
@@ -302,6 +306,7 @@ def verify(
     eigenvalues of some principal minors, and computes some tiles anew: the same bits on the same kind of processor,
     else to 5e-6 (float32).
     """
+    from equigram.driver import check_address
     from equigram.run import repair as repair_tiles
     from equigram.screen import Screen
     from equigram.store import GramStore
@@ -324,9 +329,11 @@ def verify(
     if not report.findings:
         return
     beyond = any(finding.tile is None for finding in report.findings)
-    if repair and report.bad_tiles and not beyond:
+    if repair and not beyond:
+        spec = _on_cluster(opened.info.spec, address)
+        check_address(spec.workers)
         with Screen(err) as screen:
-            repair_tiles(opened, report.bad_tiles, screen, address)
+            repair_tiles(opened, spec, report.bad_tiles, screen)
         out.print(f"computed again: {len(report.bad_tiles):,} tiles; `equigram run JOB.yaml` solves with them")
         return
     if beyond:
@@ -358,8 +365,7 @@ def export(
     """Copy Gram matrices, labels and names out of a store, all of them or some, into one file or another zarr.
 
     The arrays have the names that they have in the store: `gram/<group>/<kernel>` (n, n), `cross/<group>/<kernel>`
-    (m, n), `labels/train`, `labels/test`; and `names/train`, `names/test`, in zarr a line each as
-    UTF-8 bytes.
+    (m, n), `labels/train`, `labels/test`; and `names/train`, `names/test`, in zarr a line each as UTF-8 bytes.
     """
     from equigram.export import export_run
     from equigram.screen import Screen

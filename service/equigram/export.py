@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from equigram.errors import EquigramError, ResourceError, SpecError, StoreError
+from equigram.plan import Part, SplitName, row_split
 from equikernel.errors import suggestion
 from equikernel.memory import available_memory, format_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from equigram.plan import Part
-    from equigram.store import GramStore, SplitName
+    from equigram.store import GramStore
 
 CHUNK = 1024
 """Edge of the chunks of an exported zarr array at most."""
@@ -57,7 +57,7 @@ def export_run(
     matrices: list[tuple[Part, str, str]] = [
         (part, group, kernel)
         for part in store.parts
-        if part == "gram" or rows["test"]
+        if rows[row_split(part)]
         for group in _chosen("--group", groups, info.spec.gram.groups)
         for kernel in _chosen("--kernel", kernels, info.spec.gram.kernels)
     ]
@@ -65,7 +65,7 @@ def export_run(
     if kind is None:
         raise SpecError(f"{output}: export writes .npz files and .zarr groups; choose a name that ends so")
     whole = kind[1] == "npz"
-    sizes = [len(rows["test" if part == "cross" else "train"]) * len(rows["train"]) for part, _, _ in matrices]
+    sizes = [len(rows[row_split(part)]) * len(rows["train"]) for part, _, _ in matrices]
     needed = np.dtype(info.spec.gram.dtype).itemsize * (sum(sizes) if whole else max(sizes))
     if needed > (available := available_memory()):
         raise ResourceError(
@@ -83,10 +83,8 @@ def export_run(
                 yield f"names/{split}", np.array(store.names(split)[images.start : images.stop])
         for done, (part, group, kernel) in enumerate(matrices):
             progress(done, len(matrices))
-            yield (
-                f"{part}/{group}/{kernel}",
-                store.matrix(part, group, kernel, rows["test" if part == "cross" else "train"], rows["train"]),
-            )
+            values = store.matrix(part, group, kernel, rows[row_split(part)], rows["train"])
+            yield f"{part}/{group}/{kernel}", values
         progress(len(matrices), len(matrices))
 
     try:

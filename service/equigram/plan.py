@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 Part = Literal["gram", "cross"]
+SplitName = Literal["train", "test"]
 
 TILE_SECONDS = 15.0
 """Time that one tile takes at most, as predicted from the cost of a pair."""
@@ -93,6 +94,14 @@ class Tiling:
             return ((tile.row, tile.col),)
         return (tile.row, tile.col), (tile.col, tile.row)
 
+    def shape(self, part: Part) -> tuple[int, int]:
+        """Rows and columns of a matrix, in images."""
+        return self.test if part == "cross" else self.train, self.train
+
+    def filled(self, chunks: Mapping[Part, set[tuple[int, int]]]) -> Iterator[Tile]:
+        """The tiles all of whose ``chunks`` ``(row, col)`` are there, lazily and in order."""
+        return (tile for tile in self.tiles() if chunks[tile.part].issuperset(self.chunks(tile)))
+
     def missing(self, done: Collection[Tile]) -> Iterator[Tile]:
         """The tiles that are not in ``done``, lazily and in order."""
         return (tile for tile in self.tiles() if tile not in done)
@@ -101,6 +110,11 @@ class Tiling:
 def is_diagonal(tile: Tile) -> bool:
     """Whether a tile lies on the diagonal of the train matrix."""
     return tile.part == "gram" and tile.row == tile.col
+
+
+def row_split(part: Part) -> SplitName:
+    """The images along the rows of a matrix; along its columns are always the training images."""
+    return "test" if part == "cross" else "train"
 
 
 def tile_of(part: Part, row: int, col: int) -> Tile:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -93,7 +93,7 @@ def run(spec: JobSpec, listener: Listener | None = None) -> Finished:
     except DamagedTileError:
         damaged = store.damaged_tiles()
         listener.note(f"damaged in the store and computed again: tiles {some(sorted(map(str, damaged)))}")
-        repair(store, sorted(damaged), listener, spec.workers.address)
+        repair(store, spec, damaged, listener)
         results = solve(store, spec, listener)
     return Finished(store, tuple(results))
 
@@ -321,7 +321,6 @@ def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener) -> None:
     check_worker_memory(spec, memory)
     store.check_writable()
     done, total = sum(map(tiling.pairs, finished)), tiling.total_pairs
-    kinds = set(info.processors)
     if finished:
         listener.note(f"{len(finished)} of {len(tiling)} tiles are in the store already")
     with ray_session(spec.workers):
@@ -331,18 +330,13 @@ def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener) -> None:
         with contextlib.closing(run_tiles(store, spec, missing, count, memory, listener.note)) as reports:
             for report in reports:
                 done += report.pairs
-                if report.processor not in kinds:
-                    kinds.add(report.processor)
+                if report.processor not in store.info.processors:
                     store.remember_processor(report.processor)
                 listener.progress("pairs", done, total)
 
 
-def repair(store: GramStore, tiles: Sequence[Tile], listener: Listener, address: str | None = None) -> None:
-    """Delete tiles, and compute all that are missing, on the cluster at ``address`` or the one of the job."""
-    spec = store.info.spec
-    if address is not None:
-        spec = spec.model_copy(update={"workers": spec.workers.model_copy(update={"address": address})})
-    check_address(spec.workers)
+def repair(store: GramStore, spec: JobSpec, tiles: Iterable[Tile], listener: Listener) -> None:
+    """Delete tiles, and compute all that are missing, on Ray."""
     for tile in tiles:
         store.discard_tile(tile)
     compute_tiles(store, spec, listener)

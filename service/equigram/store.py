@@ -25,12 +25,12 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -44,7 +44,7 @@ from equigram.errors import (
     StoreMismatchError,
     StoreNotFoundError,
 )
-from equigram.plan import Part, Tile, Tiling, chunk_bytes, is_diagonal, tile_of
+from equigram.plan import Part, SplitName, Tile, Tiling, chunk_bytes, is_diagonal, row_split, tile_of
 from equigram.spec import JobSpec
 from equikernel.errors import EquikernelError, NonFiniteKernelError
 
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from equikernel.kernel import Kernel
 
 FORMAT = 1
-SplitName = Literal["train", "test"]
 PACKAGES = ("equigram", "numpy", "numba", "llvmlite", "zarr", "ray", "jax")
 
 ANSWER_SECONDS = 60.0
@@ -255,7 +254,7 @@ class GramStore:
             preprocessing=Preprocessing.from_json(attributes["preprocessing"]),
             fingerprint=attributes["fingerprint"],
             processor=attributes["processor"],
-            processors=tuple(attributes.get("processors", [attributes["processor"]])),
+            processors=tuple(_processors(attributes)),
             created=attributes["created"],
             versions=attributes["versions"],
             notes=tuple(attributes["notes"]),
@@ -279,23 +278,22 @@ class GramStore:
 
     def remember(self, spec: JobSpec) -> None:
         """Keep ``spec`` as the job of this run, where it differs in what does not change the matrices."""
-        attributes, fields = self._attributes(), spec.model_dump(mode="json")
-        if attributes is None or attributes["spec"] == fields:
-            return
-        with self._storage("write the job into the run store"):
-            self._root.attrs["equigram"] = {**attributes, "spec": fields}
-        self.__dict__.pop("info", None)
+        fields = spec.model_dump(mode="json")
+        self._change("write the job into the run store", lambda attributes: {"spec": fields})
 
     def remember_processor(self, kind: str) -> None:
         """Keep the kind of a processor that computes tiles of this run."""
+        self._change(
+            "write the kind of processor into the run store",
+            lambda attributes: {"processors": list(dict.fromkeys([*_processors(attributes), kind]))},
+        )
+
+    def _change(self, doing: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Replace some of the attributes, as they are stored now, where that makes a difference."""
         attributes = self._attributes()
-        if attributes is None:
-            return
-        known = attributes.get("processors", [attributes["processor"]])
-        if kind in known:
-            return
-        with self._storage("write the kind of processor into the run store"):
-            self._root.attrs["equigram"] = {**attributes, "processors": [*known, kind]}
+        if attributes is not None and (changed := {**attributes, **change(attributes)}) != attributes:
+            with self._storage(doing):
+                self._root.attrs["equigram"] = changed
         self.__dict__.pop("info", None)
 
     # ------------------------------------------------------------------ images and labels
@@ -357,37 +355,31 @@ class GramStore:
 
     def finished_tiles(self) -> set[Tile]:
         """The tiles whose chunks are all there, in full size, from one listing per matrix."""
-        tiling = self.info.tiling
         present = {
             part: set.intersection(*(self._whole_chunks(part, *names) for names in self.matrices))
             for part in self.parts
         }
-        return {tile for tile in tiling.tiles() if present[tile.part].issuperset(tiling.chunks(tile))}
+        return set(self.info.tiling.filled(present))
 
     def layout_errors(self) -> list[str]:
         """What is wrong with the arrays, as sentences: those that the job needs, their shapes, dtypes and chunks."""
         info, errors = self.info, []
-        sizes = {"train": info.train, "test": info.test}
-        splits = [split for split, count in sizes.items() if count]
         expected: dict[str, tuple[tuple[int, ...], str]] = {}
-        for split in splits:
-            expected[f"images/{split}"] = (sizes[split], *info.image_shape), "float32"
         for part in self.parts:
-            for group, kernel in self.matrices:
-                rows = info.test if part == "cross" else info.train
-                expected[f"{part}/{group}/{kernel}"] = (rows, info.train), info.spec.gram.dtype
-        for name, (shape, dtype) in expected.items():
+            shape = info.tiling.shape(part)
+            expected[f"images/{row_split(part)}"] = (shape[0], *info.image_shape), "float32"
+            expected |= {f"{part}/{group}/{kernel}": (shape, info.spec.gram.dtype) for group, kernel in self.matrices}
+        for name, (needed, dtype) in expected.items():
             with self._storage(f"open {name}"):
                 try:
                     array: Any = self._root[name]
-                    found = array.shape, str(array.dtype)
-                    chunks, matrix = array.chunks, "images" not in name
+                    found, chunks = (array.shape, str(array.dtype)), array.chunks
                 except (KeyError, ValueError, TypeError, AttributeError) as error:
                     errors.append(f"{name}: its metadata cannot be read ({type(error).__name__})")
                     continue
-            if found != (shape, dtype):
-                errors.append(f"{name} is {found[1]} of shape {found[0]}; the job needs {dtype} of {shape}")
-            elif matrix and chunks != 2 * (info.tile,):
+            if found != (needed, dtype):
+                errors.append(f"{name} is {found[1]} of shape {found[0]}; the job needs {dtype} of {needed}")
+            elif not name.startswith("images/") and chunks != 2 * (info.tile,):
                 errors.append(f"{name} has chunks of {chunks}; its tiles have {2 * (info.tile,)}")
         return errors
 
@@ -425,8 +417,8 @@ class GramStore:
                 f"{self.url} holds no matrix {name}; it holds {' and '.join(self.parts)} of the groups "
                 f"{', '.join(info.spec.gram.groups)} and the kernels {', '.join(info.spec.gram.kernels)}"
             )
-        rows = range(info.test if part == "cross" else info.train) if rows is None else rows
-        cols = range(info.train) if cols is None else cols
+        whole = map(range, tiling.shape(part))
+        rows, cols = (all_of if some is None else some for all_of, some in zip(whole, (rows, cols), strict=True))
         blocks_y, blocks_x = (range(side.start // info.tile, -(-side.stop // info.tile)) for side in (rows, cols))
         missing = {(row, col) for row in blocks_y for col in blocks_x} - self._whole_chunks(part, group, kernel)
         if missing:
@@ -440,9 +432,9 @@ class GramStore:
             window = range(max(rows.start, block.start), min(rows.stop, block.stop))
             values, wrong = self._read_window(part, group, kernel, window, cols)
             if wrong:
-                whole = np.hstack([self._read_chunk(part, group, kernel, row, col) for col in blocks_x])
+                strip = np.hstack([self._read_chunk(part, group, kernel, row, col) for col in blocks_x])
                 top, left = window.start - block.start, cols.start - blocks_x.start * info.tile
-                values = whole[top : top + len(window), left : left + len(cols)]
+                values = strip[top : top + len(window), left : left + len(cols)]
             result[window.start - rows.start : window.stop - rows.start] = values
         return result
 
@@ -643,6 +635,11 @@ class GramStore:
             raise StoreError(
                 f"{self.url}: cannot {doing}: {reason}; nothing finished is lost: mend that and run again"
             ) from error
+
+
+def _processors(attributes: Mapping[str, Any]) -> list[str]:
+    """The kinds of processors that computed tiles; stores from before they were kept name the first one only."""
+    return list(attributes.get("processors", [attributes["processor"]]))
 
 
 def free_space(url: str) -> int | None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from equigram.errors import StoreError
-from equigram.plan import Part, Tile, is_diagonal, tile_of
+from equigram.plan import Part, SplitName, Tile, is_diagonal, row_split, tile_of
 from equigram.store import versions
 from equikernel.kernel import KernelFunction
 from equikernel.worker import processor_kind
@@ -32,14 +32,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from equigram.run import Listener
-    from equigram.store import GramStore, SplitName
+    from equigram.store import GramStore
 
     Array = NDArray[np.float64]
 
 T = TypeVar("T")
-
-SAMPLES = 8
-"""Tiles that are computed anew, and principal minors that are taken, unless another number is asked for."""
 
 MINOR = 128
 """Images from each of the two blocks of a principal minor at most."""
@@ -95,7 +92,7 @@ class Report:
         return sorted({finding.tile for finding in self.findings if finding.tile is not None})
 
 
-def verify(store: GramStore, listener: Listener, samples: int = SAMPLES, seed: int = 0) -> Report:
+def verify(store: GramStore, listener: Listener, samples: int, seed: int = 0) -> Report:
     """Check a store, finished or not. Changes nothing; computes in this process, on all cores.
 
     Args:
@@ -155,11 +152,11 @@ class _Verification:
 
     def _stored_tiles(self) -> list[Tile]:
         """The tiles of which all chunks are there; those of a wrong size are found."""
-        store, tiling = self._store, self._info.tiling
-        whole: dict[Part, set[tuple[int, int]]] = {}
+        store = self._store
+        present: dict[Part, set[tuple[int, int]]] = {}
         for part in store.parts:
             matrices = {names: store.chunk_sizes(part, *names) for names in store.matrices}
-            whole[part] = set.intersection(*(set(sizes) for sizes in matrices.values()))
+            present[part] = set.intersection(*(set(sizes) for sizes in matrices.values()))
             for (group, kernel), sizes in matrices.items():
                 for (row, col), size in sizes.items():
                     if size != store.chunk_bytes:
@@ -167,7 +164,7 @@ class _Verification:
                             f"chunk {row}, {col} of {part}/{group}/{kernel} has {size} bytes, not {store.chunk_bytes}"
                         )
                         self._found(tile_of(part, row, col), what)
-        return [tile for tile in tiling.tiles() if whole[tile.part].issuperset(tiling.chunks(tile))]
+        return list(self._info.tiling.filled(present))
 
     def _images_are_whole(self) -> bool:
         """Whether the images, labels and names can be read, and the images are those that were stored."""
@@ -243,8 +240,7 @@ class _Verification:
     ) -> tuple[Array, Array]:
         """The self-kernels of the images along the rows and the columns of a tile."""
         rows, cols = self._info.tiling.rows(tile), self._info.tiling.cols(tile)
-        split = "test" if tile.part == "cross" else "train"
-        along, across = diagonals[split, group, kernel], diagonals["train", group, kernel]
+        along, across = diagonals[row_split(tile.part), group, kernel], diagonals["train", group, kernel]
         return along[rows.start : rows.stop], across[cols.start : cols.stop]
 
     def _check_bounds(self, tile: Tile, name: str, values: Array, rows: Array, cols: Array) -> None:
@@ -303,7 +299,7 @@ class _Verification:
         chosen = self._choose(tiles)
         for done, tile in enumerate(chosen):
             self._listener.progress("recomputing tiles", done, len(chosen))
-            row = self._function.prepare(self._store.block("test" if tile.part == "cross" else "train", tile.row))
+            row = self._function.prepare(self._store.block(row_split(tile.part), tile.row))
             if is_diagonal(tile):
                 kernels = self._function(row)
             else:

@@ -22,7 +22,7 @@ from equigram.errors import (
     StoreError,
     StoreMismatchError,
 )
-from equigram.plan import Tile
+from equigram.plan import Tile, tile_of
 from equigram.run import make_plan, predict, run, stored_survey
 from equigram.spec import JobSpec
 from equigram.store import GramStore
@@ -95,11 +95,10 @@ def chunks(store: GramStore) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
-def tile_of(chunk: Path) -> Tile:
+def tile_of_chunk(chunk: Path) -> Tile:
     """The tile that a chunk of a matrix belongs to."""
     part, *_, row, col = chunk.parts[-6:]
-    low, high = sorted((int(row), int(col)))
-    return Tile("gram", low, high) if part == "gram" else Tile("cross", int(row), int(col))
+    return tile_of("gram" if part == "gram" else "cross", int(row), int(col))
 
 
 def flip_a_byte(path: Path) -> None:
@@ -312,7 +311,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_costs_nothing_that_is_finished(
     with pytest.raises(StoreError, match=r"cannot write tile .*: No space left on device; nothing finished is lost"):
         run(spec, Listening(fill))
     finished = store.finished_tiles()
-    stored = {path: mark for path, mark in chunks(store).items() if tile_of(path) in finished}
+    stored = {path: mark for path, mark in chunks(store).items() if tile_of_chunk(path) in finished}
     assert stored
     with pytest.raises(ResourceError, match=r"the missing tiles take \d.* KiB, and 0 bytes are free at"):
         run(spec)

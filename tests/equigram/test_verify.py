@@ -13,7 +13,7 @@ import zarr
 
 import equigram.verify
 from equigram.errors import StoreError
-from equigram.plan import Part, Tile
+from equigram.plan import Part, Tile, tile_of
 from equigram.run import Silence, repair
 from equigram.spec import JobSpec
 from equigram.store import GramStore
@@ -45,10 +45,9 @@ def chunk_files(store: GramStore) -> list[Path]:
     return sorted(path for part in ("gram", "cross") for path in Path(store.url, part).rglob("c/*/*"))
 
 
-def tile_of(chunk: Path) -> Tile:
+def tile_of_chunk(chunk: Path) -> Tile:
     part, *_, row, col = chunk.parts[-6:]
-    low, high = sorted((int(row), int(col)))
-    return Tile("gram", low, high) if part == "gram" else Tile("cross", int(row), int(col))
+    return tile_of("gram" if part == "gram" else "cross", int(row), int(col))
 
 
 def damage(content: bytes, rng: np.random.Generator) -> bytes:
@@ -91,7 +90,7 @@ def find_damages(store: GramStore, count: int) -> None:
         path = places[rng.integers(len(places))]
         content = path.read_bytes()
         path.write_bytes(damage(content, rng))
-        assert check(store).bad_tiles == [tile_of(path)]
+        assert check(store).bad_tiles == [tile_of_chunk(path)]
         part, group, kernel = path.parts[-6:-3]
         with pytest.raises(StoreError):
             GramStore.open(store.url).matrix("gram" if part == "gram" else "cross", group, kernel)
@@ -196,6 +195,6 @@ def test_what_is_wrong_is_computed_again(cluster: None, finished: GramStore) -> 
         path.write_bytes(b"nothing")
     report = check(finished)
     assert len(report.bad_tiles) > 3
-    repair(finished, report.bad_tiles, Silence())
+    repair(finished, finished.info.spec, report.bad_tiles, Silence())
     assert check(finished, ALL).findings == ()
     assert files(finished) == before

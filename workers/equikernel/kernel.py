@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from equikernel.network import Architecture
     from equikernel.pooled import Pooled, Prepared
 
+    Index = NDArray[np.intp]
+
 EngineName = Literal["auto", "cpu", "xla", "general", "reference"]
 ENGINES = ("auto", "cpu", "xla", "general", "reference")
 DTYPES = ("float32", "float64")
@@ -75,8 +77,8 @@ class Block:
     shape: tuple[int, int, int]
     prepared: Prepared
     labels: Labels
-    variances: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-    """Pooled NNGP of each image with itself, ``(n,)`` by group; filled when a dense head needs it."""
+    pooled: dict[str, Pooled] = field(default_factory=dict)
+    """Pooled kernels of each image with itself, ``(n,)`` by group; filled when they are needed."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +292,7 @@ class KernelFunction:
         """NNGP and NTK ``(n,)`` float64 of each image with itself, by group: the diagonal of what a call gives."""
         same = np.arange(block.count)
         with np.errstate(over="ignore", invalid="ignore"):
-            pooled = self.engine.pairs(block.prepared, block.prepared, same, same)
+            pooled = self._self_kernels(block)
             return {group: self._dense(group, pooled[group], block, block, same, same) for group in self.groups}
 
     def _finish(
@@ -299,8 +301,8 @@ class KernelFunction:
         pooled: Pooled,
         block1: Block,
         block2: Block,
-        rows: NDArray[np.intp],
-        cols: NDArray[np.intp],
+        rows: Index,
+        cols: Index,
         *,
         symmetric: bool,
     ) -> Kernel:
@@ -317,36 +319,27 @@ class KernelFunction:
         _refuse_non_finite(kernel, group, block1.labels, block2.labels)
         return kernel
 
-    def _dense(
-        self,
-        group: str,
-        pooled: Pooled,
-        block1: Block,
-        block2: Block,
-        rows: NDArray[np.intp],
-        cols: NDArray[np.intp],
-    ) -> Pooled:
+    def _dense(self, group: str, pooled: Pooled, block1: Block, block2: Block, rows: Index, cols: Index) -> Pooled:
         """The pooled kernels ``(p,)`` of pairs through the dense layers."""
         q1 = q2 = eps = np.empty(0)
         if self.network.head:
-            q1 = self._self_kernels(group, block1)[rows]
-            q2 = self._self_kernels(group, block2)[cols]
+            q1 = self._self_kernels(block1)[group].nngp[rows]
+            q2 = self._self_kernels(block2)[group].nngp[cols]
             eps = np.maximum(self._rounding(group, block1)[rows], self._rounding(group, block2)[cols])
         return dense_layers(self.network, pooled, q1, q2, eps)
 
-    def _self_kernels(self, group: str, block: Block) -> NDArray[np.float64]:
-        if group not in block.variances:
-            diagonal = np.arange(block.count)
-            for name, pooled in self.engine.pairs(block.prepared, block.prepared, diagonal, diagonal).items():
-                block.variances[name] = pooled.nngp
-        return block.variances[group]
+    def _self_kernels(self, block: Block) -> dict[str, Pooled]:
+        if not block.pooled:
+            same = np.arange(block.count)
+            block.pooled.update(self.engine.pairs(block.prepared, block.prepared, same, same))
+        return block.pooled
 
     def _rounding(self, group: str, block: Block) -> NDArray[np.float64]:
         """Relative rounding error of the pooled NNGP of each image with itself, ``(n,)``.
 
         The epsilon of the computation, times what cancellation in the pooling costs (erf kernels change sign).
         """
-        variance, bound = self._self_kernels(group, block), block.prepared.bound
+        variance, bound = self._self_kernels(block)[group].nngp, block.prepared.bound
         lost = np.divide(bound, variance, out=np.ones_like(bound), where=variance > 0)
         rounding: NDArray[np.float64] = block.prepared.epsilon * np.maximum(lost, 1)
         return rounding
