@@ -405,7 +405,7 @@ def main() -> None:
 
 def _choose_solution(store: GramStore, group: str | None, kernel: str | None) -> tuple[str, str]:
     """The solution to predict with: the one asked for, or the last."""
-    from equikernel.errors import suggestion
+    from equikernel.errors import either, suggestion
 
     solved = _solved(store)
     if not solved:
@@ -423,7 +423,7 @@ def _choose_solution(store: GramStore, group: str | None, kernel: str | None) ->
     ):
         if asked is not None and asked not in choices:
             raise SpecError(
-                f"{option} {asked!r} is not solved in {store.url}; choose {' or '.join(dict.fromkeys(choices))}"
+                f"{option} {asked!r} is not solved in {store.url}; choose {either(dict.fromkeys(choices))}"
                 + suggestion(asked, choices)
             )
     return next((g, k) for g, k in reversed(solved) if group in (None, g) and kernel in (None, k))

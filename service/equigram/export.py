@@ -10,7 +10,7 @@ import numpy as np
 
 from equigram.errors import EquigramError, ResourceError, SpecError, StoreError
 from equigram.plan import Part, SplitName, row_split
-from equikernel.errors import suggestion
+from equikernel.errors import either, suggestion
 from equikernel.memory import available_memory, format_bytes
 
 if TYPE_CHECKING:
@@ -139,7 +139,5 @@ def _chosen(option: str, asked: Sequence[str] | None, stored: Sequence[str]) -> 
     """What was asked for, in the order of the store."""
     for one in asked or ():
         if one not in stored:
-            raise SpecError(
-                f"{option} {one!r} is not in the store; choose {' or '.join(stored)}{suggestion(one, stored)}"
-            )
+            raise SpecError(f"{option} {one!r} is not in the store; choose {either(stored)}{suggestion(one, stored)}")
     return [one for one in stored if not asked or one in asked]

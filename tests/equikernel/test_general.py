@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from equikernel import Activation, AvgPool, Conv, GroupCNN, MemoryLimitError, Residual
-from equikernel.cost import components_off_grid
+from equikernel.cost import components_off_grid, pixels_seen
 from equikernel.engines import dense
-from equikernel.engines.dense import cosets, representatives
+from equikernel.engines.dense import _taps, cosets, representatives
 from equikernel.groups import on_grid, order, symmetries
 from equikernel.kernel import Kernel
 
@@ -52,6 +52,12 @@ def test_components_are_one_for_each_difference_and_coset(group: str) -> None:
     assert not on_grid(group)
     assert set(cosets(group)) == set(symmetries(group))
     assert order(group) * len(representatives(group)) == components_off_grid(group)
+
+
+@pytest.mark.parametrize(("group", "radius"), [("C3", 1), ("C8", 1), ("C16", 1), ("D8", 1), ("C6", 2)])
+def test_the_cost_counts_the_pixels_that_the_filters_see(group: str, radius: int) -> None:
+    counts = [_taps(group, d, (radius, radius))[2].mean() for d in symmetries(group)]
+    assert pixels_seen(group, (radius, radius)) == pytest.approx(np.mean(counts))
 
 
 def test_rotations_beyond_the_grid_keep_quarter_turns() -> None:

@@ -357,7 +357,7 @@ def test_unusable_engine_dtype_and_network() -> None:
             GroupCNN().kernel(x, threads=cast("Any", threads))
     with pytest.raises(NetworkError, match="VALID padding eats the image: 3 convolutions of size 3 remove 6 of 6"):
         GroupCNN(padding="VALID").kernel(x)
-    with pytest.raises(NetworkError, match="CIRCULAR padding: a filter of size 7 wraps around an image of 6 pixels"):
+    with pytest.raises(NetworkError, match="CIRCULAR padding: a filter of 7 pixels wraps around the 6 there"):
         GroupCNN(padding="CIRCULAR", filter_size=7).kernel(x)
     with pytest.raises(NetworkError, match="filter_size: 4 is even"):
         GroupCNN(filter_size=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -103,14 +104,19 @@ def test_a_stride_is_accepted_where_mirrored_filters_lie_on_the_same_pixels(
         ({"layers": [Conv(3), AvgPool(3)]}, 8, "layers[1]: blocks of 3 pixels do not divide the 8 pixels there"),
         ({"layers": [Conv(3), AvgPool(3)]}, 8, "nearest sides that work: 6 or 9"),
         ({"layers": [Conv(3), AvgPool(2), AvgPool(2)]}, 6, "layers[2]: blocks of 2 pixels do not divide the 3"),
-        ({"layers": [Conv(3), Residual([Conv(3, stride=3)])]}, 9, "layers[1]: the branch makes 3 of 9 pixels"),
-        ({"layers": [Conv(3), Residual([Conv(3)])], "padding": "VALID"}, 9, "layers[1]: the branch makes 5 of 7"),
+        ({"layers": [Conv(3), Residual([Conv(3, stride=3)])]}, 9, "layers[1].layers[0]: a stride of 3 makes fewer"),
+        ({"layers": [Conv(3), Residual([AvgPool(2), Conv(3)])]}, 8, "layers[1].layers[0]: blocks of 2 pixels make"),
+        ({"layers": [Conv(3), Residual([Conv(3)])], "padding": "VALID"}, 9, "[0]: a filter of 3x3 pixels with VALID"),
         ({"layers": [Conv((3, 5))]}, 9, "a filter of 3x5 pixels is no square, and C4 turns it; use filter (5, 5)"),
         ({"layers": [Conv(3), Conv(7)], "padding": "VALID"}, 8, "layers[1]: VALID padding: a filter of 7 pixels does"),
         ({"layers": [Conv(3), Conv(7)], "padding": "VALID"}, 8, "nearest sides that work: 9"),
         ({"depth": 3, "padding": "VALID"}, 6, "3 convolutions of size 3 remove 6 of 6 pixels per side; use depth <= 2"),
         ({"depth": 3, "padding": "VALID", "group": "C8"}, 12, "remove 12 of 12 pixels per side; use depth <= 2"),
-        ({"depth": 1, "padding": "CIRCULAR", "group": "C8"}, 4, "a filter of size 5 (of 3 pixels, turned by C8) wraps"),
+        ({"depth": 1, "padding": "CIRCULAR", "group": "C8"}, 4, "a filter of 5 pixels (of 3 pixels, turned by C8)"),
+        ({"layers": [Conv(7)], "padding": "CIRCULAR"}, 6, "wraps around the 6 there more than once; use one of 5"),
+        ({"layers": [Conv(3), AvgPool(97)]}, 5, "blocks of 97 pixels do not divide the 5 pixels there"),
+        ({"layers": [Conv(3), AvgPool(97)]}, 5, "nearest sides that work: 97"),
+        ({"layers": [Conv(3), AvgPool(97), AvgPool(97)]}, 5, "no sides up to 4096 work"),
     ],
 )  # fmt: skip
 def test_a_size_that_does_not_fit_is_refused_with_the_nearest_that_do(
@@ -120,18 +126,51 @@ def test_a_size_that_does_not_fit_is_refused_with_the_nearest_that_do(
         GroupCNN(**fields).kernel(np.ones((1, size, size, 1)))
 
 
-@pytest.mark.parametrize("group", ["C1", "C2", "C4", "D1", "D4", "C8"])
-@pytest.mark.parametrize("side", [8, 9])
-def test_a_size_that_is_named_as_nearest_works(group: str, side: int) -> None:
-    net = GroupCNN(group=group, layers=[Conv(3, stride=2), Conv(3, stride=3), AvgPool(2)])
+SIZED_LAYERS = st.one_of(
+    st.builds(Conv, st.sampled_from([1, 3, 5]), stride=st.integers(1, 3)),
+    st.builds(AvgPool, st.integers(2, 4)),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    layers=st.lists(SIZED_LAYERS, max_size=3),
+    group=st.sampled_from(["C1", "C2", "C4", "D1", "D4", "C8"]),
+    padding=st.sampled_from(["SAME", "VALID", "CIRCULAR"]),
+    height=st.integers(1, 24),
+    width=st.integers(1, 24),
+)
+def test_every_size_that_a_refusal_names_works(
+    layers: list[Any], group: str, padding: Any, height: int, width: int
+) -> None:
+    if padding == "CIRCULAR":
+        layers = [layer for layer in layers if getattr(layer, "stride", 1) == 1]
+    net = GroupCNN(group=group, padding=padding, layers=[Conv(3), *layers])
     try:
-        net.check_images(side, side, group)
+        net.check_images(height, width, group)
+    except ImageError as error:
+        message = str(error)
+        for side in re.findall(r"crop them to (\d+)x", message):
+            net.check_images(int(side), int(side), group)
+        for other in re.findall(r"[CD][12]", message.partition("use the group")[2]):
+            net.check_images(height, width, other)
+        assert group in ("C4", "D4", "C8")
+        assert height != width
     except NetworkError as error:
-        sides = [int(number) for number in re.findall(r"work: (\d+)(?: or (\d+))?", str(error))[0] if number]
-        for one in sides:
-            net.check_images(one, one, group)
-    else:
-        assert group == "C1" or side == 9
+        heights, widths = _nearest(str(error), height, width)
+        assert heights != [height] or widths != [width]
+        for one, other in product(heights, widths):
+            if one == other or group in ("C1", "C2", "D1"):
+                net.check_images(one, other, group)
+
+
+def _nearest(message: str, height: int, width: int) -> tuple[list[int], list[int]]:
+    """The heights and widths that a message names; the given ones where it says nothing about them."""
+    named = {
+        name: [*map(int, re.findall(r"\d+", sides))] for name, sides in re.findall(r"(\w+) that work: ([^;]+)", message)
+    }
+    sides = named.get("sides")
+    return sides or named.get("heights", [height]), sides or named.get("widths", [width])
 
 
 @pytest.mark.parametrize(
@@ -151,6 +190,10 @@ def test_a_size_that_is_named_as_nearest_works(group: str, side: int) -> None:
             "layers[1]: a residual branch ends in a convolution",
         ),
         ({"group": "C361"}, "or for small images any other C_n or D_n with n up to 360"),
+        (
+            {"layers": [Conv(stride=2)], "padding": "CIRCULAR", "group": "C1"},
+            "with CIRCULAR padding is refused for every",
+        ),
         ({"group": "S4"}, "group: 'S4' is not allowed; choose C1, C2, C4, D1, D2, D4"),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 
-from equikernel import Activation, Conv, GroupCNN, ImageError, NetworkError, Residual
+from equikernel import Activation, AvgPool, Conv, GroupCNN, ImageError, NetworkError, Residual
 from equikernel.groups import symmetries
 from equikernel.tangents import GroupConv, GroupPool, Lift, neural_tangents, stax
 
@@ -94,6 +94,23 @@ def test_over_c1_they_are_the_convolutions_of_stax(padding: Any) -> None:
     assert_allclose(
         both(ours, X1, X2), both(stax.serial(conv, stax.Relu(), conv, stax.GlobalAvgPool()), X1, X2), rtol=1e-5
     )
+
+
+def test_the_pooling_of_stax_takes_a_window_for_the_group_axis_too() -> None:
+    x = images(2, seed=4, height=6, width=6)
+    pool = stax.AvgPool((2, 2, 1), (2, 2, 1))
+    layers = stax.serial(Lift("C4", 1), stax.Relu(), pool, GroupConv("C4", 1), GroupPool(), READOUT)
+    exact = GroupCNN(layers=[Conv(3), AvgPool(2), Conv(3, activation="identity")]).kernel(x, engine="reference")
+    assert_allclose(both(layers, x), exact, rtol=1e-5)
+
+
+def test_nan_pixels_give_nan_kernels_as_in_stax() -> None:
+    x = X1.copy()
+    x[1, 0, 0, 0] = np.nan
+    nngp, ntk = both(stax.serial(Lift("C2", 1), stax.Relu(), GroupConv("C2", 1), GroupPool()), x)
+    expected = np.array([[False, True, False], [True, True, True], [False, True, False]])
+    np.testing.assert_array_equal(np.isnan(nngp), expected)
+    np.testing.assert_array_equal(np.isnan(ntk), expected)
 
 
 def test_the_conventions_of_kernel_functions_hold() -> None:

@@ -2,50 +2,72 @@
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import product
 from typing import TYPE_CHECKING
 
 from equikernel.geometry import windows
-from equikernel.groups import on_grid, order, reach, union
+from equikernel.groups import on_grid, order, reach, symmetries, union
 from equikernel.layers import Branch, Convolution, Nonlinearity, Pooling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from equikernel.groups import Offset
     from equikernel.layers import Step
     from equikernel.network import Architecture
 
-SPLAT = 4
-"""Pixels on which a filter tap lies that is rotated off the grid."""
+TERM = 8
+"""Operations of a weighted term of a compensated sum: a product, a sum, and six for what the sum lost."""
+
+Size = tuple[int, int]
+"""Height and width."""
 
 
 def pair_flops(network: Architecture, groups: tuple[str, ...], engine: str, image_shape: tuple[int, int, int]) -> float:
     """Floating-point operations of one pair of images ``(H, W, C)``, roughly: both kernels, all groups.
 
-    Per entry of a covariance: ``2 C`` for the input; for each convolution twice (K and Θ) the filter, separable in the
-    engines ``"cpu"`` and ``"xla"``; for each nonlinearity what its dual kernels take.
+    Per entry of a covariance: ``2 C`` for the input; for each convolution twice (K and Θ) one for each row and column
+    of its filter, or :data:`TERM` for each pair of pixels that it sees in the engine ``"reference"`` and off the grid;
+    for each nonlinearity what its dual kernels take.
     """
-    height, width, channels = image_shape
-    decoupled = engine in ("cpu", "xla")
     if engine == "reference":
-        components = sum(order(group) ** 2 for group in groups)
-    elif all(map(on_grid, groups)):
-        components = len(union(groups))
-    else:
-        components = components_off_grid(groups[0])
-    total = 2.0 * channels * (height * width) ** 2
-    for step, (rows, cols) in _sizes(network.steps, (height, width), groups[0], network):
-        entries = float(rows * cols) ** 2
-        if isinstance(step, Convolution):
+        return sum(order(group) ** 2 * _covariance_flops(network, group, image_shape, engine) for group in groups)
+    components = len(union(groups)) if all(map(on_grid, groups)) else components_off_grid(groups[0])
+    return components * _covariance_flops(network, groups[0], image_shape, engine)
+
+
+def _covariance_flops(network: Architecture, group: str, image_shape: tuple[int, int, int], engine: str) -> float:
+    """Operations for K and Θ between two elements of ``group``."""
+    *size, channels = image_shape
+    separable = engine != "reference" and on_grid(group)
+    averaged = order(group) if engine == "reference" else 1
+    total = 2.0 * channels * _entries(*size)
+    for step, before, after in _sizes(network.steps, (size[0], size[1]), group, network):
+        entries = _entries(*after)
+        if isinstance(step, Convolution) and separable:
             taps_y, taps_x = (2 * radius + 1 for radius in step.radii)
-            spread = 1 if on_grid(groups[0]) else 2 * SPLAT
-            total += entries * 2 * (taps_y + taps_x if decoupled else taps_y * taps_x * spread)
+            total += 2 * (taps_y * _entries(after[0], before[1]) + taps_x * entries)
+        elif isinstance(step, Convolution):
+            total += 2 * (averaged * _entries(*before) + TERM * pixels_seen(group, step.radii) * entries)
         elif isinstance(step, Nonlinearity):
             total += entries * step.activation.flops
         elif isinstance(step, Pooling):
-            total += entries * 2 * step.size**4
+            total += 2 * _entries(*before)
         else:
-            total += entries * 2
-    return total * components
+            total += 2 * entries
+    return total
+
+
+@cache
+def pixels_seen(group: str, radii: Offset) -> float:
+    """``Σ_v`` of how many pairs of pixels the tap ``v`` lies on in both images, the mean over all pairs of elements.
+
+    The number of taps on the grid; off it bilinear interpolation spreads a tap over up to four pixels.
+    """
+    rows, cols = (range(-radius, radius + 1) for radius in radii)
+    pixels = (sum(len(element.splat(tap)) for element in symmetries(group)) for tap in product(rows, cols))
+    return float(sum((count / order(group)) ** 2 for count in pixels))
 
 
 def components_off_grid(group: str) -> int:
@@ -54,11 +76,15 @@ def components_off_grid(group: str) -> int:
     return order(group) ** 2 // shared
 
 
-def _sizes(
-    steps: tuple[Step, ...], size: tuple[int, int], group: str, network: Architecture
-) -> Iterator[tuple[Step, tuple[int, int]]]:
-    """Each step with the image size after it."""
+def _entries(height: int, width: int) -> float:
+    """Of a covariance of images of that size."""
+    return float(height * width) ** 2
+
+
+def _sizes(steps: tuple[Step, ...], size: Size, group: str, network: Architecture) -> Iterator[tuple[Step, Size, Size]]:
+    """Each step with the image size before and after it."""
     for step in steps:
+        before = size
         if isinstance(step, Convolution):
             rows, cols = (
                 windows(side, radius, step.stride, network.padding).outputs
@@ -69,4 +95,4 @@ def _sizes(
             size = size[0] // step.size, size[1] // step.size
         elif isinstance(step, Branch):
             yield from _sizes(step.steps, size, group, network)
-        yield step, size
+        yield step, before, size

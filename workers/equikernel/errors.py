@@ -49,6 +49,12 @@ def suggestion(value: object, allowed: Iterable[str]) -> str:
     return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
+def either(options: Iterable[object]) -> str:
+    """``"a, b or c"``."""
+    *first, last = map(str, options)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def is_whole(value: Any) -> bool:
     """Whether ``value`` is a whole number, of Python or NumPy; True and False are none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)

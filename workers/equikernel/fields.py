@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from equikernel.errors import suggestion
+from equikernel.errors import either, suggestion
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -112,8 +112,7 @@ def _words(annotation: Any) -> str:
     words: list[str] = []
     for member, metadata in _members(annotation):
         words += map(repr, get_args(member)) if get_origin(member) is Literal else [_word(member, metadata)]
-    *first, last = [word for word in words if word != "null"]
-    choice = f"{', '.join(first)} or {last}" if first else last
+    choice = either(word for word in words if word != "null")
     if "null" not in words:
         return choice
     return f"null, or {choice}" if choice.startswith("a section") else f"{choice}, or null"

@@ -39,7 +39,7 @@ def trace(steps: tuple[Step, ...], side: int, axis: int, group: str, padding: Pa
     """The side that is left of ``side`` pixels along ``axis`` (0 rows, 1 columns) after ``steps``.
 
     Raises:
-      NetworkError: a step does not fit, or breaks the symmetry of the group.
+      NetworkError: a step does not fit, or breaks the symmetry of the group; without a remedy.
     """
     for step in steps:
         if isinstance(step, Convolution):
@@ -52,12 +52,7 @@ def trace(steps: tuple[Step, ...], side: int, axis: int, group: str, padding: Pa
                 )
             side //= step.size
         elif isinstance(step, Branch):
-            after = trace(step.steps, side, axis, group, padding)
-            if after != side:
-                raise NetworkError(
-                    f"{step.place}: the branch makes {after} of {side} pixels, and a residual branch must keep the "
-                    "size of the image; use stride 1, and with VALID padding 1x1 filters"
-                )
+            side = trace(step.steps, side, axis, group, padding)
     return side
 
 
@@ -65,15 +60,10 @@ def _convolved(step: Convolution, side: int, axis: int, group: str, padding: Pad
     radius = groups.reach(group, step.radii)[axis]
     size, stride = 2 * radius + 1, step.stride
     turned = "" if radius == step.radii[axis] else f" (of {2 * step.radii[axis] + 1} pixels, turned by {group})"
-    if padding == "CIRCULAR" and stride > 1:
-        raise NetworkError(
-            f"{step.place}: a stride of {stride} with CIRCULAR padding is refused: the grid of outputs has no centre "
-            "that rotations keep; use stride 1 and AvgPool, or padding SAME or VALID"
-        )
     if padding == "CIRCULAR" and side < size:
         raise NetworkError(
-            f"{step.place}: CIRCULAR padding: a filter of size {size}{turned} wraps around an image of {side} pixels "
-            f"more than once; use {'larger images' if turned else f'filter_size <= {side - 1 + side % 2}'}"
+            f"{step.place}: CIRCULAR padding: a filter of {size} pixels{turned} wraps around the {side} there more "
+            f"than once{'' if turned else f'; use one of {side - 1 + side % 2} or fewer'}"
         )
     if padding == "VALID" and side < size:
         raise NetworkError(
@@ -95,9 +85,9 @@ def _convolved(step: Convolution, side: int, axis: int, group: str, padding: Pad
 
 
 def nearest_sides(works: Callable[[int], bool], side: int) -> list[int]:
-    """The nearest sides below and above ``side`` that work, as far as there are any."""
+    """The nearest sides below and above ``side`` that work, as far as there are any up to :data:`SEARCHED`."""
     below = next((s for s in range(side - 1, 0, -1) if works(s)), None)
-    above = next((s for s in range(side + 1, min(2 * side + 64, SEARCHED)) if works(s)), None)
+    above = next((s for s in range(side + 1, SEARCHED + 1) if works(s)), None)
     return [s for s in (below, above) if s is not None]
 
 

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from equikernel.errors import EngineError, ImageError, MemoryLimitError, NonFiniteKernelError, is_whole, suggestion
+from equikernel.errors import (
+    EngineError,
+    ImageError,
+    MemoryLimitError,
+    NonFiniteKernelError,
+    either,
+    is_whole,
+    suggestion,
+)
 from equikernel.groups import on_grid, union
 from equikernel.images import Labels, as_images, check_pixels
 from equikernel.layers import Branch, Convolution, Pooling
@@ -139,7 +147,7 @@ def choose_engine(
     """
     if engine not in ENGINES:
         hint = suggestion(engine, ENGINES)
-        raise EngineError(f"engine {engine!r} does not exist; choose {_listing(ENGINES)}{hint}")
+        raise EngineError(f"engine {engine!r} does not exist; choose {either(map(repr, ENGINES))}{hint}")
     why = needs_dense(network.steps, groups)
     if engine in ("cpu", "xla") and why:
         raise EngineError(f"the engine {engine!r} cannot do this network: {why}; use 'general' or 'auto'")
@@ -499,7 +507,7 @@ def _checked_dtype(dtype: Any) -> np.dtype[Any]:
         with contextlib.suppress(TypeError):
             if dtype is not None and np.dtype(dtype) == name:
                 return np.dtype(name)
-    raise EngineError(f"dtype {dtype!r} does not exist for kernels; choose {_listing(DTYPES)}")
+    raise EngineError(f"dtype {dtype!r} does not exist for kernels; choose {either(map(repr, DTYPES))}")
 
 
 def _unequal(shape1: tuple[int, ...], shape2: tuple[int, ...]) -> ImageError:
@@ -515,10 +523,6 @@ def _refuse_non_finite(kernel: Kernel, group: str, labels1: Labels, labels2: Lab
                 f"the {group} {name} of {labels1.of(i)} and {labels2.of(j)} is {matrix[i, j]}: the values leave the "
                 f"range of {matrix.dtype}; rescale the images, change w_std or depth, or use float64"
             )
-
-
-def _listing(names: tuple[str, ...]) -> str:
-    return " or ".join([", ".join(map(repr, names[:-1])), repr(names[-1])])
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -16,7 +16,9 @@ from pydantic import (
     PlainSerializer,
     Tag,
     ValidationError,
+    ValidatorFunctionWrapHandler,
     WithJsonSchema,
+    WrapValidator,
 )
 
 from equikernel import activations
@@ -43,8 +45,11 @@ def odd(value: int) -> int:
     return value
 
 
-def _one_for_both(value: Any) -> Any:
-    return (value, value) if isinstance(value, (int, float, np.number)) else value
+def _one_for_both(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    if isinstance(value, (int, float, np.number)):
+        side, _ = handler((value, 1))  # one error, not two
+        return side, side
+    return handler(value)
 
 
 def _some(layers: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -100,7 +105,7 @@ class Conv(_Layer):
     """
 
     kind: Literal["conv"] = "conv"
-    filter: Annotated[tuple[Odd, Odd], BeforeValidator(_one_for_both)] = Field(
+    filter: Annotated[tuple[Odd, Odd], WrapValidator(_one_for_both)] = Field(
         default=(3, 3), description="Rows and columns of the filter, odd; one for both."
     )
     stride: Annotated[Whole, Field(ge=1, strict=True)] = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Self, overload
@@ -20,7 +21,7 @@ from pydantic import (
 
 from equikernel import geometry, groups
 from equikernel.activations import Activation, Custom, parse
-from equikernel.errors import ImageError, NetworkError, suggestion
+from equikernel.errors import ImageError, NetworkError, either, suggestion
 from equikernel.fields import describe
 from equikernel.layers import (
     ActivationName,
@@ -31,6 +32,7 @@ from equikernel.layers import (
     Nonlinearity,
     Number,
     Padding,
+    Pooling,
     Step,
     Whole,
     convolutions,
@@ -108,7 +110,8 @@ class Architecture(BaseModel):
         if not self.layers or not isinstance(self.layers[0], Conv):
             given = self.layers[0].kind if self.layers else "nothing"
             raise ValueError(f"layers[0] is {given}, but the first layer is the lifting convolution; begin with a Conv")
-        _check_branches(self.steps)
+        _check_branches(self.steps, self.padding)
+        _check_strides(self.convolutions, self.padding)
         _check_gaussian(self.steps, "")
         return self
 
@@ -173,13 +176,13 @@ class Architecture(BaseModel):
         return True
 
     def check_images(self, height: int, width: int, group: str) -> None:
-        """Raise :class:`NetworkError` or :class:`ImageError` unless the network is defined on ``height x width``."""
+        """Refuse images of ``height x width`` pixels on which the network is not defined, with sizes on which it is.
+
+        Raises:
+          NetworkError: a filter or stride breaks the symmetry, or a layer does not fit.
+          ImageError: the images are no squares, and ``group`` turns them by other than half turns.
+        """
         rectangles = groups.keeps_rectangles(group)
-        if not rectangles and height != width:
-            raise ImageError(
-                f"images are {height}x{width} pixels, but {group} turns them by other than half turns and needs square "
-                f"ones; crop them to {min(height, width)}x{min(height, width)}, or use the group C1, C2, D1 or D2"
-            )
         for step in self.convolutions:
             if step.radii[0] != step.radii[1] and not rectangles:
                 sides = tuple(2 * radius + 1 for radius in step.radii)
@@ -187,37 +190,60 @@ class Architecture(BaseModel):
                     f"{step.place}: a filter of {sides[0]}x{sides[1]} pixels is no square, and {group} turns it; use "
                     f"filter ({max(sides)}, {max(sides)}), or the group C1, C2, D1 or D2"
                 )
-        for axis, side in enumerate((height, width)):
-            try:
-                geometry.trace(self.steps, side, axis, group, self.padding)
-            except NetworkError as error:
-                raise NetworkError(self._with_remedy(error, side, axis, group)) from None
-
-    def _with_remedy(self, error: NetworkError, side: int, axis: int, group: str) -> str:
-        """What is wrong with ``side`` pixels along ``axis``, and the nearest sides that work."""
-
-        def works(side: int) -> bool:
-            try:
-                geometry.trace(self.steps, side, axis, group, self.padding)
-            except NetworkError:
-                return False
-            return True
-
-        if self.layers is None and self.padding == "VALID":
-            shrunk = sum(groups.reach(group, step.radii)[axis] for step in self.convolutions)
-            shallower = (side - 1) * self.depth // (2 * shrunk)
-            remedy = f"use depth <= {shallower}, " if shallower >= 1 else "use a smaller filter, "
-            return (
-                f"VALID padding eats the image: {self.depth} convolutions of size {self.filter_size} remove "
-                f"{2 * shrunk} of {side} pixels per side; {remedy}or padding SAME, or larger images"
+        if not rectangles and height != width:
+            raise ImageError(
+                f"images are {height}x{width} pixels, but {group} turns them by other than half turns and needs square "
+                f"ones; {self._square_remedy(height, width, group)}"
             )
-        sides = geometry.nearest_sides(works, side)
-        names = ("heights", "widths") if groups.keeps_rectangles(group) else ("sides", "sides")
-        sizes = " or ".join(map(str, sides))
-        return f"{error}; nearest {names[axis]} that work: {sizes}" if sides else str(error)
+        errors = [self._misfit(side, axis, group) for axis, side in enumerate((height, width))]
+        if any(errors):
+            raise NetworkError(self._with_remedy([error or "" for error in errors], (height, width), group))
+
+    def _misfit(self, side: int, axis: int, group: str) -> str | None:
+        """Why ``side`` pixels along ``axis`` do not fit, if so."""
+        try:
+            geometry.trace(self.steps, side, axis, group, self.padding)
+        except NetworkError as error:
+            return str(error)
+        return None
+
+    def _square_remedy(self, height: int, width: int, group: str) -> str:
+        """What to do about images that are no squares."""
+        short = min(height, width)
+        side = next((side for side in range(short, 0, -1) if not self._misfit(side, 0, group)), None)
+        others = [name for name in ("C1", "C2", "D1", "D2") if self.fits(height, width, name)]
+        remedies = [f"crop them to {side}x{side}"] if side else []
+        remedies += [f"use the group {either(others)}"] if others else []
+        return ", or ".join(remedies or [f"use larger ones: none within {short}x{short} fits this network"])
+
+    def _with_remedy(self, errors: list[str], sides: tuple[int, int], group: str) -> str:
+        """What is wrong with ``sides``, by axis, and the nearest sides that work."""
+        if self.layers is None and self.padding == "VALID":
+            return self._eaten(min(sides), group)
+
+        def nearest(axis: int, name: str) -> str:
+            found = geometry.nearest_sides(lambda side: not self._misfit(side, axis, group), sides[axis])
+            return (
+                f"nearest {name} that work: {either(found)}" if found else f"no {name} up to {geometry.SEARCHED} work"
+            )
+
+        names = ("heights", "widths") if groups.keeps_rectangles(group) else ("sides",)
+        remedies = [nearest(axis, name) for axis, name in enumerate(names) if errors[axis]]
+        return "; ".join([errors[0] or errors[1], *remedies])
+
+    def _eaten(self, side: int, group: str) -> str:
+        """VALID convolutions that leave nothing of images of ``side`` pixels, and what would."""
+        shrunk = sum(2 * groups.reach(group, step.radii)[0] for step in self.convolutions)
+        shallower = (side - 1) * self.depth // shrunk
+        return (
+            f"VALID padding eats the image: {self.depth} convolutions of size {self.filter_size} remove {shrunk} of "
+            f"{side} pixels per side; use {f'depth <= {shallower}' if shallower else 'a smaller filter'}, or padding "
+            f"SAME, or images of {shrunk + 1} pixels or more"
+        )
 
 
-def _check_branches(steps: tuple[Step, ...]) -> None:
+def _check_branches(steps: tuple[Step, ...], padding: Padding) -> None:
+    """Refuse a residual branch that does not end in a convolution, or whose output has another size than its input."""
     for step in steps:
         if isinstance(step, Branch):
             if not step.steps or not isinstance(step.steps[-1], Convolution):
@@ -225,7 +251,33 @@ def _check_branches(steps: tuple[Step, ...]) -> None:
                     f"{step.place}: a residual branch ends in a convolution without activation, whose fresh weights "
                     "make it independent of its input; end with Conv(activation='identity')"
                 )
-            _check_branches(step.steps)
+            _check_sizes(step.steps, padding)
+            _check_branches(step.steps, padding)
+
+
+def _check_sizes(branch: tuple[Step, ...], padding: Padding) -> None:
+    for step in branch:
+        found = ""
+        if isinstance(step, Pooling):
+            found = f"blocks of {step.size} pixels make"
+        elif isinstance(step, Convolution) and step.stride > 1:
+            found = f"a stride of {step.stride} makes"
+        elif isinstance(step, Convolution) and padding == "VALID" and step.radii != (0, 0):
+            found = f"a filter of {2 * step.radii[0] + 1}x{2 * step.radii[1] + 1} pixels with VALID padding makes"
+        if found:
+            raise ValueError(
+                f"{step.place}: {found} fewer pixels, but a residual branch keeps the size of the image, to be "
+                "added to it; use stride 1 and no pooling in it, and with VALID padding 1x1 filters"
+            )
+
+
+def _check_strides(steps: tuple[Convolution, ...], padding: Padding) -> None:
+    for step in steps:
+        if padding == "CIRCULAR" and step.stride > 1:
+            raise ValueError(
+                f"{step.place}: a stride of {step.stride} with CIRCULAR padding is refused for every group: turned "
+                "images would be seen at other pixels; use stride 1 and AvgPool, or padding SAME or VALID"
+            )
 
 
 def _check_gaussian(steps: tuple[Step, ...], spoilt: str) -> str:
@@ -258,7 +310,8 @@ def _check_gaussian(steps: tuple[Step, ...], spoilt: str) -> str:
 
 def _group_name(value: str) -> str:
     if not groups.is_group(value):
-        raise ValueError(f"{value!r} is not allowed; choose {GROUP_CHOICES}{suggestion(value, groups.GRID_GROUPS)}")
+        hint = "" if re.fullmatch(r"[CD]\d+", value) else suggestion(value, groups.GRID_GROUPS)
+        raise ValueError(f"{value!r} is not allowed; choose {GROUP_CHOICES}{hint}")
     return value
 
 

@@ -3,7 +3,9 @@ r"""Group convolutions as layers of neural-tangents: ``(init_fn, apply_fn, kerne
 Features are ``(N, H, W, |G|, C)``: the group is a further spatial axis, so stax's nonlinearities, ``Dense``,
 ``FanOut``, ``FanInSum`` and the like do between and after these layers what they do to images. Kernels are
 neural-tangents' own: ``(N1, N2, H, H, W, W, |G|, |G|)``, dense, so for small images; :class:`equikernel.GroupCNN`
-computes the same kernels far faster where the group maps pixels to pixels.
+computes the same kernels far faster where the group maps pixels to pixels. Layers of stax that take a window need one
+for each spatial axis, the group's last: ``stax.AvgPool((2, 2, 1), (2, 2, 1))``. NaN pixels give NaN kernels, as in
+stax: compiled functions cannot refuse values.
 
 The equations are those of arXiv 2406.06504 (and of :mod:`equikernel.recursion` and :mod:`equikernel.finite`), in NTK
 parameterization, with one deviation from the layers that its authors published: theirs start the lifting layer
