@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from equigram.spec import DataSpec, GramSpec, JobSpec, SolveSpec, WorkerSpec
+from equigram.spec import DataSpec, GramSpec, JobSpec, ResourceSpec, SolveSpec
 from equikernel.fields import allowed
 from equikernel.layers import Activation, AvgPool, Conv, Residual
 from equikernel.network import Architecture
@@ -21,7 +21,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "data": DataSpec,
     "network": Architecture,
     "gram": GramSpec,
-    "workers": WorkerSpec,
+    "resources": ResourceSpec,
     "solve": SolveSpec,
 }
 

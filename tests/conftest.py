@@ -17,7 +17,7 @@ from equigram.data import fingerprint, load_dataset
 from equigram.driver import ray_session
 from equigram.plan import Tile
 from equigram.run import needs_square
-from equigram.spec import JobSpec, WorkerSpec
+from equigram.spec import JobSpec, ResourceSpec
 from equigram.store import GramStore
 from equikernel.worker import TileWorker, processor_kind
 
@@ -71,7 +71,7 @@ def job(tmp_path: Path, npz: Path) -> Callable[..., JobSpec]:
             "data": {"train": npz},
             "network": {} if "layers" in sections.get("network", {}) else {"depth": 2},
             "gram": {"groups": ["C1"], "tile": 4},
-            "workers": {"count": 1},
+            "resources": {"workers": 0},
         }
         for name, section in sections.items():
             fields[name] = section if section is None else {**fields.get(name, {}), **section}
@@ -136,7 +136,7 @@ def bucket(object_storage: str) -> str:
 @pytest.fixture(scope="session")
 def cluster(object_storage: str) -> Iterator[None]:
     """A local Ray cluster, which runs in this process use instead of starting their own."""
-    with ray_session(WorkerSpec()):
+    with ray_session(ResourceSpec()):
         yield
 
 

@@ -54,7 +54,7 @@ err = Console(stderr=True, markup=False, highlight=False, emoji=False)
 JobArgument = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
 AddressOption = Annotated[
     str | None,
-    typer.Option(help="Ray cluster, host:port, ray://host:port or auto; instead of workers.address.", metavar="RAY"),
+    typer.Option(help="Ray cluster, host:port, ray://host:port or auto; instead of resources.address.", metavar="RAY"),
 ]
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="The run store: a folder or any fsspec URL.")]
 
@@ -108,7 +108,7 @@ def _on_cluster(spec: JobSpec, address: str | None) -> JobSpec:
     if address is None:
         return spec
     fields = spec.model_dump(mode="json")
-    return type(spec).parse({**fields, "workers": {**fields["workers"], "address": address}}, source="--address")
+    return type(spec).parse({**fields, "resources": {**fields["resources"], "address": address}}, source="--address")
 
 
 @_command
@@ -130,7 +130,7 @@ def run(job: JobArgument, address: AddressOption = None) -> None:
                   w_std: 1.4142, b_std: 0.0, head: []}
         gram: {groups: [C1, C4], kernels: [nngp, ntk], dtype: float32,
                tile: auto, engine: auto}
-        workers: {count: auto, cpus: 1, gpus: 0, address: null}
+        resources: {workers: auto, cpus_per_worker: 1, gpus_per_worker: 0}
         solve: {ridge: [1e-4, 1e-2], kernels: [nngp, ntk],
                 train_sizes: [10, 30]}
 
@@ -173,7 +173,7 @@ def plan(job: JobArgument, address: AddressOption = None) -> None:
     from equigram.run import check_disk, check_solver, look_at_images, make_plan, open_store, stored_survey
     from equigram.store import GramStore
 
-    check_address(spec.workers)
+    check_address(spec.resources)
     with Screen(err) as screen:
         store = open_store(spec, screen) if GramStore.exists(spec.store) else None
         if store is None:
@@ -199,7 +199,7 @@ def status(store: StoreArgument) -> None:
     done = opened.finished_tiles()
     tiling = info.tiling
     missing = len(tiling) - len(done)
-    pairs = sum(map(tiling.pairs, done))
+    pairs = done.pairs
     _print_facts(
         ("store", store),
         ("created", f"{info.created}, equigram {info.versions.get('equigram', '?')}, on {info.processor}"),
@@ -249,6 +249,7 @@ def predict(
     Columns: the image, the predicted class, and a score per class (the regression's value: about 1 for the class, 0
     for the others); without classes a value per target. New images are treated as the training images were.
     """
+    from equigram.events import Progress
     from equigram.run import predict as predict_images
     from equigram.screen import Screen
     from equigram.store import GramStore
@@ -258,7 +259,7 @@ def predict(
     with _replaced(output) as file:
         with Screen(err) as screen:
             found = predict_images(
-                opened, images, group, kernel, ridge, lambda done, total: screen.progress("images", done, total)
+                opened, images, group, kernel, ridge, lambda done, total: screen(Progress("images", done, total))
             )
         columns = found.classes or tuple(f"target_{i}" for i in range(found.values.shape[1]))
         lines = csv.writer(file, lineterminator="\n")
@@ -331,7 +332,7 @@ def verify(
     beyond = any(finding.tile is None for finding in report.findings)
     if repair and not beyond:
         spec = _on_cluster(opened.info.spec, address)
-        check_address(spec.workers)
+        check_address(spec.resources)
         with Screen(err) as screen:
             repair_tiles(opened, spec, report.bad_tiles, screen)
         out.print(f"computed again: {len(report.bad_tiles):,} tiles; `equigram run JOB.yaml` solves with them")
@@ -367,6 +368,7 @@ def export(
     The arrays have the names that they have in the store: `gram/<group>/<kernel>` (n, n), `cross/<group>/<kernel>`
     (m, n), `labels/train`, `labels/test`; and `names/train`, `names/test`, in zarr a line each as UTF-8 bytes.
     """
+    from equigram.events import Progress
     from equigram.export import export_run
     from equigram.screen import Screen
     from equigram.store import GramStore
@@ -374,7 +376,13 @@ def export(
     opened = GramStore.open(store)
     with Screen(err) as screen:
         names = export_run(
-            opened, output, groups, kernels, train, test, lambda done, total: screen.progress("matrices", done, total)
+            opened,
+            output,
+            groups,
+            kernels,
+            train,
+            test,
+            lambda done, total: screen(Progress("matrices", done, total)),
         )
     out.print(f"{output}: {', '.join(names)}", soft_wrap=True)
 
@@ -485,7 +493,8 @@ def _print_plan(spec: JobSpec, plan: Plan, image_shape: tuple[int, int, int], *,
     from equigram.screen import duration
     from equikernel.memory import available_memory, format_bytes
 
-    tiling, workers = plan.tiling, spec.workers
+    tiling, resources = plan.tiling, spec.resources
+    each = f"each {resources.cpus_per_worker} CPU, {resources.gpus_per_worker:g} GPU, {format_bytes(plan.worker_bytes)}"
     test = f" and {plan.matrices} of {tiling.test:,} x {tiling.train:,}" if tiling.test else ""
     missing = f": {plan.missing:,} missing" if begun else ""
     _print_facts(
@@ -498,7 +507,7 @@ def _print_plan(spec: JobSpec, plan: Plan, image_shape: tuple[int, int, int], *,
         ("pairs", f"{tiling.total_pairs:,}{f': {plan.missing_pairs:,} missing' if begun else ''}"),
         (
             "workers",
-            f"{plan.workers}, each {workers.cpus} CPU, {workers.gpus:g} GPU, {format_bytes(plan.worker_bytes)}",
+            f"{plan.workers:,}, {each}" if plan.workers else "none: this process is faster than a cluster starts",
         ),
         (
             "to solve",

@@ -1,39 +1,35 @@
-"""The driver: hands tiles to Ray actors, keeps them busy, and replaces those that die."""
+"""Ray: connections to a cluster, how many workers it holds, and tiles on actors."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from equigram.errors import ClusterError, EquigramError, ResourceError, TileFailedError
-from equikernel.errors import EquikernelError
+from equigram.dispatch import TILES_IN_FLIGHT, Died, Done, Failed, Started, sentence
+from equigram.errors import ClusterError, ResourceError
 from equikernel.memory import format_bytes
+from equikernel.worker import tile_sides
 
 if TYPE_CHECKING:
+    from equigram.dispatch import Answer
     from equigram.plan import Tile
-    from equigram.spec import JobSpec, WorkerSpec
+    from equigram.spec import JobSpec, ResourceSpec
     from equigram.store import GramStore
     from equikernel.worker import TileReport
-
-TILES_IN_FLIGHT = 2
-"""Tiles that a worker holds at most: one that it computes and one that waits."""
-
-ATTEMPTS = 3
-"""How many workers may die over a tile, and how many may fail to start in a row, before the run stops."""
 
 CONNECT_SECONDS = 5.0
 """How long the machine at a cluster's address may take to accept a connection."""
@@ -41,16 +37,16 @@ CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 20.0
 """How long Ray may take to answer there."""
 
-CAPACITY_SECONDS = 120.0
-"""How long to wait for room for a single worker before the run stops."""
-
 LOCAL_OBJECT_STORE = 128 * 2**20
-"""Bytes of shared memory of a local cluster: only tile reports pass through it."""
+"""Bytes of shared memory of a local cluster, for blocks of images."""
+
+BLOCK_SHARE = 0.5
+"""Part of the shared memory of the driver's node that blocks of images may take."""
 
 
 @contextlib.contextmanager
-def ray_session(workers: WorkerSpec) -> Iterator[None]:
-    """A Ray connection for the time of a run: to ``workers.address``, or to a local cluster started for it.
+def ray_session(resources: ResourceSpec) -> Iterator[None]:
+    """A Ray connection for the time of a run: to ``resources.address``, or to a local cluster started for it.
 
     A connection that this process has already is used, and left open.
 
@@ -65,8 +61,8 @@ def ray_session(workers: WorkerSpec) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as stack:
-        options: dict[str, Any] = {"address": workers.address, "log_to_driver": False, "logging_level": logging.ERROR}
-        if workers.address is None:
+        options: dict[str, Any] = {"address": resources.address, "log_to_driver": False, "logging_level": logging.ERROR}
+        if resources.address is None:
             from equikernel.kernel import available_cores
 
             # Where Ray itself would put it, because paths of sockets must be short; but removed afterwards.
@@ -81,11 +77,11 @@ def ray_session(workers: WorkerSpec) -> Iterator[None]:
         try:
             ray.init(**options)
         except Exception as error:
-            reason = _sentence(error.__cause__ or error)
-            if workers.address is None:
+            reason = sentence(error.__cause__ or error)
+            if resources.address is None:
                 raise ClusterError(f"a local Ray cluster does not start: {reason}") from error
             raise ClusterError(
-                f"no connection to the Ray cluster at workers.address = {workers.address!r}: {reason}; run on a "
+                f"no connection to the Ray cluster at resources.address = {resources.address!r}: {reason}; run on a "
                 "machine of that cluster, or leave the address out to start a local one"
             ) from error
         if callable(terminate) and threading.current_thread() is threading.main_thread():
@@ -106,37 +102,38 @@ def _quiet_ray() -> Iterator[None]:
         worker.print_to_stdstream = original
 
 
-def check_address(workers: WorkerSpec) -> None:
-    """Raise unless a Ray cluster answers at ``workers.address``, or this machine holds a worker if none is given.
+def check_address(resources: ResourceSpec) -> None:
+    """Raise unless a Ray cluster answers at ``resources.address``, or this machine holds a worker if none is given.
 
     Raises:
       ClusterError: nobody answers there, or not as Ray does.
       ResourceError: a worker needs more cores than this machine has, or a GPU, and there is none.
     """
-    address = workers.address
+    address = resources.address
     if address is None:
         from equikernel.kernel import available_cores, has_gpu
 
-        if workers.gpus and not has_gpu():
+        if resources.gpus_per_worker and not has_gpu():
             raise ResourceError(
-                f"workers.gpus = {workers.gpus:g}, but JAX finds no GPU on this machine; install JAX for its GPU (as "
-                "with `pip install 'jax[cuda13]'`), name a cluster in workers.address, or leave out workers.gpus"
+                f"resources.gpus_per_worker = {resources.gpus_per_worker:g}, but JAX finds no GPU on this machine; "
+                "install JAX for its GPU (as with `pip install 'jax[cuda13]'`), name a cluster in resources.address, "
+                "or leave it out"
             )
-        if workers.cpus > available_cores():
+        if resources.cpus_per_worker > available_cores():
             raise ResourceError(
-                f"a worker with workers.cpus = {workers.cpus} does not fit on this machine, which has "
-                f"{available_cores()} CPUs; ask for less, or name a cluster in workers.address"
+                f"a worker with resources.cpus_per_worker = {resources.cpus_per_worker} does not fit on this machine, "
+                f"which has {available_cores()} CPUs; ask for less, or name a cluster in resources.address"
             )
         return
     remedy = "start one with `ray start --head`, correct the address, or leave it out to start a local one"
-    nobody = f"workers.address is 'auto', but no Ray cluster answers on this machine or at RAY_ADDRESS; {remedy}"
+    nobody = f"resources.address is 'auto', but no Ray cluster answers on this machine or at RAY_ADDRESS; {remedy}"
     parts = urlsplit(address if "//" in address else f"//{address}")
     if address != "auto":
         try:
             socket.create_connection((parts.hostname, parts.port), timeout=CONNECT_SECONDS).close()
         except OSError as error:
             raise ClusterError(
-                f"no Ray cluster answers at workers.address = {address!r} ({error.strerror or error}); {remedy}"
+                f"no Ray cluster answers at resources.address = {address!r} ({error.strerror or error}); {remedy}"
             ) from None
         if parts.scheme == "ray":
             return
@@ -151,220 +148,218 @@ def check_address(workers: WorkerSpec) -> None:
         if address == "auto":
             raise ClusterError(nobody) from None
         raise ClusterError(
-            f"something at workers.address = {address!r} accepts connections, but does not answer as Ray does within "
-            f"{ANSWER_SECONDS:g} s; {remedy}"
+            f"something at resources.address = {address!r} accepts connections, but does not answer as Ray does "
+            f"within {ANSWER_SECONDS:g} s; {remedy}"
         ) from None
     if "AuthenticationError" in answer.stderr:
         raise ClusterError(
-            f"the Ray cluster at workers.address = {address!r} refuses the token of this process; set "
+            f"the Ray cluster at resources.address = {address!r} refuses the token of this process; set "
             "RAY_AUTH_MODE=token, and the cluster's token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
         )
     if answer.returncode and address == "auto":
         raise ClusterError(nobody)
     if answer.returncode:
         reason = answer.stderr.strip().rpartition("\n")[2]
-        raise ClusterError(f"no Ray cluster answers at workers.address = {address!r} ({reason}); {remedy}")
+        raise ClusterError(f"no Ray cluster answers at resources.address = {address!r} ({reason}); {remedy}")
 
 
-def worker_count(workers: WorkerSpec, memory: int) -> int:
-    """How many workers of ``memory`` bytes the connected cluster holds, or as many as were asked for.
+def fitting_workers(resources: ResourceSpec, memory: int) -> int:
+    """How many workers of ``memory`` bytes the connected cluster holds now, and are wanted at most; 0 if none fits."""
+    needs = _needs(resources, memory)
+    fit = sum(
+        min(int(node["Resources"].get(name, 0) // need) for name, need in needs.items() if need)
+        for node in _nodes(resources)
+    )
+    return fit if resources.workers == "auto" else min(resources.workers, fit)
 
-    Raises:
-      ResourceError: a single worker does not fit on any node.
-    """
+
+def check_room(resources: ResourceSpec, memory: int) -> None:
+    """Raise :class:`ResourceError` if not a single worker of ``memory`` bytes fits on a node of the cluster."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    needs = {"CPU": workers.cpus, "GPU": workers.gpus, "memory": memory}
-    fit = sum(min(int(node.get(name, 0) // need) for name, need in needs.items() if need) for node in nodes)
-    if fit == 0:
-        most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in needs}
+    if fitting_workers(resources, memory):
+        return
+    nodes, labels = _nodes(resources), resources.node_labels or {}
+    if not nodes:
         raise ResourceError(
-            f"a worker with workers.cpus = {workers.cpus}, workers.gpus = {workers.gpus:g} and {format_bytes(memory)} "
-            f"of memory fits on no node of the Ray cluster; the largest have {most['CPU']:g} CPUs, {most['GPU']:g} "
-            f"GPUs and {format_bytes(most['memory'])}; ask for less"
+            f"none of the {sum(node['Alive'] for node in ray.nodes())} nodes of the Ray cluster has the labels "
+            f"resources.node_labels = {labels}; start some with `ray start --labels`, or ask for others"
         )
-    return fit if workers.count == "auto" else min(workers.count, fit)
+    most = {name: max(node["Resources"].get(name, 0) for node in nodes) for name in _needs(resources, memory)}
+    raise ResourceError(
+        f"a worker with resources.cpus_per_worker = {resources.cpus_per_worker}, resources.gpus_per_worker = "
+        f"{resources.gpus_per_worker:g} and {format_bytes(memory)} of memory fits on no node of the Ray cluster; the "
+        f"largest have {most['CPU']:g} CPUs, {most['GPU']:g} GPUs and {format_bytes(most['memory'])}; ask for less"
+    )
 
 
-def run_tiles(
-    store: GramStore,
-    spec: JobSpec,
-    tiles: Iterable[Tile],
-    count: int,
-    memory: int,
-    note: Callable[[str], None],
-) -> Generator[TileReport]:
-    """Compute tiles on ``count`` Ray actors; yields a report for each the moment it is stored, in any order.
+def _needs(resources: ResourceSpec, memory: int) -> dict[str, float]:
+    return {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker, "memory": memory}
 
-    A worker that dies is replaced and its tiles are given to others. Needs a :func:`ray_session`.
+
+def _nodes(resources: ResourceSpec) -> list[dict[str, Any]]:
+    """The nodes that are alive and have the labels of the job."""
+    import ray
+
+    asked = (resources.node_labels or {}).items()
+    return [node for node in ray.nodes() if node["Alive"] and asked <= (node.get("Labels") or {}).items()]
+
+
+def _kill_process(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+
+
+class TileActor:
+    """A tile worker as a Ray actor; it reads the images that come with a tile."""
+
+    def __init__(self, *arguments: Any) -> None:
+        from equikernel.worker import TileWorker
+
+        self._worker = TileWorker(*arguments)
+
+    def ready(self) -> tuple[str, int, str]:
+        """The node and process of this worker, and what to call its place: answers when it has started."""
+        import ray
+
+        node, process = ray.get_runtime_context().get_node_id(), os.getpid()
+        return node, process, f"{ray.util.get_node_ip_address()}, process {process}"
+
+    def compute(self, tile: Tile, blocks: dict[tuple[str, int], list[Any]]) -> TileReport:
+        """Compute a tile and store it; ``blocks`` are its images, in the object store."""
+        import ray
+
+        def read(split: str, index: int) -> Any:
+            return ray.get(blocks[split, index][0])
+
+        return self._worker.compute(tile, read if blocks else None)
+
+
+class OnRay:
+    """An :class:`equigram.dispatch.Executor` of Ray actors. Needs a :func:`ray_session`.
+
+    The driver reads each block of images once and puts it into Ray's object store, as long as there is room: however
+    many workers need it, each node fetches it once.
 
     Args:
       store: the run, whose images are read and to which the workers write.
       spec: its job.
-      tiles: what to compute.
-      count: workers at most.
-      memory: bytes that each may need; Ray places them accordingly.
-      note: told of workers that die.
-
-    Raises:
-      EquikernelError: the images of a tile have no kernel.
-      StoreError: a worker cannot read or write the store.
-      TileFailedError: :data:`ATTEMPTS` workers died over a tile, or it failed in a way nobody expected.
-      ClusterError: no worker could be started.
+      memory: bytes that each worker may need; Ray places them accordingly.
     """
-    pool = _Pool(store, spec, tiles, count, memory, note)
-    try:
-        yield from pool.run()
-    finally:
-        pool.close()
 
-
-@dataclass(eq=False)
-class _Worker:
-    """An actor, and the calls it has not answered yet, in their order: its start (``None``), then tiles."""
-
-    handle: Any
-    calls: dict[Any, Tile | None] = field(default_factory=dict)
-
-    @property
-    def starting(self) -> bool:
-        return None in self.calls.values()
-
-
-class _Pool:
-    """The workers of a run, and the tiles that wait for one."""
-
-    def __init__(
-        self,
-        store: GramStore,
-        spec: JobSpec,
-        tiles: Iterable[Tile],
-        count: int,
-        memory: int,
-        note: Callable[[str], None],
-    ) -> None:
+    def __init__(self, store: GramStore, spec: JobSpec, memory: int) -> None:
         self._store = store
         self._spec = spec
-        self._waiting = deque(tiles)
-        self._count = count
         self._memory = memory
-        self._note = note
-        self._workers: list[_Worker] = []
-        self._deaths: Counter[Tile] = Counter()
-        self._failed_starts = 0
+        self._actors: dict[int, Any] = {}
+        self._places: dict[int, tuple[str, int]] = {}
+        """Node and process of each worker."""
+        self._started = 0
+        self._said: queue.SimpleQueue[tuple[int, Tile | None, Any]] = queue.SimpleQueue()
+        self._blocks: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._blocks_at_once = self._room_for_blocks()
 
-    def run(self) -> Iterator[TileReport]:
-        """Compute all tiles."""
-        import ray
-        from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, WorkerCrashedError
-
-        last_sign = time.monotonic()
-        while self._waiting or any(worker.calls and not worker.starting for worker in self._workers):
-            self._dispatch()
-            asked = {call: worker for worker in self._workers for call in worker.calls}
-            ray.wait(list(asked), timeout=1.0)
-            answered = set(ray.wait(list(asked), num_returns=len(asked), timeout=0)[0])
-            for call, worker in asked.items():  # in the order of the calls: what came before a death did succeed
-                if call not in answered or call not in worker.calls:
-                    continue
-                try:
-                    report = ray.get(call)
-                except (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
-                    self._lost(worker, error)
-                except RayError as error:
-                    raise _raised_by_worker(worker.calls[call], error) from None
-                else:
-                    self._failed_starts = 0
-                    if worker.calls.pop(call) is not None:
-                        yield report
-            if not all(worker.starting for worker in self._workers):
-                last_sign = time.monotonic()
-            elif time.monotonic() - last_sign > CAPACITY_SECONDS:
-                raise ClusterError(
-                    f"none of {self._count} workers could start within {CAPACITY_SECONDS:.0f} s: the cluster has no "
-                    "room left, see `ray status`. Finished tiles are kept: run again when it has"
-                )
-
-    def close(self) -> None:
-        """Stop the workers."""
-        for worker in self._workers:
-            self._stop(worker)
-
-    def _dispatch(self) -> None:
-        """Start the workers that are lacking, and fill up the others, the emptiest first."""
-        starting = sum(worker.starting for worker in self._workers)
-        for _ in range(min(self._count - len(self._workers), len(self._waiting) - starting)):
-            self._workers.append(self._start())
-        for depth in range(TILES_IN_FLIGHT):
-            for worker in self._workers:
-                # The last tiles wait for whoever is free first.
-                scarce = depth > 0 and len(self._waiting) < len(self._workers)
-                if self._waiting and not scarce and not worker.starting and len(worker.calls) == depth:
-                    tile = self._waiting.popleft()
-                    worker.calls[worker.handle.compute.remote(tile)] = tile
-
-    def _start(self) -> _Worker:
+    def _room_for_blocks(self) -> int:
         import ray
 
-        from equikernel.worker import TileWorker
+        info = self._store.info
+        block = 4 * info.tile * math.prod(info.image_shape)
+        here = ray.get_runtime_context().get_node_id()
+        mine = [node["Resources"] for node in ray.nodes() if node["NodeID"] == here]
+        room = sum(resources.get("object_store_memory", 0) for resources in mine)
+        return int(BLOCK_SHARE * room // block)
 
-        gram, workers = self._spec.gram, self._spec.workers
-        actor: Any = ray.remote(TileWorker).options(
-            num_cpus=workers.cpus, num_gpus=workers.gpus, memory=self._memory, max_restarts=0
+    def capacity(self) -> int:
+        """How many workers there should be now."""
+        return fitting_workers(self._spec.resources, self._memory)
+
+    def start(self) -> int:
+        """Ask Ray for an actor."""
+        import ray
+
+        gram, resources = self._spec.gram, self._spec.resources
+        actor: Any = ray.remote(TileActor).options(
+            num_cpus=resources.cpus_per_worker,
+            num_gpus=resources.gpus_per_worker,
+            memory=self._memory,
+            label_selector=resources.node_labels,
+            max_restarts=0,
+            max_concurrency=TILES_IN_FLIGHT,
         )
-        handle = actor.remote(self._store, self._spec.network, gram.groups, self._spec.engine, gram.dtype, workers.cpus)
-        return _Worker(handle, {handle.ready.remote(): None})
+        handle = actor.remote(
+            self._store, self._spec.network, gram.groups, self._spec.engine, gram.dtype, resources.cpus_per_worker
+        )
+        number, self._started = self._started, self._started + 1
+        self._actors[number] = handle
+        self._listen(number, None, handle.ready.remote())
+        return number
 
-    def _stop(self, worker: _Worker) -> None:
+    def submit(self, worker: int, tile: Tile) -> None:
+        """Call an actor."""
+        blocks = {side: [reference] for side in tile_sides(tile) if (reference := self._block(*side)) is not None}
+        self._listen(worker, tile, self._actors[worker].compute.remote(tile, blocks))
+
+    def _block(self, split: Any, index: int) -> Any:
+        """The images of a block in the object store; ``None`` where there is no room for it."""
         import ray
 
-        with contextlib.suppress(Exception):  # the cluster may be gone
-            ray.kill(worker.handle)
+        if self._blocks_at_once < 2:
+            return None
+        key = (split, index)
+        if key not in self._blocks:
+            self._blocks[key] = ray.put(self._store.block(split, index))
+        self._blocks.move_to_end(key)
+        while len(self._blocks) > self._blocks_at_once:
+            self._blocks.popitem(last=False)
+        return self._blocks[key]
 
-    def _lost(self, worker: _Worker, error: Exception) -> None:
-        """Give the tiles of a worker that died to others.
+    def _listen(self, worker: int, tile: Tile | None, call: Any) -> None:
+        call.future().add_done_callback(lambda future: self._said.put((worker, tile, future)))
 
-        Raises:
-          TileFailedError: the tile that it was computing, the first of its calls, has cost too many workers.
-          ClusterError: too many workers died at their start.
-        """
-        self._workers.remove(worker)
-        self._stop(worker)
-        tile, *queued = worker.calls.values()
-        worker.calls.clear()
-        self._waiting.extendleft(one for one in reversed(queued) if one is not None)
-        if tile is None:
-            self._failed_starts += 1
-            if self._failed_starts >= ATTEMPTS:
-                raise ClusterError(
-                    f"workers do not start: {_sentence(error)}; every node of the cluster needs the same equigram"
-                ) from None
-            return
-        self._deaths[tile] += 1
-        if self._deaths[tile] >= ATTEMPTS:
-            raise TileFailedError(
-                f"tile {tile} failed {ATTEMPTS} times, each time because its worker died ({_sentence(error)}); "
-                "finished tiles are kept: run again, with fewer workers if they ran out of memory"
-            ) from None
-        self._waiting.appendleft(tile)
-        self._note(f"a worker died at tile {tile}; another one takes over")
+    def stop(self, worker: int, *, hung: bool = False) -> None:
+        """Kill an actor; one that hangs may not even hear Ray, so its process is killed by another one on its node."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        with contextlib.suppress(Exception):  # it, or the cluster, may be gone
+            ray.kill(self._actors[worker])
+            if hung and worker in self._places:
+                node, process = self._places[worker]
+                there = NodeAffinitySchedulingStrategy(node, soft=False)
+                ray.remote(_kill_process).options(num_cpus=0, scheduling_strategy=there).remote(process)
 
-def _raised_by_worker(tile: Tile | None, error: Any) -> Exception:
-    """What to raise for an error that a worker raised: it would come again.
+    def answers(self, timeout: float) -> list[Answer]:
+        """What the actors said since, in that order."""
+        said = []
+        with contextlib.suppress(queue.Empty):
+            said.append(self._said.get(timeout=timeout))
+            while True:
+                said.append(self._said.get_nowait())
+        return [self._answer(*one) for one in said]
 
-    Storage that fails for a moment never gets here: the worker itself is patient with it.
-    """
-    reason = getattr(error, "cause", error)
-    if isinstance(reason, (EquikernelError, EquigramError)):
-        return reason
-    return TileFailedError(f"tile {tile} failed: {type(reason).__name__}: {_sentence(reason)}; finished tiles are kept")
+    def _answer(self, worker: int, tile: Tile | None, future: Any) -> Answer:
+        from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
+        error = future.exception()
+        if error is None and tile is None:
+            node, process, place = future.result()
+            self._places[worker] = node, process
+            return Started(worker, place)
+        if error is None and tile is not None:
+            return Done(worker, tile, future.result())
+        if tile is None or isinstance(error, (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)):
+            return Died(worker, sentence(error.__cause__ or error), node=self._node_is_gone(worker, error))
+        return Failed(worker, tile, getattr(error, "cause", error))
 
-def _sentence(error: BaseException) -> str:
-    """What an error says, in a line: the end of a remote traceback, else the text without Ray's table of ids."""
-    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
-    if any("Traceback (" in line or "ray::" in line for line in lines):
-        lines = lines[-1:]
-    return textwrap.shorten(" ".join(lines), 400, placeholder=" …") or type(error).__name__
+    def _node_is_gone(self, worker: int, error: Any) -> bool:
+        import ray
+        from ray.exceptions import NodeDiedError
+
+        if isinstance(error, NodeDiedError) or getattr(error, "preempted", False):
+            return True
+        node, _ = self._places.get(worker, (None, 0))
+        return node is not None and not any(one["Alive"] for one in ray.nodes() if one["NodeID"] == node)
+
+    def now(self) -> float:
+        """Of the monotonic clock."""
+        return time.monotonic()

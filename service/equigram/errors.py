@@ -72,6 +72,10 @@ class DamagedTileError(StoreError):
         return type(self), (str(self), self.tile)
 
 
+class DamagedArrayError(StoreError):
+    """The stored images, labels or names do not match their checksums, or are not all there."""
+
+
 class ResourceError(EquigramError, MemoryError):
     """The job needs more memory, disk, cores or GPUs than there are."""
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Part = Literal["gram", "cross"]
 SplitName = Literal["train", "test"]
@@ -14,6 +19,9 @@ TILE_SECONDS = 15.0
 
 TILES_PER_WORKER = 8
 """Tiles per worker at least, so that all workers end together."""
+
+STRIP = 4
+"""Tiles of a strip: neighbours in a column, which share the images along it."""
 
 LARGEST_TILE = 1024
 """Edge of a tile at most: 4 MiB per chunk in float32."""
@@ -98,13 +106,86 @@ class Tiling:
         """Rows and columns of a matrix, in images."""
         return self.test if part == "cross" else self.train, self.train
 
-    def filled(self, chunks: Mapping[Part, set[tuple[int, int]]]) -> Iterator[Tile]:
-        """The tiles all of whose ``chunks`` ``(row, col)`` are there, lazily and in order."""
-        return (tile for tile in self.tiles() if chunks[tile.part].issuperset(self.chunks(tile)))
+    def blocks(self, part: Part) -> tuple[int, int]:
+        """Rows and columns of a matrix, in tiles."""
+        return self.test_blocks if part == "cross" else self.train_blocks, self.train_blocks
+
+    def strips(self, done: Collection[Tile] = ()) -> Iterator[list[Tile]]:
+        """The tiles that are not in ``done``, lazily, in the order of computation: strips of a column of tiles.
+
+        Whoever computes a strip needs the images of its column once, and those of few rows for many strips.
+
+        >>> [[str(tile) for tile in strip] for strip in Tiling(train=3, test=0, edge=1).strips()]
+        [['gram[0, 0]'], ['gram[0, 1]', 'gram[1, 1]'], ['gram[0, 2]', 'gram[1, 2]', 'gram[2, 2]']]
+        """
+        parts: tuple[Part, Part] = ("gram", "cross")
+        for part in parts:
+            rows, cols = self.blocks(part)
+            for top in range(0, rows, STRIP):
+                for col in range(top if part == "gram" else 0, cols):
+                    bottom = min(top + STRIP, col + 1 if part == "gram" else rows, rows)
+                    strip = [tile for row in range(top, bottom) if (tile := Tile(part, row, col)) not in done]
+                    if strip:
+                        yield strip
 
     def missing(self, done: Collection[Tile]) -> Iterator[Tile]:
         """The tiles that are not in ``done``, lazily and in order."""
         return (tile for tile in self.tiles() if tile not in done)
+
+
+class TileSet(Set[Tile]):
+    """Some tiles of a tiling, at a byte for each that there is: 10⁸ tiles take 200 MB.
+
+    Args:
+      tiling: the tiling.
+      filled: for each matrix whether ``(row, col)`` is there: for the train matrix a tile needs both of its chunks.
+    """
+
+    def __init__(self, tiling: Tiling, filled: Mapping[Part, NDArray[np.bool_]]) -> None:
+        self._tiling = tiling
+        self._held = {part: mask & mask.T if part == "gram" else mask for part, mask in filled.items()}
+
+    @classmethod
+    def _from_iterable(cls, tiles: Iterable[Tile]) -> Set[Tile]:  # type: ignore[override]
+        return frozenset(tiles)
+
+    def __contains__(self, tile: object) -> bool:
+        mask = self._held.get(tile.part) if isinstance(tile, Tile) else None
+        return mask is not None and isinstance(tile, Tile) and bool(mask[tile.row, tile.col])
+
+    def __iter__(self) -> Iterator[Tile]:
+        for part, mask in self._held.items():
+            for row, held in enumerate(mask):
+                first = row if part == "gram" else 0
+                for col in np.flatnonzero(held[first:]):
+                    yield Tile(part, row, first + int(col))
+
+    def __len__(self) -> int:
+        return sum(self._count(part) for part in self._held)
+
+    def _count(self, part: Part) -> int:
+        mask = self._held[part]
+        every = int(np.count_nonzero(mask))
+        return (every + int(np.count_nonzero(mask.diagonal()))) // 2 if part == "gram" else every
+
+    @property
+    def pairs(self) -> int:
+        """Image pairs that are computed for these tiles."""
+        total = 0
+        for part, mask in self._held.items():
+            rows, cols = (
+                np.array([len(_block(index, self._tiling.edge, count)) for index in range(blocks)], dtype=np.int64)
+                for blocks, count in zip(mask.shape, self._tiling.shape(part), strict=True)
+            )
+            every = sum(int(cols[held].sum()) * int(row) for row, held in zip(rows, mask, strict=True))
+            # Of the train matrix both triangles were counted, and one of the diagonal is still lacking.
+            total += (every + int(rows[mask.diagonal()].sum())) // 2 if part == "gram" else every
+        return total
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of one train and one test matrix that these tiles fill."""
+        return sum(int(np.count_nonzero(mask)) for mask in self._held.values())
 
 
 def is_diagonal(tile: Tile) -> bool:
@@ -146,7 +227,13 @@ def choose_edge(train: int, test: int, seconds_per_pair: float, workers: int) ->
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will cost, worked out before anything starts. Bytes and seconds are predictions."""
+    """What a run will cost, worked out before anything starts. Bytes and seconds are predictions.
+
+    Attributes:
+      workers: 0 where this process computes.
+      parallel: pairs that are computed at the same time.
+      seconds_per_pair: on one worker.
+    """
 
     tiling: Tiling
     missing: int
@@ -154,6 +241,7 @@ class Plan:
     matrices: int
     dtype: str
     workers: int
+    parallel: int
     seconds_per_pair: float
     store_bytes: int
     worker_bytes: int
@@ -162,7 +250,12 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Predicted time for the missing tiles on all workers."""
-        return self.missing_pairs * self.seconds_per_pair / self.workers
+        return self.missing_pairs * self.seconds_per_pair / self.parallel
+
+    @property
+    def tile_seconds(self) -> float:
+        """Predicted time for a tile of full size."""
+        return self.tiling.edge**2 * self.seconds_per_pair
 
 
 def chunk_bytes(edge: int, itemsize: int) -> int:
@@ -170,9 +263,10 @@ def chunk_bytes(edge: int, itemsize: int) -> int:
     return edge**2 * itemsize + 4
 
 
-def tile_bytes(tiling: Tiling, tiles: Iterable[Tile], matrices: int, itemsize: int) -> int:
-    """Bytes that ``tiles`` take in the store, in ``matrices`` train and test matrices each."""
-    return matrices * chunk_bytes(tiling.edge, itemsize) * sum(len(tiling.chunks(tile)) for tile in tiles)
+def matrix_bytes(tiling: Tiling, matrices: int, itemsize: int, done: TileSet | None = None) -> int:
+    """Bytes that ``matrices`` train and test matrices each take in the store, without the tiles ``done``."""
+    chunks = tiling.train_blocks**2 + tiling.test_blocks * tiling.train_blocks
+    return matrices * chunk_bytes(tiling.edge, itemsize) * (chunks - (done.chunks if done is not None else 0))
 
 
 def image_bytes(tiling: Tiling, values: int) -> int:
@@ -180,17 +274,20 @@ def image_bytes(tiling: Tiling, values: int) -> int:
     return 4 * values * (tiling.train + tiling.test)
 
 
-def worker_bytes(edge: int, image: int, cached_blocks: int, elements: int, groups: int, itemsize: int) -> int:
+def worker_bytes(
+    edge: int, image: int, pixels: int, cached_blocks: int, elements: int, groups: int, itemsize: int
+) -> int:
     """Bytes a worker holds at most: prepared image blocks, and what a pair takes while a tile is computed.
 
-    That is two indices, both kernels in float64 for every element and group, and in the end in the dtype of the run.
+    That is two indices, both kernels in float64 for every element and group, and in the end in the dtype of the run;
+    meanwhile the tile before is written, and the images of the next one are read.
 
     Args:
       edge: of a tile, in images.
-      image: bytes of a prepared image.
+      image, pixels: bytes of a prepared image, and of one as it is stored.
       cached_blocks: prepared blocks of ``edge`` images that are kept; one more is in the making.
       elements, groups: relative rotations and reflections of two images, and groups that share them.
       itemsize: bytes of a stored value.
     """
     pair = 16 + 16 * elements + (16 + 2 * itemsize) * groups + 2 * itemsize
-    return (cached_blocks + 1) * edge * image + pair * edge**2
+    return (cached_blocks + 1) * edge * image + (pair + 2 * itemsize * groups) * edge**2 + 2 * edge * pixels

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
+import socket
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from equigram.data import Survey, fingerprint, load_dataset, load_images, survey
 from equigram.data.sources import some
-from equigram.driver import check_address, ray_session, run_tiles, worker_count
+from equigram.dispatch import Dispatcher
+from equigram.driver import OnRay, check_address, check_room, ray_session
 from equigram.errors import DamagedTileError, DataNotFoundError, ResourceError, SpecError, StoreMismatchError
-from equigram.plan import Plan, Tile, Tiling, choose_edge, image_bytes, tile_bytes, worker_bytes
+from equigram.events import ComputationEnded, ComputationStarted, Listener, Note, Progress, nobody
+from equigram.local import InProcess
+from equigram.plan import Plan, Tile, Tiling, choose_edge, image_bytes, matrix_bytes, worker_bytes
 from equigram.solve.regression import memory_needed
 from equigram.solve.stage import Result, check_solvable, solve_run
 from equigram.store import GramStore, free_space
@@ -21,42 +28,26 @@ from equikernel.errors import EquikernelError, NetworkError
 from equikernel.groups import keeps_rectangles, union
 from equikernel.kernel import KernelFunction, available_cores
 from equikernel.memory import available_memory, format_bytes
-from equikernel.worker import CACHED_BLOCKS, measure_pair_seconds, processor_kind
+from equikernel.worker import CACHED_BLOCKS, TileWorker, measure_pair_seconds, processor_kind
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from equigram.spec import JobSpec
+    from equigram.dispatch import Executor
+    from equigram.spec import JobSpec, ResourceSpec
     from equikernel.network import Architecture
 
 WORKER_BYTES = 350 * 2**20
 """Memory of a worker process before it holds images: Python, NumPy, Numba and Ray."""
+
+CLUSTER_SECONDS = 5.0
+"""A local cluster takes about so long to start: what its workers compute in less is computed in this process."""
 
 MEASURED_SIDE = {"reference": 8, "general": 16}
 """Pixels per side of the images that the cost of a pair is measured with at most, by engine; 48 for the others."""
 
 PREDICT_BLOCK = 64
 """New images that are computed at once against a block of training images."""
-
-
-class Listener(Protocol):
-    """Who is told what a run does."""
-
-    def note(self, text: str) -> None:
-        """One sentence that a person should know."""
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        """``done`` of ``total`` things of the kind ``what`` are done."""
-
-
-class Silence:
-    """A listener that says nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +58,7 @@ class Finished:
     results: tuple[Result, ...]
 
 
-def run(spec: JobSpec, listener: Listener | None = None) -> Finished:
+def run(spec: JobSpec, listener: Listener = nobody) -> Finished:
     """Do everything that the job asks for and the store does not hold yet.
 
     Killed at any moment, the same call goes on from what is stored, and ends with the same bits on the same kind of
@@ -79,20 +70,20 @@ def run(spec: JobSpec, listener: Listener | None = None) -> Finished:
       StoreMismatchError: the store belongs to another job.
       StoreError, ClusterError, TileFailedError, SolverError: the run failed; what was finished is kept.
     """
-    listener = listener or Silence()
-    check_address(spec.workers)
+    check_address(spec.resources)
+    pair_seconds = None
     if GramStore.exists(spec.store):
         store = open_store(spec, listener)
         check_solver(spec, stored_survey(store))
         store.remember(spec)
     else:
-        store = create_store(spec, listener)
-    compute_tiles(store, spec, listener)
+        store, pair_seconds = create_store(spec, listener)
+    compute_tiles(store, spec, listener, pair_seconds)
     try:
         results = solve(store, spec, listener)
     except DamagedTileError:
         damaged = store.damaged_tiles()
-        listener.note(f"damaged in the store and computed again: tiles {some(sorted(map(str, damaged)))}")
+        listener(Note(f"damaged in the store and computed again: tiles {some(sorted(map(str, damaged)))}"))
         repair(store, spec, damaged, listener)
         results = solve(store, spec, listener)
     return Finished(store, tuple(results))
@@ -110,33 +101,36 @@ def open_store(spec: JobSpec, listener: Listener) -> GramStore:
     try:
         current = fingerprint(spec.data)
     except DataNotFoundError:
-        listener.note(f"the image source {spec.data.train} is not there any more; the images in the store are used")
+        listener(Note(f"the image source {spec.data.train} is not there any more; the images in the store are used"))
     else:
         if current != info.fingerprint:
             raise StoreMismatchError(
                 f"the image files of this job have changed since {spec.store} was made on {info.created} (other "
                 "names, sizes, content or number of files); restore them, or give the job another `store`"
             )
-    if info.processor != processor_kind():
-        listener.note(
-            f"the store was begun on {info.processor} processors and goes on with {processor_kind()}: "
-            "float32 values agree to 5e-6, not to the bit"
+    if info.processor != processor_kind(spec.engine):
+        listener(
+            Note(
+                f"the store was begun on {info.processor} processors and goes on with {processor_kind(spec.engine)}: "
+                "float32 values agree to 5e-6, not to the bit"
+            )
         )
     return store
 
 
-def create_store(spec: JobSpec, listener: Listener) -> GramStore:
-    """A new store with the images of a job, after everything that can be refused was."""
+def create_store(spec: JobSpec, listener: Listener) -> tuple[GramStore, float]:
+    """A new store with the images of a job, after everything that can be refused was; and the cost of a pair."""
     found = look_at_images(spec)
     GramStore(spec.store).check_writable()
     plan = make_plan(spec, found, None, listener)
     check_disk(spec, plan)
     dataset = load_dataset(
-        spec.data, square=needs_square(spec), progress=lambda what, done, total: listener.progress(what, done, total)
+        spec.data, square=needs_square(spec), progress=lambda what, done, total: listener(Progress(what, done, total))
     )
     for note in dataset.notes:
-        listener.note(note)
-    return GramStore.create(spec, dataset, plan.tiling.edge, fingerprint(spec.data), processor_kind())
+        listener(Note(note))
+    store = GramStore.create(spec, dataset, plan.tiling.edge, fingerprint(spec.data), processor_kind(spec.engine))
+    return store, plan.seconds_per_pair
 
 
 def look_at_images(spec: JobSpec) -> Survey:
@@ -176,17 +170,18 @@ def solver_memory(spec: JobSpec, train: int, test: int) -> int:
 
 def worker_memory(spec: JobSpec, tiling: Tiling, image_shape: tuple[int, int, int]) -> int:
     """Bytes that a worker needs at most, for images of ``(H, W, C)``."""
-    elements = len(union(spec.gram.groups))
-    gram = spec.gram
-    engine = KernelFunction(spec.network, gram.groups, spec.engine, gram.dtype, spec.workers.cpus).engine
-    image = engine.image_bytes(*image_shape)
-    return (
-        WORKER_BYTES
-        + engine.working_bytes(*image_shape)
-        + worker_bytes(
-            tiling.edge, image, CACHED_BLOCKS, elements, len(spec.gram.groups), np.dtype(spec.gram.dtype).itemsize
-        )
+    gram, threads = spec.gram, spec.resources.cpus_per_worker
+    engine = KernelFunction(spec.network, gram.groups, spec.engine, gram.dtype, threads).engine
+    blocks = worker_bytes(
+        tiling.edge,
+        engine.image_bytes(*image_shape),
+        4 * math.prod(image_shape),
+        CACHED_BLOCKS,
+        len(union(gram.groups)),
+        len(gram.groups),
+        np.dtype(gram.dtype).itemsize,
     )
+    return WORKER_BYTES + engine.working_bytes(*image_shape) + blocks
 
 
 def check_solver(spec: JobSpec, found: Survey) -> None:
@@ -210,7 +205,7 @@ def check_solver(spec: JobSpec, found: Survey) -> None:
 def check_worker_memory(spec: JobSpec, needed: int) -> None:
     """Raise :class:`ResourceError` unless a worker of ``needed`` bytes fits on this machine, if it is to run here."""
     available = available_memory()
-    if spec.workers.address is None and needed > available:
+    if spec.resources.address is None and needed > available:
         raise ResourceError(
             f"a worker needs {format_bytes(needed)} of memory, and {format_bytes(available)} are available; set "
             "gram.tile or data.size lower, or use a larger machine"
@@ -243,14 +238,13 @@ def make_plan(spec: JobSpec, found: Survey, store: GramStore | None, listener: L
     Raises:
       ResourceError: a worker needs more memory than this machine has.
     """
-    gram, asked = spec.gram, spec.workers.count
+    gram, resources = spec.gram, spec.resources
     shape = (found.height, found.width, found.channels)
-    listener.note(
-        "measuring the cost of a pair on this machine (the first time on a machine, the kernels are compiled)"
+    listener(
+        Note("measuring the cost of a pair on this machine (the first time on a machine, the kernels are compiled)")
     )
     pair = predicted_pair_seconds(spec, shape)
-    fit = max(1, available_cores() // spec.workers.cpus)
-    workers = fit if asked == "auto" else asked if spec.workers.address else min(asked, fit)
+    workers = wanted_workers(resources)
     if store is not None:
         edge = store.info.tile
     elif gram.tile == "auto":
@@ -258,24 +252,46 @@ def make_plan(spec: JobSpec, found: Survey, store: GramStore | None, listener: L
     else:
         edge = gram.tile
     tiling = Tiling(found.train, found.test, edge)
+    done = None if store is None else store.finished_tiles()
+    missing_pairs = tiling.total_pairs - (done.pairs if done is not None else 0)
     memory = worker_memory(spec, tiling, shape)
     check_worker_memory(spec, memory)
-    if spec.workers.address is None:
+    if resources.address is None:
         workers = min(workers, available_memory() // memory)
-    missing = list(tiling.missing(set() if store is None else store.finished_tiles()))
+    here = computes_here(resources, pair * missing_pairs / workers)
     matrices, itemsize = len(gram.groups) * len(gram.kernels), np.dtype(gram.dtype).itemsize
     return Plan(
         tiling=tiling,
-        missing=len(missing),
-        missing_pairs=sum(map(tiling.pairs, missing)),
+        missing=len(tiling) - (len(done) if done is not None else 0),
+        missing_pairs=missing_pairs,
         matrices=matrices,
         dtype=gram.dtype,
-        workers=workers,
+        workers=0 if here else workers,
+        parallel=cores_in_workers(resources) if here else workers,
         seconds_per_pair=pair,
-        store_bytes=tile_bytes(tiling, tiling.tiles(), matrices, itemsize) + image_bytes(tiling, int(np.prod(shape))),
+        store_bytes=matrix_bytes(tiling, matrices, itemsize) + image_bytes(tiling, int(np.prod(shape))),
         worker_bytes=memory,
         solver_bytes=solver_memory(spec, found.train, found.test),
     )
+
+
+def wanted_workers(resources: ResourceSpec) -> int:
+    """How many workers share the tiles, as far as that is known before a cluster is asked; 1 for this process."""
+    if resources.address is not None and resources.workers != "auto":
+        return resources.workers
+    fit = cores_in_workers(resources)
+    return fit if resources.workers == "auto" else max(1, min(resources.workers, fit))
+
+
+def cores_in_workers(resources: ResourceSpec) -> int:
+    """How many workers the cores of this machine make."""
+    return max(1, available_cores() // resources.cpus_per_worker)
+
+
+def computes_here(resources: ResourceSpec, seconds: float) -> bool:
+    """Whether this process computes the tiles itself, which take ``seconds`` on the workers."""
+    small = resources.workers == "auto" and resources.address is None and seconds < CLUSTER_SECONDS
+    return small or resources.workers == 0
 
 
 def predicted_pair_seconds(spec: JobSpec, shape: tuple[int, int, int]) -> float:
@@ -288,7 +304,9 @@ def predicted_pair_seconds(spec: JobSpec, shape: tuple[int, int, int]) -> float:
     rows, cols = measured_size(network, gram.groups, height, width, MEASURED_SIDE.get(spec.engine, 48))
     images = np.random.default_rng(0).normal(size=(2, rows, cols, channels)).astype(gram.dtype)
     try:
-        pair = measure_pair_seconds(network, gram.groups, spec.engine, gram.dtype, spec.workers.cpus, images)
+        pair = measure_pair_seconds(
+            network, gram.groups, spec.engine, gram.dtype, spec.resources.cpus_per_worker, images
+        )
     except EquikernelError as error:
         raise NetworkError(f"this network fails already on noise of mean 0 and standard deviation 1: {error}") from None
     return pair * (height * width / (rows * cols)) ** 2
@@ -308,31 +326,61 @@ def measured_size(
     return min(height, side), min(width, side)
 
 
-def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener) -> None:
-    """Compute the tiles that are missing, on Ray."""
-    info, tiling = store.info, store.info.tiling
+def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener, pair_seconds: float | None = None) -> None:
+    """Compute the tiles that are missing, on Ray or, where that is faster, in this process.
+
+    Args:
+      store: the run.
+      spec: its job, which may name other resources than the store does.
+      listener: told of everything.
+      pair_seconds: the cost of a pair on one worker, where it is known already.
+    """
+    info, tiling, resources = store.info, store.info.tiling, spec.resources
     finished = store.finished_tiles()
-    missing = list(tiling.missing(finished))
+    missing = len(tiling) - len(finished)
     if not missing:
         return
     matrices, itemsize = len(spec.gram.groups) * len(spec.gram.kernels), np.dtype(spec.gram.dtype).itemsize
-    _check_free_space(spec, tile_bytes(tiling, missing, matrices, itemsize), "the missing tiles take")
+    _check_free_space(spec, matrix_bytes(tiling, matrices, itemsize, finished), "the missing tiles take")
     memory = worker_memory(spec, tiling, info.image_shape)
     check_worker_memory(spec, memory)
     store.check_writable()
-    done, total = sum(map(tiling.pairs, finished)), tiling.total_pairs
-    if finished:
-        listener.note(f"{len(finished)} of {len(tiling)} tiles are in the store already")
-    with ray_session(spec.workers):
-        count = worker_count(spec.workers, memory)
-        listener.note(f"starting {count} {'worker' if count == 1 else 'workers'}")
-        listener.progress("pairs", done, total)
-        with contextlib.closing(run_tiles(store, spec, missing, count, memory, listener.note)) as reports:
-            for report in reports:
-                done += report.pairs
+    done, total = finished.pairs, tiling.total_pairs
+    if pair_seconds is None and resources.workers == "auto" and resources.address is None:
+        pair_seconds = predicted_pair_seconds(spec, info.image_shape)
+    here = computes_here(resources, (pair_seconds or 0) * (total - done) / wanted_workers(resources))
+    with contextlib.ExitStack() as stack:
+        if here:
+            executor: Executor = InProcess(_worker(store, spec))
+        else:
+            stack.enter_context(ray_session(resources))
+            check_room(resources, memory)
+            executor = OnRay(store, spec, memory)
+        workers = 0 if here else executor.capacity()
+        began = time.monotonic()
+        listener(
+            ComputationStarted(len(tiling), missing, total, total - done, workers, socket.gethostname(), os.getpid())
+        )
+        listener(Progress("pairs", done, total))
+        tiles, before, failure = 0, done, "it was interrupted"
+        try:
+            dispatcher = Dispatcher(tiling.strips(finished), executor, listener, resources.hung_after)
+            for report in stack.enter_context(contextlib.closing(dispatcher.run())):
+                tiles, done = tiles + 1, done + report.pairs
                 if report.processor not in store.info.processors:
                     store.remember_processor(report.processor)
-                listener.progress("pairs", done, total)
+                listener(Progress("pairs", done, total))
+            failure = ""
+        except Exception as error:
+            failure = str(error)
+            raise
+        finally:
+            listener(ComputationEnded(tiles, done - before, time.monotonic() - began, failure or None))
+
+
+def _worker(store: GramStore, spec: JobSpec) -> TileWorker:
+    """A worker in this process, on all cores."""
+    return TileWorker(store, spec.network, spec.gram.groups, spec.engine, spec.gram.dtype, available_cores())
 
 
 def repair(store: GramStore, spec: JobSpec, tiles: Iterable[Tile], listener: Listener) -> None:
@@ -347,7 +395,7 @@ def solve(store: GramStore, spec: JobSpec, listener: Listener) -> list[Result]:
     if spec.solve is None:
         return []
     return solve_run(
-        store, spec.solve, spec.solved_kernels, lambda done, total: listener.progress("solve", done, total)
+        store, spec.solve, spec.solved_kernels, lambda done, total: listener(Progress("solve", done, total))
     )
 
 

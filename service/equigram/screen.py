@@ -9,13 +9,19 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TaskProgressColumn, TextColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from equigram.events import ComputationStarted, Note, Progress, TileFailed, WorkerLost
+
 if TYPE_CHECKING:
+    from collections.abc import Set
+
     from rich.console import Console
 
+    from equigram.events import Event
     from equigram.plan import Part, Tile, Tiling
     from equigram.solve.stage import Result
 
@@ -92,7 +98,7 @@ class Screen:
         self._clock = clock
         self._notes: set[str] = set()
         self._stages: dict[str, _Stage] = {}
-        self._bars = Progress(
+        self._bars = Bars(
             TextColumn("{task.description:<24}"),
             BarColumn(bar_width=16),
             TaskProgressColumn(),
@@ -108,13 +114,31 @@ class Screen:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def note(self, text: str) -> None:
+    def __call__(self, event: Event) -> None:
+        """Show an event, if it is one for people."""
+        match event:
+            case Note(text):
+                self._note(text)
+            case Progress(what, done, total):
+                self._progress(what, done, total)
+            case ComputationStarted():
+                if event.missing_tiles < event.tiles:
+                    done = event.tiles - event.missing_tiles
+                    self._note(f"{done:,} of {event.tiles:,} tiles are in the store already")
+                workers = "1 worker" if event.workers == 1 else f"{event.workers:,} workers"
+                self._note(f"starting {workers}" if event.workers else "computing in this process")
+            case WorkerLost(worker, reason, tiles) if tiles:
+                self._note(f"worker {worker} was lost: {reason}; others take over what it had")
+            case TileFailed():
+                self._note(f"tile {event.tile} failed: {event.reason}; again in {duration(event.pause)}")
+
+    def _note(self, text: str) -> None:
         """One sentence that a person should know, once."""
         if text not in self._notes:
             self._notes.add(text)
             self._console.print(Text(f"note: {text}", style="yellow"), soft_wrap=True)
 
-    def progress(self, what: str, done: int, total: int) -> None:
+    def _progress(self, what: str, done: int, total: int) -> None:
         """``done`` of ``total`` things of a stage are done."""
         now = self._clock()
         stage = self._stages.get(what)
@@ -222,7 +246,7 @@ def comparison(results: Sequence[Result]) -> Group | None:
     return Group(Text(title), table)
 
 
-def tile_map(tiling: Tiling, done: set[Tile], part: Part) -> str:
+def tile_map(tiling: Tiling, done: Set[Tile], part: Part) -> str:
     """The tiles of a matrix in characters: ``#`` all tiles of a cell done, ``+`` some, ``.`` none."""
     rows = tiling.train_blocks if part == "gram" else tiling.test_blocks
     cols = tiling.train_blocks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
@@ -46,6 +47,13 @@ def _ray_address(value: str) -> str:
     if not fits and value != "auto":
         raise ValueError(f"{value!r} is no Ray address; write host:port, ray://host:port or auto")
     return value
+
+
+def _plain_labels(labels: dict[str, str]) -> dict[str, str]:
+    for key, value in labels.items():
+        if not re.fullmatch(r"[A-Za-z0-9]([\w./-]*[A-Za-z0-9])?", value):
+            raise ValueError(f"{key} = {value!r} is no value of a label; write letters, digits, '-', '_' and '.'")
+    return labels
 
 
 Item = TypeVar("Item")
@@ -125,17 +133,30 @@ class GramSpec(_Section):
         return self
 
 
-class WorkerSpec(_Section):
-    """The Ray workers that compute tiles."""
+class ResourceSpec(_Section):
+    """Where tiles are computed, and with what."""
 
-    count: Literal["auto"] | Annotated[int, Field(ge=1, le=100_000, strict=True)] = "auto"
-    """Workers; ``auto`` is as many as the cluster's CPUs (and GPUs, if asked for) hold."""
-    cpus: int = Field(default=1, ge=1, le=1024, strict=True)
+    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=100_000, strict=True)] = "auto"
+    """Workers, as Ray actors. ``auto`` is as many as the cluster's CPUs (and GPUs, if asked for) hold at any time, or
+    none for what this process can compute before a local cluster has started; 0 is always none."""
+    cpus_per_worker: int = Field(default=1, ge=1, le=1024, strict=True)
     """CPU cores, and threads, of one worker."""
-    gpus: float = Field(default=0, ge=0, le=64, strict=True)
+    gpus_per_worker: float = Field(default=0, ge=0, le=64, strict=True)
     """GPUs of one worker; a fraction shares one."""
+    node_labels: Annotated[dict[str, str], AfterValidator(_plain_labels), "a section of labels"] | None = None
+    """Ray labels of the nodes that may compute, ``{ray.io/accelerator-type: H100}``; without it all may."""
+    hung_after: float = Field(default=600, ge=1, le=1e6, strict=True)
+    """Seconds without a finished tile after which a worker is taken for hung and replaced."""
     address: Annotated[str, AfterValidator(_ray_address), "host:port, ray://host:port or auto"] | None = None
     """Ray cluster, ``host:port``, ``ray://host:port`` or ``auto``; without it a local one is started for the run."""
+
+    @model_validator(mode="after")
+    def _no_workers_need_no_cluster(self) -> Self:
+        if self.workers == 0 and self.address is not None:
+            raise ValueError(
+                f"workers = 0 computes in this process, and address = {self.address!r} names a cluster; keep one"
+            )
+        return self
 
 
 class SolveSpec(_Section):
@@ -167,8 +188,8 @@ class JobSpec(_Section):
     """The network, but for its symmetry groups, which are in ``gram``."""
     gram: GramSpec = GramSpec()
     """The Gram matrices."""
-    workers: WorkerSpec = WorkerSpec()
-    """The Ray workers."""
+    resources: ResourceSpec = ResourceSpec()
+    """The workers."""
     solve: SolveSpec | None = SolveSpec()
     """The regression; ``null`` computes the Gram matrices only."""
 
@@ -197,10 +218,11 @@ class JobSpec(_Section):
             engine = self.engine
         except EngineError as error:
             raise ValueError(f"gram.engine: {error}") from None
-        if self.workers.gpus and engine in ("cpu", "reference"):
+        gpus = self.resources.gpus_per_worker
+        if gpus and engine in ("cpu", "reference"):
             raise ValueError(
-                f"workers.gpus = {self.workers.gpus:g}, but the engine {engine!r} runs on CPUs only; leave out gpus, "
-                "or choose gram.engine: auto"
+                f"resources.gpus_per_worker = {gpus:g}, but the engine {engine!r} runs on CPUs only; leave it out, or "
+                "choose gram.engine: auto"
             )
         return self
 
@@ -222,7 +244,9 @@ class JobSpec(_Section):
         Raises:
           EngineError: ``gram.engine`` cannot do this network.
         """
-        return choose_engine(self.network, self.gram.groups, self.gram.engine, gpu=self.workers.gpus > 0)[0]
+        return choose_engine(self.network, self.gram.groups, self.gram.engine, gpu=self.resources.gpus_per_worker > 0)[
+            0
+        ]
 
     @property
     def solved_kernels(self) -> tuple[KernelName, ...]:

@@ -36,6 +36,7 @@ import numpy as np
 
 from equigram.data import Dataset, Preprocessing
 from equigram.errors import (
+    DamagedArrayError,
     DamagedTileError,
     EquigramError,
     IncompleteRunError,
@@ -44,7 +45,7 @@ from equigram.errors import (
     StoreMismatchError,
     StoreNotFoundError,
 )
-from equigram.plan import Part, SplitName, Tile, Tiling, chunk_bytes, is_diagonal, row_split, tile_of
+from equigram.plan import Part, SplitName, Tile, TileSet, Tiling, chunk_bytes, is_diagonal, row_split, tile_of
 from equigram.spec import JobSpec
 from equikernel.errors import EquikernelError, NonFiniteKernelError
 
@@ -59,6 +60,9 @@ PACKAGES = ("equigram", "numpy", "numba", "llvmlite", "zarr", "ray", "jax")
 
 ANSWER_SECONDS = 60.0
 """How long the storage may take over one request: a listing, or some chunks to read or write."""
+
+ROW_LISTING = 500
+"""Chunks in a row of a matrix from which on object storage is listed row by row."""
 
 PROBE = ".equigram-write-test"
 """Written and deleted to find out whether object storage may be written."""
@@ -353,13 +357,15 @@ class GramStore:
                 if tile.part == "gram" and not is_diagonal(tile):
                     matrix[cols, rows] = values.T
 
-    def finished_tiles(self) -> set[Tile]:
+    def finished_tiles(self) -> TileSet:
         """The tiles whose chunks are all there, in full size, from one listing per matrix."""
-        present = {
-            part: set.intersection(*(self._whole_chunks(part, *names) for names in self.matrices))
-            for part in self.parts
-        }
-        return set(self.info.tiling.filled(present))
+        return TileSet(
+            self.info.tiling,
+            {
+                part: np.logical_and.reduce([self._whole_chunks(part, *names) for names in self.matrices])
+                for part in self.parts
+            },
+        )
 
     def layout_errors(self) -> list[str]:
         """What is wrong with the arrays, as sentences: those that the job needs, their shapes, dtypes and chunks."""
@@ -389,7 +395,7 @@ class GramStore:
             tile_of(part, row, col)
             for part in self.parts
             for group, kernel in self.matrices
-            for row, col in self._whole_chunks(part, group, kernel)
+            for row, col in np.argwhere(self._whole_chunks(part, group, kernel)).tolist()
             if self.read_chunk(part, group, kernel, row, col)[1]
         }
 
@@ -420,10 +426,10 @@ class GramStore:
         whole = map(range, tiling.shape(part))
         rows, cols = (all_of if some is None else some for all_of, some in zip(whole, (rows, cols), strict=True))
         blocks_y, blocks_x = (range(side.start // info.tile, -(-side.stop // info.tile)) for side in (rows, cols))
-        missing = {(row, col) for row in blocks_y for col in blocks_x} - self._whole_chunks(part, group, kernel)
-        if missing:
+        there = self._whole_chunks(part, group, kernel)[np.ix_(blocks_y, blocks_x)]
+        if not there.all():
             raise IncompleteRunError(
-                f"{self.url}: {len(missing)} of {len(blocks_y) * len(blocks_x)} chunks of {name} are missing; "
+                f"{self.url}: {there.size - np.count_nonzero(there)} of {there.size} chunks of {name} are missing; "
                 "`equigram run JOB.yaml` computes them"
             )
         result = np.empty((len(rows), len(cols)), info.spec.gram.dtype)
@@ -570,36 +576,49 @@ class GramStore:
                 except ValueError as error:  # zarr raises it when a checksum does not match
                     wrong = str(error)
                 if wrong:
-                    raise StoreError(f"{self.url}: {name} is damaged: {wrong}; delete the store and run again")
+                    raise DamagedArrayError(f"{self.url}: {name} is damaged: {wrong}; delete the store and run again")
                 values[start - rows.start : stop - rows.start] = part
         return values
 
-    def _whole_chunks(self, part: Part, group: str, kernel: str) -> set[tuple[int, int]]:
-        """The chunks ``(row, col)`` of a matrix that are there in full size."""
-        expected = self.chunk_bytes
-        return {place for place, size in self.chunk_sizes(part, group, kernel).items() if size == expected}
+    def _whole_chunks(self, part: Part, group: str, kernel: str) -> NDArray[np.bool_]:
+        """Which chunks ``(row, col)`` of a matrix are there in full size."""
+        return np.equal(self.chunk_sizes(part, group, kernel), self.chunk_bytes)
 
     @property
     def chunk_bytes(self) -> int:
         """Bytes of every chunk of a matrix."""
         return chunk_bytes(self.info.tile, np.dtype(self.info.spec.gram.dtype).itemsize)
 
-    def chunk_sizes(self, part: Part, group: str, kernel: str) -> dict[tuple[int, int], int]:
-        """Bytes of the chunks ``(row, col)`` of a matrix that are stored; temporary files are passed over."""
+    def chunk_sizes(self, part: Part, group: str, kernel: str) -> NDArray[np.int64]:
+        """Bytes of the chunks ``[row, col]`` of a matrix, -1 where there is none; temporary files are passed over."""
         name = f"{part}/{group}/{kernel}"
-        fs, path = self._place
+        sizes = np.full(self.info.tiling.blocks(part), -1, dtype=np.int64)
         with self._storage(f"list {name}"):
-            fs.invalidate_cache()
-            try:
-                listing = self._call("find", f"{path}/{name}/c", detail=True)
-            except FileNotFoundError:
-                return {}
-        sizes = {}
-        for file, entry in listing.items():
-            row, col = file.rsplit("/", 2)[-2:]
-            if row.isdecimal() and col.isdecimal():
-                sizes[int(row), int(col)] = int(entry["size"])
+            for row, col, size in self._list_chunks(f"{self._place[1]}/{name}/c", sizes.shape):
+                if row.isdecimal() and col.isdecimal() and int(row) < sizes.shape[0] and int(col) < sizes.shape[1]:
+                    sizes[int(row), int(col)] = size
         return sizes
+
+    def _list_chunks(self, folder: str, shape: tuple[int, ...]) -> Iterator[tuple[str, str, int]]:
+        """Row, column and bytes of the files below a folder, without holding a million entries at the same time."""
+        fs, _ = self._place
+        if _is_local(fs):
+            with contextlib.suppress(FileNotFoundError), os.scandir(folder) as rows:
+                for row in rows:
+                    if row.is_dir():
+                        with os.scandir(row) as files:
+                            chunks = (file for file in files if file.name.isdecimal())  # others may go meanwhile
+                            yield from ((row.name, file.name, file.stat().st_size) for file in chunks)
+            return
+        # Object storage lists a thousand objects per request: by rows, where these are about as long.
+        places = [folder] if shape[1] < ROW_LISTING else [f"{folder}/{row}" for row in range(shape[0])]
+        for place in places:
+            fs.invalidate_cache()
+            with contextlib.suppress(FileNotFoundError):
+                for file, entry in self._call("find", place, detail=True).items():
+                    row, col = file.rsplit("/", 2)[-2:]
+                    yield row, col, int(entry["size"])
+        fs.invalidate_cache()
 
     def _children(self) -> list[str]:
         """Names of the files and folders directly in the store."""

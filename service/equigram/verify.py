@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from equigram.errors import StoreError
-from equigram.plan import Part, SplitName, Tile, is_diagonal, row_split, tile_of
+from equigram.events import Progress
+from equigram.plan import Part, SplitName, Tile, TileSet, is_diagonal, row_split, tile_of
 from equigram.store import versions
 from equikernel.kernel import KernelFunction
 from equikernel.worker import processor_kind
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from equigram.run import Listener
+    from equigram.events import Listener
     from equigram.store import GramStore
 
     Array = NDArray[np.float64]
@@ -153,18 +154,18 @@ class _Verification:
     def _stored_tiles(self) -> list[Tile]:
         """The tiles of which all chunks are there; those of a wrong size are found."""
         store = self._store
-        present: dict[Part, set[tuple[int, int]]] = {}
+        present: dict[Part, NDArray[np.bool_]] = {}
         for part in store.parts:
             matrices = {names: store.chunk_sizes(part, *names) for names in store.matrices}
-            present[part] = set.intersection(*(set(sizes) for sizes in matrices.values()))
+            present[part] = np.logical_and.reduce([sizes >= 0 for sizes in matrices.values()])
             for (group, kernel), sizes in matrices.items():
-                for (row, col), size in sizes.items():
-                    if size != store.chunk_bytes:
-                        what = (
-                            f"chunk {row}, {col} of {part}/{group}/{kernel} has {size} bytes, not {store.chunk_bytes}"
-                        )
-                        self._found(tile_of(part, row, col), what)
-        return list(self._info.tiling.filled(present))
+                for row, col in np.argwhere((sizes >= 0) & (sizes != store.chunk_bytes)).tolist():
+                    what = (
+                        f"chunk {row}, {col} of {part}/{group}/{kernel} has {sizes[row, col]} bytes, not "
+                        f"{store.chunk_bytes}"
+                    )
+                    self._found(tile_of(part, row, col), what)
+        return list(TileSet(self._info.tiling, present))
 
     def _images_are_whole(self) -> bool:
         """Whether the images, labels and names can be read, and the images are those that were stored."""
@@ -196,19 +197,19 @@ class _Verification:
         blocks += [("test", index) for index in range(tiling.test_blocks)]
         parts: dict[tuple[str, str, str], list[Array]] = {}
         for done, (split, index) in enumerate(blocks):
-            self._listener.progress("computing diagonal blocks", done, len(blocks))
+            self._listener(Progress("computing diagonal blocks", done, len(blocks)))
             block = self._function.prepare(self._store.block(split, index))
             for group, pooled in self._function.diagonal(block).items():
                 for kernel in self._info.spec.gram.kernels:
                     values = getattr(pooled, kernel).astype(self._dtype).astype(np.float64)
                     parts.setdefault((split, group, kernel), []).append(values)
-        self._listener.progress("computing diagonal blocks", len(blocks), len(blocks))
+        self._listener(Progress("computing diagonal blocks", len(blocks), len(blocks)))
         return {key: np.concatenate(values) for key, values in parts.items()}
 
     def _check_values(self, tiles: list[Tile], diagonals: dict[tuple[str, str, str], Array]) -> None:
         """Every stored value: checksums, symmetry, the diagonal, and Cauchy-Schwarz."""
         for done, tile in enumerate(tiles):
-            self._listener.progress("checking tiles", done, len(tiles))
+            self._listener(Progress("checking tiles", done, len(tiles)))
             for group, kernel in self._store.matrices:
                 self._chunks += len(self._info.tiling.chunks(tile))
                 values = self._read(tile, group, kernel)
@@ -219,7 +220,7 @@ class _Verification:
                     self._found(tile, f"the {name} is not symmetric")
                 if diagonals:
                     self._check_bounds(tile, name, values, *self._of_tile(diagonals, tile, group, kernel))
-        self._listener.progress("checking tiles", len(tiles), len(tiles))
+        self._listener(Progress("checking tiles", len(tiles), len(tiles)))
 
     def _read(self, tile: Tile, group: str, kernel: str) -> Array | None:
         """The values of a tile, if all of its chunks are whole and its transpose is the same."""
@@ -298,7 +299,7 @@ class _Verification:
         """Compute some tiles anew."""
         chosen = self._choose(tiles)
         for done, tile in enumerate(chosen):
-            self._listener.progress("recomputing tiles", done, len(chosen))
+            self._listener(Progress("recomputing tiles", done, len(chosen)))
             row = self._function.prepare(self._store.block(row_split(tile.part), tile.row))
             if is_diagonal(tile):
                 kernels = self._function(row)
@@ -310,7 +311,7 @@ class _Verification:
                     scale = np.sqrt(np.outer(*self._of_tile(diagonals, tile, group, kernel)))
                     computed = getattr(kernels[group], kernel).astype(self._dtype).astype(np.float64)
                     self._compare(tile, f"{group} {kernel} of tile {tile}", stored, computed, scale)
-        self._listener.progress("recomputing tiles", len(chosen), len(chosen))
+        self._listener(Progress("recomputing tiles", len(chosen), len(chosen)))
         return len(chosen)
 
     def _choose(self, things: Sequence[T]) -> list[T]:

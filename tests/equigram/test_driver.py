@@ -18,11 +18,15 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+import equigram.dispatch
 import equigram.driver
-from equigram.driver import check_address, run_tiles, worker_count
+from equigram.dispatch import TILES_IN_FLIGHT, Dispatcher, Executor
+from equigram.driver import OnRay, check_address, check_room, fitting_workers
 from equigram.errors import ClusterError, ResourceError, StoreError, TileFailedError
+from equigram.events import Event, Listener, TileCopied, TileFailed, WorkerLost
+from equigram.local import InProcess
 from equigram.plan import Part, Tile
-from equigram.spec import JobSpec, WorkerSpec
+from equigram.spec import JobSpec, ResourceSpec
 from equigram.store import GramStore
 from equikernel import EquikernelError, worker
 from equikernel.kernel import Kernel, available_cores
@@ -41,8 +45,46 @@ MEMORY = 2**28
 """Bytes of a worker."""
 
 
-def run_all(store: GramStore, count: int = 1, note: Callable[[str], None] = print) -> list[TileReport]:
-    return list(run_tiles(store, store.info.spec, list(store.info.tiling.tiles()), count, MEMORY, note))
+class Events(list[Event]):
+    """A listener that remembers."""
+
+    def __call__(self, event: Event) -> None:
+        self.append(event)
+
+    def of(self, *kinds: type[Event]) -> list[Any]:
+        return [event for event in self if isinstance(event, kinds)]
+
+    @property
+    def trouble(self) -> list[Any]:
+        return self.of(WorkerLost, TileFailed, TileCopied)
+
+
+@pytest.fixture(params=["in this process", "on Ray"])
+def executor(request: pytest.FixtureRequest) -> Callable[..., Executor]:
+    """Makes the executors that there are, of stores and numbers of workers."""
+    if request.param == "on Ray":
+        request.getfixturevalue("cluster")
+        return on_ray
+
+    def here(store: GramStore, count: int = 1) -> Executor:
+        spec = store.info.spec
+        return InProcess(TileWorker(store, spec.network, spec.gram.groups, spec.engine, spec.gram.dtype, 1))
+
+    return here
+
+
+def on_ray(store: GramStore, count: int = 1) -> Executor:
+    class Counted(OnRay):
+        def capacity(self) -> int:
+            return count
+
+    return Counted(store, store.info.spec, MEMORY)
+
+
+def run_all(
+    executor: Executor, store: GramStore, listener: Listener = print, hung_after: float = 600
+) -> list[TileReport]:
+    return list(Dispatcher(store.info.tiling.strips(), executor, listener, hung_after).run())
 
 
 def assert_holds_the_kernels(store: GramStore) -> None:
@@ -70,11 +112,16 @@ def assert_holds_the_kernels(store: GramStore) -> None:
     [({"tile": 3}, {}, 2), ({"tile": 7, "dtype": "float64"}, {"head": ["relu"], "b_std": 0.1}, 1)],
     ids=["float32", "float64-with-a-head"],
 )
-def test_ray_computes_the_bits_of_the_kernel_whatever_the_tiles_and_workers(
-    cluster: None, job: Job, create: Create, gram: dict[str, Any], network: dict[str, Any], count: int
+def test_the_bits_are_those_of_the_kernel_whatever_the_executor_tiles_and_workers(
+    executor: Callable[..., Executor],
+    job: Job,
+    create: Create,
+    gram: dict[str, Any],
+    network: dict[str, Any],
+    count: int,
 ) -> None:
     store = create(job(gram={"groups": ["C1", "C4"], **gram}, network=network))
-    reports = run_all(store, count)
+    reports = run_all(executor(store, count), store)
     tiling = store.info.tiling
     assert Counter(report.tile for report in reports) == Counter(tiling.tiles())
     assert [report.pairs for report in reports] == [tiling.pairs(report.tile) for report in reports]
@@ -105,15 +152,20 @@ def test_a_worker_that_is_killed_costs_nothing_but_its_tile(
     killer = threading.Thread(target=kill)
     killer.start()
     store = create(job(**PLAIN))
-    notes: list[str] = []
-    reports = run_all(Waiting(store.url), count=2, note=notes.append)
+    events = Events()
+    reports = run_all(on_ray(Waiting(store.url), count=2), store, events)
     killer.join()
-    assert notes == [f"a worker died at tile {VICTIM}; another one takes over"]
+    (lost,) = events.of(WorkerLost)
+    assert VICTIM in [event.tile for event in events.of(TileFailed)]
+    assert len(events.of(TileFailed)) == lost.tiles <= TILES_IN_FLIGHT
+    assert {event.reason[:15] for event in events.of(TileFailed)} == {"its worker died"}
     assert Counter(report.tile for report in reports) == Counter(store.info.tiling.tiles())
     assert_holds_the_kernels(store)
 
 
-def test_a_tile_that_kills_its_worker_again_and_again_ends_the_run(cluster: None, job: Job, create: Create) -> None:
+def test_a_tile_that_kills_its_worker_again_and_again_ends_the_run(
+    cluster: None, job: Job, create: Create, without_pauses: None
+) -> None:
     class Deadly(GramStore):
         def write_tile(self, tile: Tile, kernels: Any) -> None:
             if tile == VICTIM:
@@ -121,25 +173,55 @@ def test_a_tile_that_kills_its_worker_again_and_again_ends_the_run(cluster: None
             super().write_tile(tile, kernels)
 
     store = create(job(**PLAIN))
-    notes: list[str] = []
+    events = Events()
     with pytest.raises(
-        TileFailedError, match=r"tile gram\[0, 2\] failed 3 times.* worker died .*finished tiles are kept"
+        TileFailedError, match=r"tile gram\[0, 2\] failed 3 times, .* its worker died .*finished tiles are kept"
     ):
-        run_all(Deadly(store.url), note=notes.append)
-    assert notes == 2 * ["a worker died at tile gram[0, 2]; another one takes over"]
-    assert store.finished_tiles() == {Tile("gram", 0, 0), Tile("gram", 0, 1)}
+        run_all(on_ray(Deadly(store.url)), store, events)
+    assert [event.failures for event in events.of(TileFailed) if event.tile == VICTIM] == [1, 2]
+    assert len(events.of(WorkerLost)) == 3
+    assert VICTIM not in store.finished_tiles()
+    assert len(store.finished_tiles()) > 0
 
 
-def test_an_error_that_nobody_expects_ends_the_run_at_once(cluster: None, job: Job, create: Create) -> None:
+def test_an_error_that_comes_again_and_again_ends_the_run(
+    executor: Callable[..., Executor], job: Job, create: Create, without_pauses: None
+) -> None:
     class Broken(GramStore):
         def write_tile(self, tile: Tile, kernels: Any) -> None:
-            raise RuntimeError("the moon\nis full")
+            if tile == VICTIM:
+                raise RuntimeError("the moon\nis full")
+            super().write_tile(tile, kernels)
 
     store = create(job(**PLAIN))
-    notes: list[str] = []
-    with pytest.raises(TileFailedError, match=r"tile gram\[0, 0\] failed: RuntimeError: the moon is full; finished"):
-        run_all(Broken(store.url), note=notes.append)
-    assert notes == []
+    events = Events()
+    with pytest.raises(
+        TileFailedError, match=r"tile gram\[0, 2\] failed 3 times, .* RuntimeError: the moon is full; fi"
+    ):
+        run_all(executor(Broken(store.url)), store, events)
+    assert [event.failures for event in events.of(TileFailed)] == [1, 2]
+    assert len(events.of(WorkerLost)) == 3
+
+
+def test_a_worker_that_hangs_is_replaced(cluster: None, job: Job, create: Create, tmp_path: Path) -> None:
+    once = tmp_path / "once"
+    once.touch()
+
+    class Hanging(GramStore):
+        def write_tile(self, tile: Tile, kernels: Any) -> None:
+            if tile == VICTIM and once.exists():
+                once.unlink()
+                os.kill(os.getpid(), signal.SIGSTOP)
+            super().write_tile(tile, kernels)
+
+    store = create(job(**PLAIN))
+    events = Events()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(equigram.dispatch, "LOOK_SECONDS", 0.5)
+        reports = run_all(on_ray(Hanging(store.url)), store, events, hung_after=4)
+    assert [event.reason[:19] for event in events.of(WorkerLost)] == ["it gave no sign for"]
+    assert Counter(report.tile for report in reports) == Counter(store.info.tiling.tiles())
+    assert_holds_the_kernels(store)
 
 
 def test_workers_that_cannot_start_end_the_run(cluster: None, job: Job, create: Create) -> None:
@@ -147,28 +229,29 @@ def test_workers_that_cannot_start_end_the_run(cluster: None, job: Job, create: 
         def __reduce__(self) -> Any:
             return __import__, ("a_package_of_this_machine",)
 
+    store = create(job(**PLAIN))
     with pytest.raises(ClusterError, match=r"workers do not start: ModuleNotFoundError: .*every node .* same equigram"):
-        run_all(Unknown(create(job(**PLAIN)).url))
+        run_all(on_ray(Unknown(store.url)), store)
 
 
 def test_an_image_that_overflows_is_named_without_another_attempt(
-    cluster: None, job: Job, create: Create, tmp_path: Path
+    executor: Callable[..., Executor], job: Job, create: Create, tmp_path: Path
 ) -> None:
     images = np.random.default_rng(0).normal(size=(9, 4, 4, 1))
     images[6] *= 1e14
     np.savez(tmp_path / "floats.npz", x_train=images, y_train=np.arange(9) % 3)
     store = create(job(data={"train": tmp_path / "floats.npz", "normalize": "none"}, network={"w_std": 1000.0}))
     place = store.names("train").index("x_train[6]")
-    notes: list[str] = []
+    events = Events()
     message = rf"tile gram\[.*\], training image {place} \(x_train\[6\]\): .*leave the range"
     with pytest.raises(EquikernelError, match=message):
-        run_all(store, note=notes.append)
-    assert notes == []
+        run_all(executor(store), store, events)
+    assert events.trouble == []
 
 
 def test_workers_that_find_no_room_do_not_hold_up_the_others(cluster: None, job: Job, create: Create) -> None:
     store = create(job(**PLAIN))
-    assert len(run_all(store, count=available_cores() + 1)) == len(store.info.tiling)
+    assert len(run_all(on_ray(store, count=available_cores() + 1), store)) == len(store.info.tiling)
 
 
 def test_a_run_that_is_given_up_leaves_its_room_and_one_without_room_ends(
@@ -177,7 +260,7 @@ def test_a_run_that_is_given_up_leaves_its_room_and_one_without_room_ends(
     import ray
 
     store = create(job(**PLAIN))
-    reports = run_tiles(store, store.info.spec, list(store.info.tiling.tiles()), 1, MEMORY, print)
+    reports = Dispatcher(store.info.tiling.strips(), on_ray(store), print, 600).run()
     next(reports)
     reports.close()
 
@@ -187,9 +270,9 @@ def test_a_run_that_is_given_up_leaves_its_room_and_one_without_room_ends(
 
     guest = ray.remote(Guest).options(num_cpus=available_cores()).remote()
     assert ray.get(guest.here.remote(), timeout=60)
-    monkeypatch.setattr(equigram.driver, "CAPACITY_SECONDS", 0.5)
+    monkeypatch.setattr(equigram.dispatch, "CAPACITY_SECONDS", 0.5)
     with pytest.raises(ClusterError, match=r"none of 1 workers could start .* no room left.*Finished tiles are kept"):
-        run_all(store)
+        run_all(on_ray(store), store)
     ray.kill(guest)
 
 
@@ -219,6 +302,7 @@ class Storage:
 @pytest.fixture
 def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "STORAGE_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(equigram.dispatch, "pause", lambda failures: 0.0)
 
 
 def computing(storage: Storage) -> TileReport:
@@ -241,35 +325,46 @@ def test_patience_ends_with_what_the_storage_said(without_pauses: None) -> None:
 
 def test_as_many_workers_as_the_cluster_holds(cluster: None) -> None:
     cores = available_cores()
-    assert worker_count(WorkerSpec(), MEMORY) == cores
-    assert worker_count(WorkerSpec(cpus=cores), MEMORY) == 1
-    assert worker_count(WorkerSpec(count=1), MEMORY) == 1
-    assert worker_count(WorkerSpec(count=10_000), MEMORY) == cores
+    assert fitting_workers(ResourceSpec(), MEMORY) == cores
+    assert fitting_workers(ResourceSpec(cpus_per_worker=cores), MEMORY) == 1
+    assert fitting_workers(ResourceSpec(workers=1), MEMORY) == 1
+    assert fitting_workers(ResourceSpec(workers=10_000), MEMORY) == cores
+    check_room(ResourceSpec(), MEMORY)
 
 
-def test_a_worker_that_fits_on_no_node_is_refused_with_both_numbers(cluster: None) -> None:
-    with pytest.raises(
-        ResourceError, match=f"workers.cpus = 999, .* fits on no node .* largest have {available_cores()} C"
-    ):
-        worker_count(WorkerSpec(cpus=999), MEMORY)
-    with pytest.raises(ResourceError, match=r"workers.gpus = 7 .* have \d+ CPUs, \d+ GPUs and"):
-        worker_count(WorkerSpec(gpus=7), MEMORY)
-    with pytest.raises(
-        ResourceError, match=r"and 1024\.0 TiB of memory fits on no node .* GPUs and [\d.]+ [GT]iB; ask"
-    ):
-        worker_count(WorkerSpec(), memory=2**50)
+@pytest.mark.parametrize(
+    ("resources", "memory", "message"),
+    [
+        (
+            ResourceSpec(cpus_per_worker=999),
+            MEMORY,
+            f"cpus_per_worker = 999, .* fits on no node .* largest have {available_cores()} C",
+        ),
+        (ResourceSpec(gpus_per_worker=7), MEMORY, r"resources.gpus_per_worker = 7 .* have \d+ CPUs, \d+ GPUs and"),
+        (ResourceSpec(), 2**50, r"and 1024\.0 TiB of memory fits on no node .* GPUs and [\d.]+ [GT]iB; ask"),
+        (
+            ResourceSpec(node_labels={"zone": "moon"}),
+            MEMORY,
+            r"none of the 1 nodes .* has the labels resources.node_labels = {'zone': 'moon'}; start some with `ray",
+        ),
+    ],
+)
+def test_a_worker_that_fits_on_no_node_is_refused_with_both_numbers(
+    cluster: None, resources: ResourceSpec, memory: int, message: str
+) -> None:
+    assert fitting_workers(resources, memory) == 0
+    with pytest.raises(ResourceError, match=message):
+        check_room(resources, memory)
 
 
 def test_more_cores_than_this_machine_has_are_refused_before_a_cluster_is_started() -> None:
-    with pytest.raises(
-        ResourceError, match=f"workers.cpus = 999 does not fit on this machine, which has {available_cores()} "
-    ):
-        check_address(WorkerSpec(cpus=999))
-    with pytest.raises(
-        ResourceError, match=r"workers.gpus = 0.5, but JAX finds no GPU on this machine; install JAX for"
-    ):
-        check_address(WorkerSpec(gpus=0.5))
-    check_address(WorkerSpec())
+    words = f"resources.cpus_per_worker = 999 does not fit on this machine, which has {available_cores()} "
+    with pytest.raises(ResourceError, match=words):
+        check_address(ResourceSpec(cpus_per_worker=999))
+    words = r"resources.gpus_per_worker = 0.5, but JAX finds no GPU on this machine; install JAX for"
+    with pytest.raises(ResourceError, match=words):
+        check_address(ResourceSpec(gpus_per_worker=0.5))
+    check_address(ResourceSpec())
 
 
 def test_a_cluster_that_is_to_be_found_but_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +373,7 @@ def test_a_cluster_that_is_to_be_found_but_is_not_there_is_refused(monkeypatch: 
     with pytest.raises(
         ClusterError, match=r"is 'auto', but no Ray cluster answers on this machine or at RAY_ADDRESS; st"
     ):
-        check_address(WorkerSpec(address="auto"))
+        check_address(ResourceSpec(address="auto"))
 
 
 @pytest.fixture
@@ -294,7 +389,7 @@ def test_an_address_where_nobody_listens_is_refused(listener: socket.socket, add
     with pytest.raises(
         ClusterError, match=f"no Ray cluster answers at .*{port}' .Connection refused.; start one with `ray"
     ):
-        check_address(WorkerSpec(address=address.format(port)))
+        check_address(ResourceSpec(address=address.format(port)))
 
 
 def test_a_listener_that_does_not_answer_as_ray_does_is_refused(
@@ -305,7 +400,7 @@ def test_a_listener_that_does_not_answer_as_ray_does_is_refused(
     with pytest.raises(
         ClusterError, match=f"'{address}' accepts connections, but does not answer as Ray .* 0.5 s; start"
     ):
-        check_address(WorkerSpec(address=address))
+        check_address(ResourceSpec(address=address))
 
 
 @dataclass(frozen=True)
@@ -343,17 +438,20 @@ class Cluster:
 
 ON_A_CLUSTER = """
 import sys
-from equigram.driver import check_address, ray_session, run_tiles, worker_count
-from equigram.spec import WorkerSpec
+from equigram.dispatch import Dispatcher
+from equigram.driver import OnRay, check_address, fitting_workers, ray_session
+from equigram.spec import JobSpec
 from equigram.store import GramStore
 
-workers, store = WorkerSpec(address=sys.argv[1]), GramStore("run")
-check_address(workers)
-with ray_session(workers):
-    count = worker_count(workers, 2**28)
-    for report in run_tiles(store, store.info.spec, list(store.info.tiling.tiles()), count, 2**28, print):
+store = GramStore("run")
+fields = store.info.spec.model_dump()
+spec = JobSpec.parse({**fields, "resources": {"address": sys.argv[1]}})
+check_address(spec.resources)
+with ray_session(spec.resources):
+    executor = OnRay(store, spec, 2**28)
+    for report in Dispatcher(store.info.tiling.strips(), executor, lambda event: None, 600).run():
         print(report.tile, flush=True)
-print(count)
+    print(executor.capacity())
 """
 
 
@@ -377,13 +475,15 @@ def test_a_cluster_that_is_there_already_is_used(existing: Cluster, job: Job, cr
     with existing.start_run(tmp_path) as run:
         out, err = run.communicate(timeout=120)
     assert (run.returncode, err) == (0, "")
-    assert out.splitlines() == [*map(str, store.info.tiling.tiles()), "1"]
+    *tiles, workers = out.splitlines()
+    assert Counter(tiles) == Counter(map(str, store.info.tiling.tiles()))
+    assert workers == "1"
     assert_holds_the_kernels(store)
 
 
 def test_a_cluster_with_another_token_is_refused(existing: Cluster) -> None:
     with pytest.raises(ClusterError, match=r"refuses the token of this process; set RAY_AUTH_MODE=token, and the"):
-        check_address(WorkerSpec(address=existing.address))
+        check_address(ResourceSpec(address=existing.address))
 
 
 @pytest.mark.soak

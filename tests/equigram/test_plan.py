@@ -1,24 +1,31 @@
 """Tiles: every pair exactly once, nothing twice, and predictions that come true."""
 
+import itertools
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from equigram.plan import (
     LARGEST_TILE,
+    STRIP,
     TILE_SECONDS,
     TILES_PER_WORKER,
+    Part,
     Plan,
     Tile,
+    TileSet,
     Tiling,
     choose_edge,
     image_bytes,
     is_diagonal,
-    tile_bytes,
+    matrix_bytes,
     worker_bytes,
 )
 from equigram.spec import JobSpec
@@ -71,6 +78,50 @@ def test_missing_are_the_tiles_that_are_not_done_in_their_order(tiling: Tiling, 
     assert list(tiling.missing(done)) == [tile for tile in tiles if tile not in done]
 
 
+@given(tilings, st.data())
+def test_strips_are_the_missing_tiles_each_once_and_share_a_column(tiling: Tiling, data: st.DataObject) -> None:
+    tiles = list(tiling.tiles())
+    done = data.draw(st.sets(st.sampled_from(tiles)))
+    strips = list(tiling.strips(done))
+    assert Counter(tile for strip in strips for tile in strip) == Counter(set(tiles) - done)
+    for strip in strips:
+        assert len({(tile.part, tile.col) for tile in strip}) == 1
+        assert strip[-1].row - strip[0].row < STRIP
+
+
+@given(tilings, st.data())
+def test_a_set_of_tiles_is_a_set_and_counts_what_they_hold(tiling: Tiling, data: st.DataObject) -> None:
+    tiles = list(tiling.tiles())
+    some = data.draw(st.sets(st.sampled_from(tiles)))
+    masks: dict[Part, Any] = {part: np.zeros(tiling.blocks(part), bool) for part in ("gram", "cross")}
+    for tile in some:
+        for chunk in tiling.chunks(tile):
+            masks[tile.part][chunk] = True
+    held = TileSet(tiling, masks)
+    assert set(held) == some
+    assert set(tiles) - held == set(tiles) - some
+    assert all((tile in held) == (tile in some) for tile in tiles)
+    assert list(held) == [tile for tile in tiles if tile in some]
+    assert (len(held), held.pairs) == (len(some), sum(map(tiling.pairs, some)))
+    assert held.chunks == sum(len(tiling.chunks(tile)) for tile in some)
+
+
+def test_a_chunk_of_the_train_matrix_without_its_mirror_image_is_no_tile() -> None:
+    mask = np.zeros((2, 2), bool)
+    mask[0, 1] = True
+    assert set(TileSet(Tiling(4, 0, 2), {"gram": mask})) == set()
+
+
+def test_a_plan_of_a_hundred_million_tiles_is_lazy() -> None:
+    tiling = Tiling(train=14_142 * 1024, test=0, edge=1024)
+    tracemalloc.start()
+    assert len(tiling) > 10**8
+    assert [str(tile) for tile in itertools.islice(tiling.tiles(), 2)] == ["gram[0, 0]", "gram[0, 1]"]
+    assert [len(strip) for strip in itertools.islice(tiling.strips(), 5)] == [1, 2, 3, 4, 4]
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+
+
 def test_a_tile_is_named_by_its_matrix_and_place() -> None:
     assert str(Tile("cross", 3, 14)) == "cross[3, 14]"
 
@@ -100,7 +151,7 @@ def test_slow_pairs_make_small_tiles_and_more_images_larger_ones() -> None:
 
 
 def test_the_predicted_time_is_shared_among_the_workers() -> None:
-    plan = Plan(Tiling(4, 0, 2), 3, 10, 2, "float32", 5, 0.5, 0, 0, 0)
+    plan = Plan(Tiling(4, 0, 2), 3, 10, 2, "float32", 5, 5, 0.5, 0, 0, 0)
     assert plan.seconds == 1.0
 
 
@@ -121,11 +172,11 @@ def test_the_predicted_bytes_of_the_matrices_are_those_of_a_finished_store(
         files = [file for part in parts for file in Path(store.url, part).rglob("c/**/*") if file.is_file()]
         return sum(file.stat().st_size for file in files)
 
-    assert stored("gram", "cross") == tile_bytes(tiling, tiling.tiles(), 2 * len(groups), itemsize)
+    assert stored("gram", "cross") == matrix_bytes(tiling, 2 * len(groups), itemsize)
     assert 0 < stored("images") <= image_bytes(tiling, values=8 * 8)
 
 
 def test_more_of_anything_takes_more_memory() -> None:
-    least = {"edge": 8, "image": 100, "cached_blocks": 1, "elements": 1, "groups": 1, "itemsize": 4}
+    least = {"edge": 8, "image": 100, "pixels": 50, "cached_blocks": 1, "elements": 1, "groups": 1, "itemsize": 4}
     for name in least:
         assert worker_bytes(**{**least, name: 2 * least[name]}) > worker_bytes(**least)

@@ -39,7 +39,8 @@ def slow(job: Callable[..., JobSpec], tmp_path: Path) -> JobSpec:
     images = np.random.default_rng(0).integers(0, 256, (9, 8, 8)).astype(np.uint8)
     labels = np.arange(9) % 3
     np.savez(path, x_train=images[:6], y_train=labels[:6], x_test=images[6:], y_test=labels[6:])
-    spec = job(data={"train": str(path)}, gram={"groups": ["C1", "C4"], "tile": 2, "engine": "reference"}, solve=None)
+    gram = {"groups": ["C1", "C4"], "tile": 2, "engine": "reference"}
+    spec = job(data={"train": str(path)}, gram=gram, solve=None, resources={"workers": 1})
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     return spec
 
@@ -87,7 +88,7 @@ def strike(process: subprocess.Popen[str], store: str, number: signal.Signals) -
     for handle in handles:
         assert select.select([handle], [], [], LIMIT)[0], "a process of the run does not end"
         os.close(handle)
-    return GramStore(store).finished_tiles()
+    return set(GramStore(store).finished_tiles())
 
 
 def marks(store: GramStore, tiles: set[Tile]) -> dict[Path, tuple[int, int]]:

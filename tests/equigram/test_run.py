@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+import equigram.dispatch
 import equigram.run
+import equikernel.worker
 from equigram.data import survey
 from equigram.errors import (
     ClusterError,
@@ -21,7 +23,9 @@ from equigram.errors import (
     SpecError,
     StoreError,
     StoreMismatchError,
+    TileFailedError,
 )
+from equigram.events import ComputationStarted, Event, Note, Progress
 from equigram.plan import Tile, tile_of
 from equigram.run import make_plan, predict, run, stored_survey
 from equigram.spec import JobSpec
@@ -37,16 +41,18 @@ class Listening:
     """A listener that remembers."""
 
     def __init__(self, on_progress: Callable[[str, int], None] = lambda what, done: None) -> None:
+        self.events: list[Event] = []
         self.notes: list[str] = []
         self.last: dict[str, tuple[int, int]] = {}
         self.on_progress = on_progress
 
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        self.last[what] = (done, total)
-        self.on_progress(what, done)
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, Note):
+            self.notes.append(event.text)
+        elif isinstance(event, Progress):
+            self.last[event.what] = (event.done, event.total)
+            self.on_progress(event.what, event.done)
 
     def __contains__(self, words: str) -> bool:
         return any(words in note for note in self.notes)
@@ -79,16 +85,6 @@ def finished(simple: Job, create: Create, compute: Compute) -> GramStore:
     return store
 
 
-@pytest.fixture
-def without_cluster(monkeypatch: pytest.MonkeyPatch, compute: Compute) -> None:
-    """Runs compute in this process."""
-
-    def here(store: GramStore, spec: JobSpec, listener: Any) -> None:
-        compute(store, store.info.tiling.missing(store.finished_tiles()))
-
-    monkeypatch.setattr(equigram.run, "compute_tiles", here)
-
-
 def chunks(store: GramStore) -> dict[Path, tuple[int, int]]:
     """The chunks of the matrices, with what changes when they are written."""
     files = [path for part in ("gram", "cross") for path in Path(store.url, part).rglob("c/*/*")]
@@ -116,7 +112,7 @@ def test_class_folders_become_predictions(cluster: None, job: Job, class_folders
     spec = job(
         data={"train": class_folders, "test_fraction": 0.25, "size": 6},
         gram={"groups": ["C1", "C4"], "tile": "auto"},
-        workers={"count": "auto"},
+        resources={"workers": 2},
         solve={"ridge": [1e-2, 1.0], "train_sizes": [1, 3]},
     )
     finished = run(spec, listener)
@@ -125,7 +121,7 @@ def test_class_folders_become_predictions(cluster: None, job: Job, class_folders
     assert len(finished.results) == 2 * 2 * 3 * 2
     assert listener.last["pairs"] == (72, 72)
     assert listener.last["solve"] == (12, 12)
-    assert GramStore.open(spec.store).finished_tiles() == set(info.tiling.tiles())
+    assert set(GramStore.open(spec.store).finished_tiles()) == set(info.tiling.tiles())
 
 
 def test_a_finished_run_is_solved_again_without_computing_a_tile(finished: GramStore, simple: Job) -> None:
@@ -136,7 +132,7 @@ def test_a_finished_run_is_solved_again_without_computing_a_tile(finished: GramS
     assert GramStore.open(finished.url).info.spec.solved_kernels == ("nngp",)
 
 
-def test_without_a_solver_there_are_matrices_only(without_cluster: None, simple: Job) -> None:
+def test_without_a_solver_there_are_matrices_only(simple: Job) -> None:
     done = run(simple(solve=None))
     assert done.results == ()
     assert done.store.matrix("gram", "C1", "ntk").shape == (10, 10)
@@ -145,14 +141,15 @@ def test_without_a_solver_there_are_matrices_only(without_cluster: None, simple:
 
 
 def test_a_run_in_object_storage_goes_on_from_a_lost_chunk(cluster: None, simple: Job, bucket: str) -> None:
-    spec = simple(f"{bucket}/run")
+    spec = simple(f"{bucket}/run", resources={"workers": 1})
     store = run(spec).store
     ntk, files = store.matrix("gram", "C1", "ntk"), fsspec.filesystem("s3")
     lost = f"{spec.store}/gram/C1/ntk/c/2/1"
     files.rm_file(lost)
     listener = Listening()
     run(spec, listener)
-    assert "11 of 12 tiles are in the store already" in listener
+    (started,) = [event for event in listener.events if isinstance(event, ComputationStarted)]
+    assert (started.tiles, started.missing_tiles, started.missing_pairs) == (12, 1, 8)
     assert files.exists(lost)
     assert_array_equal(GramStore.open(spec.store).matrix("gram", "C1", "ntk"), ntk)
 
@@ -174,7 +171,7 @@ def test_changed_images_are_refused(begun: GramStore, simple: Job, npz: Path) ->
         run(simple())
 
 
-def test_images_that_are_gone_are_not_missed(without_cluster: None, begun: GramStore, simple: Job, npz: Path) -> None:
+def test_images_that_are_gone_are_not_missed(begun: GramStore, simple: Job, npz: Path) -> None:
     npz.unlink()
     listener = Listening()
     assert run(simple(), listener).results
@@ -182,13 +179,13 @@ def test_images_that_are_gone_are_not_missed(without_cluster: None, begun: GramS
 
 
 def test_another_kind_of_processor_is_told(finished: GramStore, simple: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(equigram.run, "processor_kind", lambda: "abacus")
+    monkeypatch.setattr(equigram.run, "processor_kind", lambda engine: "abacus")
     listener = Listening()
     run(simple(), listener)
     assert "goes on with abacus: float32 values agree to 5e-6, not to the bit" in listener
 
 
-def test_all_damaged_tiles_are_computed_again_at_once(without_cluster: None, finished: GramStore, simple: Job) -> None:
+def test_all_damaged_tiles_are_computed_again_at_once(finished: GramStore, simple: Job) -> None:
     ntk = finished.matrix("gram", "C1", "ntk")
     flip_a_byte(Path(finished.url, "gram/C1/ntk/c/2/0"))
     flip_a_byte(Path(finished.url, "cross/C1/nngp/c/1/1"))
@@ -204,7 +201,7 @@ def test_all_damaged_tiles_are_computed_again_at_once(without_cluster: None, fin
 def test_damage_that_comes_back_is_an_error(
     finished: GramStore, simple: Job, compute: Compute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def on_a_bad_disk(store: GramStore, spec: JobSpec, listener: Any) -> None:
+    def on_a_bad_disk(store: GramStore, spec: JobSpec, listener: Any, pair_seconds: Any = None) -> None:
         compute(store, store.info.tiling.missing(store.finished_tiles()))
         flip_a_byte(Path(store.url, "gram/C1/ntk/c/1/1"))
 
@@ -233,7 +230,11 @@ def test_a_network_that_does_not_fit_the_images_is_refused(simple: Job) -> None:
 
 
 def test_a_cluster_where_nobody_answers_is_refused(simple: Job) -> None:
-    refuses(simple(workers={"address": "127.0.0.1:1"}), ClusterError, "no Ray cluster answers at .*127.0.0.1:1")
+    refuses(
+        simple(resources={"workers": 1, "address": "127.0.0.1:1"}),
+        ClusterError,
+        "no Ray cluster answers at .*127.0.0.1:1",
+    )
 
 
 def test_a_store_in_the_memory_of_this_process_is_refused(simple: Job) -> None:
@@ -263,12 +264,14 @@ def test_a_worker_that_does_not_fit_in_memory_is_refused_with_both_numbers(
 
 def test_memory_bounds_the_workers_of_the_plan(simple: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(equigram.run, "available_cores", lambda: 6)
-    spec = simple(workers={"count": 5})
+    spec = simple(resources={"workers": 5})
     found = survey(spec.data, square=False)
     assert make_plan(spec, found, None, Listening()).workers == 5
+    small = make_plan(simple(resources={"workers": "auto"}), found, None, Listening())
+    assert (small.workers, small.parallel) == (0, 6)
     monkeypatch.setattr(equigram.run, "available_memory", lambda: 800 * 2**20)
     assert make_plan(spec, found, None, Listening()).workers == 2
-    assert make_plan(simple(workers={"count": 5, "address": "auto"}), found, None, Listening()).workers == 5
+    assert make_plan(simple(resources={"workers": 5, "address": "auto"}), found, None, Listening()).workers == 5
 
 
 def test_the_plan_of_a_store_counts_what_is_missing(simple: Job, begun: GramStore) -> None:
@@ -299,8 +302,10 @@ def fill_disk(place: Path) -> None:
 
 
 def test_a_disk_that_fills_up_ends_the_run_and_costs_nothing_that_is_finished(
-    cluster: None, simple: Job, create: Create, tmpfs: Callable[[str], Path]
+    simple: Job, create: Create, tmpfs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(equikernel.worker, "STORAGE_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(equigram.dispatch, "pause", lambda failures: 0.0)
     place = tmpfs("size=4m")
     spec = simple(place / "run")
     store = create(spec)
@@ -309,7 +314,9 @@ def test_a_disk_that_fills_up_ends_the_run_and_costs_nothing_that_is_finished(
         if what == "pairs" and done:
             fill_disk(place)
 
-    with pytest.raises(StoreError, match=r"cannot write tile .*: No space left on device; nothing finished is lost"):
+    with pytest.raises(
+        TileFailedError, match=r"cannot write tile .*: No space left on device; nothing finished is lost"
+    ):
         run(spec, Listening(fill))
     finished = store.finished_tiles()
     stored = {path: mark for path, mark in chunks(store).items() if tile_of_chunk(path) in finished}

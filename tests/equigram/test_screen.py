@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from equigram.events import Note, Progress
 from equigram.plan import Tile, Tiling
 from equigram.screen import Screen, comparison, duration, results_table, tile_map, warnings
 from equigram.solve.stage import Result
@@ -36,7 +37,7 @@ class Watched:
 
     def after(self, seconds: float, what: str, done: int, total: int) -> None:
         self.clock.now += seconds
-        self.screen.progress(what, done, total)
+        self.screen(Progress(what, done, total))
 
     @property
     def raw(self) -> str:
@@ -120,7 +121,7 @@ def test_the_longest_stage_fits_80_columns() -> None:
 
 
 def test_without_a_terminal_there_are_no_control_characters(log: Watched) -> None:
-    log.screen.note("the kernels are compiled")
+    log.screen(Note("the kernels are compiled"))
     for done in range(0, 101, 10):
         log.after(20, "pairs", done, 100)
     assert re.fullmatch(r"[\x20-\x7e\n]+", log.raw)
@@ -166,14 +167,14 @@ def test_a_stage_that_stands_still_has_no_speed(log: Watched) -> None:
 
 
 def test_a_note_is_one_line_and_told_once(log: Watched) -> None:
-    log.screen.note("long " * 40 + "note")
-    log.screen.note("long " * 40 + "note")
-    log.screen.note("other")
+    log.screen(Note("long " * 40 + "note"))
+    log.screen(Note("long " * 40 + "note"))
+    log.screen(Note("other"))
     assert log.lines == ["note: " + "long " * 40 + "note", "note: other"]
 
 
 def test_a_note_may_hold_what_looks_like_markup(log: Watched) -> None:
-    log.screen.note("runs/[red]a[/]:smile:")
+    log.screen(Note("runs/[red]a[/]:smile:"))
     assert log.lines == ["note: runs/[red]a[/]:smile:"]
 
 
@@ -181,9 +182,9 @@ def test_a_terminal_that_cannot_draw_gets_lines() -> None:
     watched = Watched(terminal=True)
     dumb = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
     with Screen(dumb, watched.clock) as screen:
-        screen.progress("pairs", 0, 10)
+        screen(Progress("pairs", 0, 10))
         watched.clock.now += 5
-        screen.progress("pairs", 10, 10)
+        screen(Progress("pairs", 10, 10))
     assert dumb.file.getvalue() == "computing image pairs: 10 of 10, 2 pairs/s, took 5.0 s\n"  # type: ignore[attr-defined]
 
 

@@ -14,13 +14,13 @@ from pydantic import BaseModel
 
 from equigram import cli
 from equigram.errors import SpecError
-from equigram.spec import DataSpec, GramSpec, JobSpec, SolveSpec, WorkerSpec
+from equigram.spec import DataSpec, GramSpec, JobSpec, ResourceSpec, SolveSpec
 from equigram.yamlfile import read_yaml
 from equikernel import Architecture, AvgPool, Conv, Custom, GroupCNN, Residual
 
 TOP = Path(__file__).parents[2]
 SMALLEST = "store: runs/mine\ndata: {train: images}\n"
-SECTIONS = [JobSpec, DataSpec, Architecture, GramSpec, WorkerSpec, SolveSpec]
+SECTIONS = [JobSpec, DataSpec, Architecture, GramSpec, ResourceSpec, SolveSpec]
 
 
 def job(folder: Path, text: str | bytes) -> Path:
@@ -52,7 +52,7 @@ def test_everything_but_store_and_train_has_a_default(tmp_path: Path) -> None:
     assert (spec.store, spec.data.train) == ("runs/mine", "images")
     assert spec.network == Architecture(depth=3, filter_size=3, padding="SAME", activation="relu", w_std=1, b_std=0)
     assert spec.gram == GramSpec(groups=("C4",), kernels=("nngp", "ntk"), dtype="float32", tile="auto", engine="auto")
-    assert spec.workers == WorkerSpec(count="auto", cpus=1, gpus=0, address=None)
+    assert spec.resources == ResourceSpec(workers="auto", cpus_per_worker=1, gpus_per_worker=0, address=None)
     assert spec.solve == SolveSpec(ridge=(1e-6, 1e-4, 1e-2), kernels=None, train_sizes=None)
 
 
@@ -105,7 +105,7 @@ def test_a_single_value_is_a_list_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("address", ["10.0.0.1:6379", "ray://head.example:10001", "[::1]:6379", "auto"])
 def test_a_ray_address_is_a_host_and_a_port(tmp_path: Path, address: str) -> None:
-    assert load(tmp_path, f"workers: {{address: '{address}'}}\n").workers.address == address
+    assert load(tmp_path, f"resources: {{address: '{address}'}}\n").resources.address == address
 
 
 def test_the_network_of_a_job_is_that_of_the_library(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         ("- store\n- data", "['store', 'data'] is not allowed; it must be a section with the fields store, data, "),
         (
             "a job",
-            "'a job' is not allowed; it must be a section with the fields store, data, network, gram, workers, s",
+            "'a job' is not allowed; it must be a section with the fields store, data, network, gram, resources",
         ),
     ],
 )
@@ -258,7 +258,10 @@ def test_a_job_without_what_it_needs_is_refused(tmp_path: Path, text: str, words
         ("network: {dept: 3}", "network.dept: no such field; did you mean 'depth'? Allowed here: depth, filter_size, "),
         ("network: {group: C4}", "network.group: no such field; did you mean gram.groups? Allowed here: depth, filter"),
         ("gram: {kernel: ntk}", "gram.kernel: no such field; did you mean 'kernels'? Allowed here: groups, kernels, "),
-        ("workers: {cpu: 1}", "workers.cpu: no such field; did you mean 'cpus'? Allowed here: count, cpus, gpus, addr"),
+        (
+            "resources: {cpu: 1}",
+            "resources.cpu: no such field. Allowed here: workers, cpus_per_worker, gpus_per_worker",
+        ),
         ("solve: {ridges: 1}", "solve.ridges: no such field; did you mean 'ridge'? Allowed here: ridge, kernels, trai"),
         ("solve: {store: b}", "solve.store: no such field; it belongs to the top level. Allowed here: ridge, kernels"),
         ("gram: {1: 2}", "gram: 1 is not the name of a field. Allowed here: groups, kernels, dtype, tile, engine"),
@@ -300,14 +303,23 @@ def test_an_unknown_field_is_refused_with_a_suggestion(tmp_path: Path, more: str
         ("gram: {engine: gpu}", "gram.engine: 'gpu' is not allowed; choose 'auto', 'cpu', 'xla', 'general' or "),
         ("gram: {tile: foo}", "gram.tile: 'foo' is not allowed; choose 'auto' or a whole number from 1 to 65536"),
         ("gram: {tile: 0}", "gram.tile: 0 is not allowed; choose 'auto' or a whole number from 1 to 65536"),
-        ("workers: {count: 0}", "workers.count: 0 is not allowed; choose 'auto' or a whole number from 1 to 100000"),
-        ("workers: {cpus: 0}", "workers.cpus: 0 is not allowed; it must be a whole number from 1 to 1024"),
-        ("workers: {gpus: -1}", "workers.gpus: -1 is not allowed; it must be a number from 0 to 64"),
+        ("resources: {workers: -1}", "resources.workers: -1 is not allowed; choose 'auto' or a whole number from 0 to"),
         (
-            "workers: {gpus: 1}\ngram: {engine: cpu}",
-            "workers.gpus = 1, but the engine 'cpu' runs on CPUs only; leave out gpus, or choose gram.engine: auto",
+            "resources: {cpus_per_worker: 0}",
+            "resources.cpus_per_worker: 0 is not allowed; it must be a whole number from 1 to 1024",
         ),
-        ("workers: {address: 6379}", "workers.address: 6379 is not allowed; it must be host:port, ray://host:port or "),
+        (
+            "resources: {gpus_per_worker: -1}",
+            "resources.gpus_per_worker: -1 is not allowed; it must be a number from 0 to 64",
+        ),
+        (
+            "resources: {gpus_per_worker: 1}\ngram: {engine: cpu}",
+            "resources.gpus_per_worker = 1, but the engine 'cpu' runs on CPUs only; leave it out, or choose",
+        ),
+        (
+            "resources: {address: 6379}",
+            "resources.address: 6379 is not allowed; it must be host:port, ray://host:port or ",
+        ),
         (
             "solve: 3",
             "solve: 3 is not allowed; it must be null, or a section with the fields ridge, kernels, train_siz",
@@ -356,9 +368,9 @@ def test_every_wrong_field_is_named_in_a_line_of_its_own(tmp_path: Path) -> None
     ("sections", "engine"),
     [
         ({}, "cpu"),
-        ({"workers": {"gpus": 0.5}}, "xla"),
+        ({"resources": {"gpus_per_worker": 0.5}}, "xla"),
         ({"gram": {"groups": ["C8"]}}, "general"),
-        ({"gram": {"groups": ["C8"]}, "workers": {"gpus": 1}}, "general"),
+        ({"gram": {"groups": ["C8"]}, "resources": {"gpus_per_worker": 1}}, "general"),
         ({"network": {"layers": [{"kind": "conv"}, {"kind": "avg_pool", "size": 2}]}}, "general"),
         ({"gram": {"engine": "reference"}}, "reference"),
     ],

@@ -13,8 +13,9 @@ import zarr
 
 import equigram.verify
 from equigram.errors import StoreError
+from equigram.events import nobody
 from equigram.plan import Part, Tile, tile_of
-from equigram.run import Silence, repair
+from equigram.run import repair
 from equigram.spec import JobSpec
 from equigram.store import GramStore
 from equigram.verify import Report, verify
@@ -34,7 +35,7 @@ def finished(job: Callable[..., JobSpec], create: Callable[..., GramStore], comp
 
 
 def check(store: GramStore, samples: int = 0) -> Report:
-    return verify(GramStore.open(store.url), Silence(), samples)
+    return verify(GramStore.open(store.url), nobody, samples)
 
 
 def files(store: GramStore) -> dict[str, bytes]:
@@ -189,12 +190,12 @@ def test_on_another_kind_of_processor_values_agree_to_rounding(finished: GramSto
     assert check(finished, ALL).bad_tiles == [Tile("gram", 2, 2)]
 
 
-def test_what_is_wrong_is_computed_again(cluster: None, finished: GramStore) -> None:
+def test_what_is_wrong_is_computed_again(finished: GramStore) -> None:
     before = files(finished)
     for path in chunk_files(finished)[::17]:
         path.write_bytes(b"nothing")
     report = check(finished)
     assert len(report.bad_tiles) > 3
-    repair(finished, finished.info.spec, report.bad_tiles, Silence())
+    repair(finished, finished.info.spec, report.bad_tiles, nobody)
     assert check(finished, ALL).findings == ()
     assert files(finished) == before

@@ -6,11 +6,12 @@ It knows neither Ray nor zarr: the driver makes it an actor, and the store comes
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import llvmlite.binding
 
@@ -29,6 +30,8 @@ STORAGE_PAUSES = (1.0, 4.0)
 """Seconds to wait before trying again when the storage failed."""
 
 T = TypeVar("T")
+
+Sides: TypeAlias = tuple[tuple[str, int], tuple[str, int]]
 
 
 class TileLike(Protocol):
@@ -62,7 +65,7 @@ class TileReport:
     Attributes:
       tile: the tile.
       pairs: image pairs computed.
-      seconds: time for reading, computing and writing.
+      seconds: time for reading, computing and writing, without waiting for another tile of the same worker.
       processor: the kind of processor that computed it.
     """
 
@@ -73,7 +76,7 @@ class TileReport:
 
 
 class TileWorker:
-    """Computes tiles of one run.
+    """Computes tiles of one run; several threads may, one of which computes while others read and write.
 
     Args:
       store: where images come from and tiles go.
@@ -85,45 +88,55 @@ class TileWorker:
     ) -> None:
         self._store = store
         self._function = KernelFunction(network, groups, engine, dtype, threads)
+        self._processor = processor_kind(engine)
         self._blocks: OrderedDict[tuple[str, int], Block] = OrderedDict()
+        self._computing = threading.Lock()
 
-    def ready(self) -> bool:
-        """Whether the worker has started: answers when it has."""
-        return True
-
-    def compute(self, tile: TileLike) -> TileReport:
+    def compute(self, tile: TileLike, read: Callable[[str, int], NDArray[Any]] | None = None) -> TileReport:
         """Compute a tile and store it.
+
+        Args:
+          tile: which.
+          read: returns the images of a block of a split, as :meth:`TileStore.block` does, which it replaces.
 
         Raises:
           EquikernelError: of the same class as the kernel's own, naming the tile and the image.
           OSError: what the store raises, after :data:`STORAGE_PAUSES`.
         """
-        start = time.perf_counter()
-        sides = [("test" if tile.part == "cross" else "train", tile.row), ("train", tile.col)]
-        try:
-            row = self._block(*sides[0])
-            if sides[0] == sides[1]:
-                pairs = row.count * (row.count + 1) // 2
-                kernels = self._function(row)
-            else:
-                col = self._block(*sides[1])
-                pairs = row.count * col.count
-                kernels = self._function(row, col)
-        except EquikernelError as error:
-            for split, index in sides:
-                self._blame(tile, split, index)
-            raise type(error)(f"tile {tile}: {error}") from None
-        _patiently(lambda: self._store.write_tile(tile, kernels))
-        return TileReport(tile, pairs, time.perf_counter() - start, processor_kind())
+        sides = tile_sides(tile)
+        clock = _Clock()
+        with clock:
+            images = {side: _patiently(side, read or self._store.block) for side in self._unknown(sides)}
+        with self._computing, clock:
+            try:
+                row, col = (self._block(side, images, read or self._store.block) for side in sides)
+                pairs = row.count * (row.count + 1) // 2 if row is col else row.count * col.count
+                kernels = self._function(row) if row is col else self._function(row, col)
+            except EquikernelError as error:
+                for split, index in sides:
+                    self._blame(tile, split, index)
+                raise type(error)(f"tile {tile}: {error}") from None
+        with clock:
+            _patiently((tile, kernels), self._store.write_tile)
+        return TileReport(tile, pairs, clock.seconds, self._processor)
 
-    def _block(self, split: str, index: int) -> Block:
-        key = (split, index)
-        if key not in self._blocks:
-            self._blocks[key] = self._function.prepare(_patiently(lambda: self._store.block(split, index)))
-        self._blocks.move_to_end(key)
+    def _unknown(self, sides: Sides) -> list[tuple[str, int]]:
+        """The blocks that are not prepared yet, each once."""
+        return [side for side in dict.fromkeys(sides) if side not in self._blocks]
+
+    def _block(
+        self,
+        side: tuple[str, int],
+        images: Mapping[tuple[str, int], NDArray[Any]],
+        read: Callable[[str, int], NDArray[Any]],
+    ) -> Block:
+        if side not in self._blocks:
+            found = images[side] if side in images else _patiently(side, read)  # forgotten since
+            self._blocks[side] = self._function.prepare(found)
+        self._blocks.move_to_end(side)
         while len(self._blocks) > CACHED_BLOCKS:
             self._blocks.popitem(last=False)
-        return self._blocks[key]
+        return self._blocks[side]
 
     def _blame(self, tile: TileLike, split: str, index: int) -> None:
         """Raise an error that names the first image of a block that has no kernel with itself, if there is one.
@@ -138,18 +151,41 @@ class TileWorker:
                 raise type(error)(f"tile {tile}, {name}: {error}") from None
 
 
-def _patiently(action: Callable[[], T]) -> T:
+class _Clock:
+    """Adds up the time that is spent in it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._start
+
+
+def tile_sides(tile: TileLike) -> Sides:
+    """The split and the block of the images along the rows and the columns of a tile."""
+    return ("test" if tile.part == "cross" else "train", tile.row), ("train", tile.col)
+
+
+def _patiently(arguments: tuple[Any, ...], action: Callable[..., T]) -> T:
     """What ``action`` returns, tried again after a while where the storage fails."""
     for pause in STORAGE_PAUSES:
         try:
-            return action()
+            return action(*arguments)
         except OSError:
             time.sleep(pause)
-    return action()
+    return action(*arguments)
 
 
-def processor_kind() -> str:
-    """The kind of processor: within one kind and version, tiles have the same bits."""
+def processor_kind(engine: str = "cpu") -> str:
+    """The kind of processor on which an engine computes: within one kind and version, tiles have the same bits."""
+    if engine in ("xla", "general"):
+        from equikernel.engines.device import device_kind
+
+        if gpu := device_kind():
+            return gpu
     return str(llvmlite.binding.get_host_cpu_name())
 
 

@@ -18,6 +18,11 @@ def device_memory() -> int:
     return int(stats["bytes_limit"]) // 2 if stats and "bytes_limit" in stats else sys.maxsize
 
 
+def device_kind() -> str:
+    """The kind of GPU; empty on CPUs."""
+    return "" if platform() == "cpu" else str(jax.local_devices()[0].device_kind)
+
+
 def power_of_two(limit: int) -> int:
     """The largest power of two up to ``limit``: of such lengths, few are compiled."""
     return 1 << (limit.bit_length() - 1)

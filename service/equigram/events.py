@@ -1,0 +1,132 @@
+"""What happens in a run, as values; whoever wants to know is a listener: a function of an event."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from equigram.plan import Tile
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The kind of event and its fields; tiles as text."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        texts = {name: str(value) for name, value in fields.items() if isinstance(value, Tile)}
+        return {"event": type(self).__name__, **fields, **texts}
+
+
+@dataclass(frozen=True)
+class Note(Event):
+    """One sentence that a person should know."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    """``done`` of ``total`` things of the kind ``what`` are done."""
+
+    what: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class ComputationStarted(Event):
+    """The computation of missing tiles began; ``pairs`` are image pairs, ``host`` is where the driver runs."""
+
+    tiles: int
+    missing_tiles: int
+    pairs: int
+    missing_pairs: int
+    workers: int
+    host: str
+    process: int
+
+
+@dataclass(frozen=True)
+class ComputationEnded(Event):
+    """The computation of tiles came to its end: all are stored, or ``error`` says why not."""
+
+    tiles: int
+    pairs: int
+    seconds: float
+    error: str | None
+
+
+@dataclass(frozen=True)
+class WorkerStarted(Event):
+    """A worker is ready; workers are numbered in the order in which they were asked for."""
+
+    worker: int
+    place: str
+
+
+@dataclass(frozen=True)
+class WorkerLost(Event):
+    """A worker died, or was replaced; its ``tiles`` go to others."""
+
+    worker: int
+    reason: str
+    tiles: int
+
+
+@dataclass(frozen=True)
+class TileStarted(Event):
+    """A tile was handed to a worker, which may have another one to finish first."""
+
+    tile: Tile
+    worker: int
+
+
+@dataclass(frozen=True)
+class TileCopied(Event):
+    """A tile that another worker has not finished yet was handed to an idle one as well."""
+
+    tile: Tile
+    worker: int
+
+
+@dataclass(frozen=True)
+class TileFinished(Event):
+    """A tile is stored."""
+
+    tile: Tile
+    worker: int
+    pairs: int
+    seconds: float
+    processor: str
+
+
+@dataclass(frozen=True)
+class TileFailed(Event):
+    """A tile failed for the ``failures``-th time, and is tried again after ``pause`` seconds."""
+
+    tile: Tile
+    worker: int
+    reason: str
+    failures: int
+    pause: float
+
+
+Listener: TypeAlias = Callable[[Event], None]
+
+
+def nobody(event: Event) -> None:
+    """A listener that does nothing."""
+
+
+def tell(*listeners: Listener) -> Listener:
+    """One listener for several."""
+
+    def all_of_them(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return all_of_them
