@@ -144,8 +144,7 @@ def look_at_images(spec: JobSpec) -> Survey:
     """
     GramStore(spec.store).check_free()
     found = survey(spec.data, square=needs_square(spec))
-    for group in spec.gram.groups:
-        spec.network.check_images(found.height, found.width, group)
+    spec.network.check_images(found.height, found.width, *spec.gram.groups)
     check_solver(spec, found)
     return found
 
@@ -318,7 +317,7 @@ def measured_size(
     """The size of images to measure instead of ``height x width``: up to ``most`` pixels a side if the network fits."""
 
     def fits(side: int) -> bool:
-        return all(network.fits(min(height, side), min(width, side), group) for group in groups)
+        return network.fits(min(height, side), min(width, side), *groups)
 
     largest = max(height, width)
     smaller = range(min(most, largest), 0, -1)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from equikernel import Custom, GroupCNN, NetworkError, finite
+from equikernel import AccuracyWarning, Custom, GroupCNN, NetworkError, finite
 from equikernel.activations import LARGEST_DEGREE, NAMED, Activation, parse
 
 Array = NDArray[np.float64]
@@ -150,7 +150,9 @@ def test_a_custom_activation_is_the_built_in_one_where_the_series_ends() -> None
 
 def test_a_custom_gram_matrix_is_positive_semidefinite_however_rough_the_activation() -> None:
     x = np.random.default_rng(0).normal(size=(6, 5, 5, 1))
-    kernel = GroupCNN(group="C1", depth=2, activation=Custom(lambda x: np.abs(x) + 0.3, 10)).kernel(x, dtype="float64")
+    net = GroupCNN(group="C1", depth=2, activation=Custom(lambda x: np.abs(x) + 0.3, 30))
+    with pytest.warns(AccuracyWarning, match=r"a series of 30 terms lacks \d\.\d% of E\[σ'\(u\)²\] for u ~ N\(0, "):
+        kernel = net.kernel(x, dtype="float64")
     for values in kernel:
         eigenvalues = np.linalg.eigvalsh(values)
         assert eigenvalues[0] >= -1e-14 * eigenvalues[-1]
@@ -163,7 +165,11 @@ def test_a_custom_gram_matrix_is_positive_semidefinite_however_rough_the_activat
         (lambda x: 1 / x, "E[σ(u)²] is not finite"),
         (lambda x: 1 / (x - 0.3), "E[σ(u)²] is not finite"),
         (np.tan, "E[σ(u)²] is not finite"),
-        (lambda x: np.where(x > 0, np.nan, x), "the quadrature gives nan with 32 nodes"),
+        (lambda x: np.exp(x**2 / 4.2), "or comes from where u is beyond 8 standard deviations"),
+        (lambda x: np.where(x > 0, np.nan, x), "integrated on finer grids it is nan, then nan"),
+        (lambda x: np.sqrt(np.abs(x)), "a series of 32 terms lacks"),
+        (lambda x: np.tanh(6 * x), "of E[σ'(u)²] for u ~ N(0, 1); use nodes="),
+        (lambda x: np.tanh(300 * x), "of E[σ'(u)²] for u ~ N(0, 1); use smaller variances (w_std, images), or a named"),
         (lambda x: x @ x, "the function fails with ValueError: matmul: "),
         (lambda x: math.tanh(x), "the function fails with TypeError: "),
         (np.sign, "E[σ'(u)²] is not finite for u ~ N(0, "),
@@ -176,6 +182,53 @@ def test_a_custom_gram_matrix_is_positive_semidefinite_however_rough_the_activat
 def test_a_custom_activation_without_kernels_is_refused(function: Any, message: str) -> None:
     with pytest.raises(NetworkError, match=re.escape(message)):
         GroupCNN(group="C1", depth=1, activation=Custom(function)).kernel(np.ones((1, 4, 4, 1)))
+
+
+def test_the_nodes_that_a_refusal_names_are_enough() -> None:
+    def steep(x: Any) -> Any:
+        return np.tanh(6 * x)
+
+    with pytest.raises(NetworkError) as refused:
+        GroupCNN(group="C1", depth=1, activation=Custom(steep)).kernel(np.ones((1, 4, 4, 1)))
+    (nodes,) = re.findall(r"use nodes=(\d+)", str(refused.value))
+    with pytest.warns(AccuracyWarning):
+        GroupCNN(group="C1", depth=1, activation=Custom(steep, int(nodes))).kernel(np.ones((1, 4, 4, 1)))
+
+
+@pytest.mark.parametrize("name", ["relu", "abs", "leaky_relu(0.1)"])
+def test_a_custom_kink_has_the_exact_nngp_on_the_diagonal_and_nearly_the_ntk(name: str) -> None:
+    x = np.random.default_rng(0).normal(size=(4, 6, 6, 1))
+    net = GroupCNN(group="C4", depth=3, w_std=1.4, activation=name)
+    with pytest.warns(AccuracyWarning, match="because σ has a kink"):
+        own = net.model_copy(update={"activation": Custom(parse(name))}).kernel(x, dtype="float64")
+    exact = net.kernel(x, dtype="float64")
+    np.testing.assert_allclose(own.nngp, exact.nngp, rtol=1e-4)
+    np.testing.assert_allclose(own.ntk, exact.ntk, rtol=0.03)
+    one = Custom(parse(name))
+    with pytest.warns(AccuracyWarning):
+        moment, _ = dual(one, 1.7, 1.7, 1.0)
+    assert moment == pytest.approx(float(parse(name).moment(np.array(1.7))), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("own", "name", "scale"),
+    [(lambda x: np.cos(x), "cos", 1e-7), (lambda x: np.sin(x), "sin", 1e-3), (lambda x: np.cos(x), "cos", 0.0)],
+)
+def test_small_and_vanishing_variances_of_a_custom_activation(own: Any, name: str, scale: float) -> None:
+    x = scale * np.random.default_rng(0).normal(size=(3, 5, 5, 1))
+    x[0] = 0
+    for engine in ("cpu", "xla", "general", "reference"):
+        kernel = GroupCNN(depth=2, activation=Custom(own)).kernel(x, engine=engine, dtype="float64")
+        exact = GroupCNN(depth=2, activation=name).kernel(x, engine=engine, dtype="float64")
+        for ours, theirs in zip(kernel, exact, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_a_constant_is_an_activation_and_zeros_are_images() -> None:
+    functions: list[Callable[[Any], Any]] = [lambda x: 0 * x + 1, lambda x: np.logaddexp(0, x)]
+    for function in functions:
+        kernel = GroupCNN(depth=1, activation=Custom(function)).kernel(np.zeros((2, 5, 5, 1)), dtype="float64")
+        np.testing.assert_allclose(kernel.nngp, float(function(np.zeros(1))[0]) ** 2)
 
 
 def test_a_finite_network_needs_a_custom_activation_written_with_jax() -> None:
@@ -229,7 +282,7 @@ def test_an_unknown_activation_is_refused_in_words(name: Any, message: str) -> N
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((3,), "Custom needs a function of one array; 3 is none"), ((np.tanh, 1), "1 quadrature nodes; use a whole")],
+    [((3,), "Custom needs a function of one array; 3 is none"), ((np.tanh, 1), "1 nodes; use a whole")],
 )
 def test_an_unusable_custom_activation_is_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(NetworkError, match=message):
@@ -238,6 +291,6 @@ def test_an_unusable_custom_activation_is_refused(arguments: tuple[Any, ...], me
 
 def test_coefficients_of_an_odd_function_are_exactly_zero_where_they_should_be() -> None:
     """Rounding errors there would make a float32 kernel thirty times slower: their products are denormal numbers."""
-    coefficients = np.array(Custom(np.tanh).factors(np.array([1e-6, 0.1, 1.0, 30.0]))[2:])
+    coefficients = np.array(Custom(np.tanh, 60).factors(np.array([1e-6, 0.1, 1.0, 4.0]))[2:])
     assert (coefficients[::2] == 0).all()
     assert (coefficients[1:16:2, 1:] != 0).all()

@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from equikernel import (
     EngineError,
     GroupCNN,
     ImageError,
+    MemoryLimitError,
     Residual,
 )
 from equikernel.kernel import Kernel
@@ -61,7 +63,10 @@ DECOUPLED: dict[str, tuple[GroupCNN, tuple[int, int, int]]] = {
         GroupCNN(group="C1", layers=[Conv(3, activation="hermite(4)"), Conv(3, activation="monomial(3)")]),
         (7, 7, 1),
     ),
-    "custom": (GroupCNN(group="C1", depth=2, activation=Custom(np.tanh, 20), head=("cos",)), (7, 7, 2)),
+    "custom": (
+        GroupCNN(group="C1", depth=2, activation=Custom(lambda x: np.tanh(x / 4), 20), head=("cos",)),
+        (7, 7, 2),
+    ),
     "linear": (GroupCNN(group="C4", depth=3, activation="identity"), (6, 6, 2)),
 }
 
@@ -202,6 +207,31 @@ def test_the_memory_stays_within_its_limit(
         [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True, timeout=100
     )
     assert int(done.stdout) <= limit
+
+
+@pytest.mark.parametrize(
+    ("net", "side"),
+    [
+        (GroupCNN(group="C1", depth=2), 12),
+        (GroupCNN(group="C1", depth=2, filter_size=9, padding="CIRCULAR"), 10),
+        (GroupCNN(group="C8", depth=2, filter_size=5), 5),
+        (GroupCNN(group="C1", depth=1, activation="gelu"), 14),
+        (GroupCNN(group="C4", depth=2, activation="sin"), 8),
+        (GroupCNN(group="C1", layers=[Conv(3), Residual([Conv(3), Residual([Conv(3)]), Conv(3)])]), 14),
+        (GroupCNN(group="C2", layers=[Conv(3), AvgPool(2), Conv(3)], head=("relu", "gelu")), 10),
+    ],
+    ids=str,
+)
+def test_the_literal_recursion_needs_no_more_memory_than_it_says(net: GroupCNN, side: int) -> None:
+    x = np.random.default_rng(0).normal(size=(2, side, side, 1))
+    limit = net.explain((side, side, 1), engine="reference").pair_bytes
+    net.kernel(x[:1], x[1:], engine="reference", memory_limit=limit)
+    tracemalloc.start()
+    net.kernel(x[:1], x[1:], engine="reference", memory_limit=limit)
+    assert tracemalloc.get_traced_memory()[1] <= limit
+    tracemalloc.stop()
+    with pytest.raises(MemoryLimitError):
+        net.kernel(x[:1], x[1:], engine="reference", memory_limit=limit - 1)
 
 
 def test_errors_name_the_image_also_where_the_work_is_cut() -> None:

@@ -18,6 +18,7 @@ WRONG_REQUEST, FAILED_RUN = 2, 1
 
 EXPECTED: dict[str, tuple[type[Exception], int]] = {
     "ClusterError": (ConnectionError, FAILED_RUN),
+    "DamagedArrayError": (OSError, FAILED_RUN),
     "DamagedTileError": (OSError, FAILED_RUN),
     "DataError": (ValueError, WRONG_REQUEST),
     "DataNotFoundError": (FileNotFoundError, WRONG_REQUEST),

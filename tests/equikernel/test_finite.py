@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -295,6 +295,8 @@ def test_unusable_requests_say_what_to_do() -> None:
     net = GroupCNN(group="C4", depth=2, padding="VALID")
     key = jax.random.key(0)
     params = finite.init(net, 4, key, 2)
+    with pytest.raises(NetworkError, match="the network is 'C4'; give a GroupCNN"):
+        finite.init(cast("Any", "C4"), 4, key, 2)
     with pytest.raises(
         ImageError, match=r"images have shape \(1, 5, 5, 3\), but the parameters are for \(n, H, W, 2\)"
     ):

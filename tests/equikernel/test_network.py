@@ -107,7 +107,7 @@ def test_a_stride_is_accepted_where_mirrored_filters_lie_on_the_same_pixels(
         ({"layers": [Conv(3), Residual([Conv(3, stride=3)])]}, 9, "layers[1].layers[0]: a stride of 3 makes fewer"),
         ({"layers": [Conv(3), Residual([AvgPool(2), Conv(3)])]}, 8, "layers[1].layers[0]: blocks of 2 pixels make"),
         ({"layers": [Conv(3), Residual([Conv(3)])], "padding": "VALID"}, 9, "[0]: a filter of 3x3 pixels with VALID"),
-        ({"layers": [Conv((3, 5))]}, 9, "a filter of 3x5 pixels is no square, and C4 turns it; use filter (5, 5)"),
+        ({"layers": [Conv((3, 5))]}, 9, "a filter of 3x5 pixels is no square, and C4 turns it; use a square filter"),
         ({"layers": [Conv(3), Conv(7)], "padding": "VALID"}, 8, "layers[1]: VALID padding: a filter of 7 pixels does"),
         ({"layers": [Conv(3), Conv(7)], "padding": "VALID"}, 8, "nearest sides that work: 9"),
         ({"depth": 3, "padding": "VALID"}, 6, "3 convolutions of size 3 remove 6 of 6 pixels per side; use depth <= 2"),
@@ -135,33 +135,34 @@ SIZED_LAYERS = st.one_of(
 @settings(max_examples=300, deadline=None)
 @given(
     layers=st.lists(SIZED_LAYERS, max_size=3),
-    group=st.sampled_from(["C1", "C2", "C4", "D1", "D4", "C8"]),
+    names=st.sampled_from([("C1",), ("C2",), ("C4",), ("D1",), ("D4",), ("C8",), ("C1", "C4"), ("D1", "C2")]),
     padding=st.sampled_from(["SAME", "VALID", "CIRCULAR"]),
     height=st.integers(1, 24),
     width=st.integers(1, 24),
 )
 def test_every_size_that_a_refusal_names_works(
-    layers: list[Any], group: str, padding: Any, height: int, width: int
+    layers: list[Any], names: tuple[str, ...], padding: Any, height: int, width: int
 ) -> None:
     if padding == "CIRCULAR":
         layers = [layer for layer in layers if getattr(layer, "stride", 1) == 1]
-    net = GroupCNN(group=group, padding=padding, layers=[Conv(3), *layers])
+    net = Architecture(padding=padding, layers=(Conv(3), *layers))
+    squares = not {"C1", "C2", "D1"}.issuperset(names)
     try:
-        net.check_images(height, width, group)
+        net.check_images(height, width, *names)
     except ImageError as error:
         message = str(error)
-        for side in re.findall(r"crop them to (\d+)x", message):
-            net.check_images(int(side), int(side), group)
+        for side in re.findall(r"crop them to (\d+)x|, (\d+)x\d+ does", message):
+            net.check_images(*2 * (int("".join(side)),), *names)
         for other in re.findall(r"[CD][12]", message.partition("use the group")[2]):
             net.check_images(height, width, other)
-        assert group in ("C4", "D4", "C8")
+        assert squares
         assert height != width
     except NetworkError as error:
         heights, widths = _nearest(str(error), height, width)
         assert heights != [height] or widths != [width]
         for one, other in product(heights, widths):
-            if one == other or group in ("C1", "C2", "D1"):
-                net.check_images(one, other, group)
+            if one == other or not squares:
+                net.check_images(one, other, *names)
 
 
 def _nearest(message: str, height: int, width: int) -> tuple[list[int], list[int]]:
@@ -239,7 +240,7 @@ def test_explain_names_the_engine_its_reason_and_the_cost() -> None:
 def fast_flops_of_one_rotation() -> float:
     """Three layers of 3x3 filters and ReLU on 32x32x3 images, by hand."""
     entries = 1024**2
-    return float(entries * (2 * 3 + 3 * (2 * 6 + 40)))
+    return float(entries * (2 * 3 + (6 + 40) + 2 * (2 * 6 + 40)))
 
 
 def test_explain_refuses_what_kernel_would_refuse() -> None:
@@ -253,10 +254,27 @@ def test_explain_refuses_what_kernel_would_refuse() -> None:
         GroupCNN(group="C3").explain((8, 8, 1), engine="cpu")
 
 
+def test_images_too_wide_for_the_fast_engine_take_the_other() -> None:
+    assert GroupCNN(group="C1", depth=1).explain((1, 17_000, 1)).engine == "xla"
+    assert GroupCNN(group="C1", depth=1).explain((1, 16_000, 1)).engine == "cpu"
+    with pytest.raises(ImageError, match=r"images are 1x17000 pixels, .* up to 16384 per side; use engine='xla'"):
+        GroupCNN(group="C1", depth=1).explain((1, 17_000, 1), engine="cpu")
+
+
+def test_sizes_that_are_named_work_for_all_groups() -> None:
+    net = GroupCNN(layers=[Conv(3, stride=2), AvgPool(2)])
+    with pytest.raises(NetworkError, match=r"nearest sides that work: 3 or 7$"):
+        net.kernel(np.ones((1, 6, 6, 1)), groups=("C1", "C4"))
+    net.kernel(np.ones((1, 7, 7, 1)), groups=("C1", "C4"))
+
+
 def test_what_no_memory_holds_is_refused_with_both_numbers() -> None:
     message = r"the engine 'general' needs \d+\.\d MiB for a pair of 12x12x1 images, and may use 1.0 MiB; use smaller"
     with pytest.raises(MemoryLimitError, match=message):
         GroupCNN(group="C8", depth=1).kernel(np.ones((1, 12, 12, 1)), memory_limit=2**20)
+    with pytest.raises(MemoryLimitError, match=r"use memory_limit=\d+$") as refused:
+        GroupCNN(group="C1", depth=1).kernel(np.ones((1, 1, 1, 1)), memory_limit=1000)
+    GroupCNN(group="C1", depth=1).kernel(np.ones((1, 1, 1, 1)), memory_limit=int(str(refused.value).rpartition("=")[2]))
     with pytest.raises(MemoryLimitError, match=r"the kernels of 3000000 against 3000000 images take \d+\.\d TiB"):
         GroupCNN(depth=1).kernel(np.broadcast_to(ONES, (3_000_000, 6, 6, 1)))
     limits: list[Any] = [0, "1GB", float("nan"), 1e9]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -127,3 +131,20 @@ def test_functions_are_exact_to_rounding(dtype: str, error: float) -> None:
         ):
             assert found.dtype == dtype
             np.testing.assert_allclose(np.asarray(found), exact, rtol=0, atol=error)
+
+
+def test_a_device_that_is_not_there_is_said() -> None:
+    """In a process of its own: JAX chooses its devices once."""
+    code = (
+        "import numpy as np; from equikernel import *\n"
+        "try: GroupCNN(depth=1).kernel(np.ones((1, 5, 5, 1)), engine='xla')\n"
+        "except EngineError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"JAX_PLATFORMS": "cuda"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert re.match(r"the engine 'xla' has no device: JAX is to compute on 'cuda' \(JAX_PLATFORMS\) and", done.stdout)

@@ -4,7 +4,7 @@
 >>> k = GroupCNN(group="C4", depth=3).kernel(images)        # k.nngp, k.ntk: (n, n) arrays
 """
 
-from equikernel.activations import Custom
+from equikernel.activations import AccuracyWarning, Custom
 from equikernel.errors import (
     EngineError,
     EquikernelError,
@@ -17,6 +17,7 @@ from equikernel.layers import Activation, AvgPool, Conv, Residual
 from equikernel.network import Architecture, GroupCNN
 
 __all__ = [
+    "AccuracyWarning",
     "Activation",
     "Architecture",
     "AvgPool",

@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -35,15 +36,40 @@ LARGEST_DEGREE = 6
 """The largest degree of ``hermite`` and ``monomial``."""
 
 
-CHECKED_NODES = (98, 150, 200, 230)
-"""Quadratures that must agree with that of a custom activation: several, because each falls between the poles of some
-function. Even numbers: where σ jumps or is infinite at 0 alone, no node lies there."""
+MOST_NODES = 100
+"""Terms of the series of a custom activation at most."""
 
-SETTLED = 0.1
-"""Largest relative difference between the quadratures of a second moment that counts as settled."""
+STEP = 0.08
+"""Distance, in standard deviations, of the points of the two grids with which Hermite coefficients are integrated."""
 
-JUMP = 1.2
-"""Growth of ``E[σ'²]`` from the fewest to the most of these nodes that a kink explains, and a jump of σ exceeds."""
+OFFSET = 0.5 - 1 / math.sqrt(12)
+"""Where these grids begin, to both sides of 0, in steps: a zero of the Bernoulli polynomial ``t² - t + 1/6``, so that
+the trapezoidal rule has no error of second order from a kink at 0."""
+
+POINTS_AT_ONCE = 32
+"""Points at which the function is evaluated at the same time."""
+
+POINTS = (2**14, 2**17, 2**21)
+"""Points of finer and finer grids on which the second moments of a custom activation and its slope are integrated."""
+
+WIDEST, INNER = 12.0, 8.0
+"""Standard deviations to both sides that all grids span, and from within which second moments must come."""
+
+SETTLED = 0.02
+"""Largest relative difference between the second moments on two grids."""
+
+JUMP = 1.5
+"""Growth of ``E[σ'²]`` on a finer grid that a kink explains, and a jump of σ exceeds."""
+
+MISSING_VALUE, MISSING_SLOPE = 0.01, 0.1
+"""Largest parts of ``E[σ²]`` and of ``E[σ'²]`` that a Hermite series may lack, without a warning :data:`EXACT`."""
+
+EXACT = 0.01
+"""Part of ``E[σ'²]`` from which on a series that lacks it is worth a warning."""
+
+
+class AccuracyWarning(UserWarning):
+    """A kernel is computed by a series that converges slowly, and is less exact than others."""
 
 
 class Activation:
@@ -285,7 +311,11 @@ class Polynomial(Activation):
     def factors(self, q: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
         """``√q``, ``1/√q`` and the coefficients ``b_0, b_2, b_4, b_6`` or ``b_1, b_3, b_5, b_7``."""
         root, inverse = super().factors(q)
-        return root, inverse, *hermite_coefficients(self, root, LARGEST_DEGREE + 2)[self.degree % 2 :: 2]
+        return (
+            root,
+            inverse,
+            *hermite_coefficients(self, root, LARGEST_DEGREE + 2)[0][self.degree % 2 :: 2],
+        )
 
     def combine(
         self, k: Array, x: tuple[Array, ...], y: tuple[Array, ...], eps: Any, xp: Any = np
@@ -310,15 +340,18 @@ class Custom(Activation):
     >>> GroupCNN(activation=Custom(jnp.tanh))
 
     With the coefficients ``b_m(q) = E[σ(√q z) h_m(z)]``, ``z ~ N(0, 1)``, of the normalised Hermite polynomials
-    ``h_m``: ``E[σσ] = Σ_m c^m b_m(q1) b_m(q2)`` and ``K̇ = ∂E[σσ]/∂k`` (Price 1958). With as many terms as nodes the
-    value at ``c = 1`` is the quadrature of ``E[σ²]`` itself, and the kernel is positive semi-definite exactly.
+    ``h_m``: ``E[σσ] = Σ_m c^m b_m(q1) b_m(q2)`` and ``K̇ = ∂E[σσ]/∂k`` (Price 1958). What the terms of higher order
+    lack in ``E[σ²]`` goes to the last even and the last odd one: at ``c = ±1`` the kernel is exact, between it is too
+    large by less than what was lacking, and it is positive semi-definite exactly.
 
     Args:
       function: ``σ``, on arrays entry by entry. Kernels call it on float64 arrays, finite networks on JAX arrays, so
         it is best written with ``jax.numpy``.
-      nodes: quadrature nodes, and terms of the Hermite series. A kernel costs in proportion to them. The error falls
-        exponentially with their number for smooth functions of moderate variance, and only as their power -1 or so
-        where σ has a kink: for such, see whether twice as many give the same.
+      nodes: terms of the Hermite series. A kernel costs in proportion to them. The error falls exponentially with their
+        number for smooth functions of moderate variance; that of K̇ only as their power -1/2 where σ has a kink.
+
+    Warns:
+      AccuracyWarning: (from kernels) the terms lack more than a hundredth of ``E[σ'²]``.
     """
 
     function: Callable[[Any], Any]
@@ -329,8 +362,8 @@ class Custom(Activation):
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise NetworkError(f"Custom needs a function of one array; {self.function!r} is none")
-        if not (is_whole(self.nodes) and 2 <= self.nodes <= 100):
-            raise NetworkError(f"Custom: {self.nodes!r} quadrature nodes; use a whole number from 2 to 100")
+        if not (is_whole(self.nodes) and 2 <= self.nodes <= MOST_NODES):
+            raise NetworkError(f"Custom: {self.nodes!r} nodes; use a whole number from 2 to {MOST_NODES}")
 
     def __str__(self) -> str:
         return f"custom {getattr(self.function, '__name__', repr(self.function))}"
@@ -369,14 +402,26 @@ class Custom(Activation):
         """``√q``, ``1/√q`` and the coefficients of the series.
 
         Raises:
-          NetworkError: ``E[σ(u)²]`` or ``E[σ'(u)²]`` is not finite, or its quadrature does not settle; or ``σ`` does
-            not act entry by entry.
+          NetworkError: ``E[σ(u)²]`` or ``E[σ'(u)²]`` is not finite, or the series lacks much of it; or ``σ`` does not
+            act entry by entry.
         """
         if (largest := float(np.max(q))) > self._checked:
+            self._check_shape()
             self._check(largest)
             object.__setattr__(self, "_checked", largest)
         root, inverse = super().factors(q)
-        return root, inverse, *hermite_coefficients(self, root, self.nodes)
+        return root, inverse, *self._series(root)
+
+    def _series(self, root: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The coefficients, of which the last two hold what those of higher order lack: ``(nodes, ...)``."""
+        coefficients, square = hermite_coefficients(self, root, self.nodes)
+        lacking = np.maximum(square - np.sum(coefficients**2, axis=0), 0)
+        # Shared as the last terms are, so that an odd or even function stays one.
+        last = coefficients[-2:]
+        size = np.sum(last**2, axis=0)
+        share = np.divide(last**2, size, out=np.full_like(last, 0.5), where=size > 0)
+        coefficients[-2:] = np.copysign(np.sqrt(last**2 + share * lacking), last)
+        return coefficients
 
     def combine(
         self, k: Array, x: tuple[Array, ...], y: tuple[Array, ...], eps: Any, xp: Any = np
@@ -389,8 +434,8 @@ class Custom(Activation):
             nngp = nngp * c + b1 * b2
         return nngp, derivative * (x[1] * y[1])
 
-    def _check(self, q: float) -> None:
-        """Refuse a function without a second moment at variance ``q``: with it all smaller ones exist."""
+    def _check_shape(self) -> None:
+        """Refuse a function that does not act entry by entry."""
         probe = np.linspace(-1, 1, 6).reshape(2, 3)
         values = self(probe)
         if np.shape(values) != probe.shape or np.asarray(values).dtype.kind != "f":
@@ -405,61 +450,138 @@ class Custom(Activation):
                 f"{np.round(values, 3).T.tolist()}, and of the first one alone {np.round(first, 3).T.tolist()}; it "
                 "must act on arrays entry by entry"
             )
+
+    def _check(self, q: float) -> None:
+        """Refuse a function without second moments at variance ``q``, or whose series lacks much of them.
+
+        Raises:
+          NetworkError: as said.
+        """
+        where = f"u ~ N(0, {q:.3g})"
+        remedy = "use a function that is defined everywhere and grows more slowly, or smaller variances (w_std, images)"
         with np.errstate(all="ignore"):
-            moments = {}
-            for nodes in (self.nodes, *CHECKED_NODES):
-                z, basis = quadrature(nodes, 1)
-                moments[nodes] = float(np.sum(basis[:, 0] * np.asarray(self(np.sqrt(q) * z)) ** 2))
-        worst = max(CHECKED_NODES, key=lambda nodes: abs(moments[nodes] - moments[self.nodes]))
-        settled = np.isfinite(list(moments.values())).all() and abs(
-            moments[worst] - moments[self.nodes]
-        ) <= SETTLED * abs(moments[worst])
-        if not settled:
+            moments = [self._moments(q, points) for points in POINTS[:2]]
+            if not self._agree(moments):
+                moments.append(self._moments(q, POINTS[2]))
+            few, many = moments[-2:]
+            if not self._agree([few, many]):
+                raise NetworkError(
+                    f"{self}: E[σ(u)²] is not finite for {where}: integrated on finer grids it is {few.square:.6g}, "
+                    f"then {many.square:.6g}; {remedy}"
+                )
+            if not many.square - many.inner <= SETTLED * many.square:
+                raise NetworkError(
+                    f"{self}: E[σ(u)²] is not finite for {where}, or comes from where u is beyond {INNER:g} standard "
+                    f"deviations: {many.inner:.6g} within, {many.square:.6g} within {WIDEST:g}; {remedy}"
+                )
+            slope = many.slope
+            if slope > JUMP * few.slope + many.rounding:
+                slope = self._moments(q, POINTS[2]).slope
+                if slope > JUMP * many.slope:
+                    raise NetworkError(
+                        f"{self}: E[σ'(u)²] is not finite for {where}: by differences over smaller and smaller steps "
+                        f"it is {many.slope:.6g}, then {slope:.6g}, so the NTK has no limit; use a continuous "
+                        "function, or a less steep one"
+                    )
+            coefficients, square = (part[..., 0] for part in hermite_coefficients(self, np.sqrt([q]), MOST_NODES))
+        resolved = abs(float(square) - many.square) <= MISSING_VALUE * many.square
+
+        def lacks(terms: int) -> tuple[float, float]:
+            """The parts of ``E[σ²]`` and of ``E[σ'²]`` that so many terms lack; rounding errors are none."""
+            held = coefficients[:terms] ** 2
+            value = 1 - float(np.sum(held)) / many.square if many.square else 0.0
+            steep = q * slope - float(np.sum(np.arange(len(held)) * held))
+            return abs(value), max(abs(steep) - q * many.rounding, 0.0) / (q * slope) if q * slope else 0.0
+
+        def enough(terms: int) -> bool:
+            value, steep = lacks(terms)
+            return resolved and value <= MISSING_VALUE and steep <= MISSING_SLOPE
+
+        value, steep = lacks(self.nodes)
+        if not enough(self.nodes):
+            more = next((f"nodes={terms}, " for terms in range(self.nodes + 1, MOST_NODES + 1) if enough(terms)), "")
             raise NetworkError(
-                f"{self}: E[σ(u)²] is not finite for u ~ N(0, {q:.3g}), or needs more nodes: the quadrature gives "
-                f"{moments[self.nodes]:.6g} with {self.nodes} nodes and {moments[worst]:.6g} with {worst}; use a "
-                "function that is defined everywhere and grows more slowly, smaller variances (w_std, the images), or "
-                "more nodes"
+                f"{self}: a series of {self.nodes} terms lacks {value:.1%} of E[σ(u)²] and {steep:.1%} of E[σ'(u)²] "
+                f"for {where}; use {more}smaller variances (w_std, images), or a named activation"
             )
-        few, many = (self._slope(q, nodes) for nodes in (CHECKED_NODES[0], CHECKED_NODES[-1]))
-        if not many <= JUMP * few:
-            raise NetworkError(
-                f"{self}: E[σ'(u)²] is not finite for u ~ N(0, {q:.3g}): {few / q:.6g} with {CHECKED_NODES[0]} terms "
-                f"and {many / q:.6g} with {CHECKED_NODES[-1]}, so the NTK has no limit; use a continuous function"
+        if steep > EXACT:
+            warnings.warn(
+                f"{self}: a series of {self.nodes} terms lacks {steep:.1%} of E[σ'(u)²] for {where}, because σ has a "
+                "kink or is steep, so K̇ is too small by up to as much; more nodes lack less, named activations nothing",
+                AccuracyWarning,
+                stacklevel=2,
             )
 
-    def _slope(self, q: float, nodes: int) -> float:
-        """``q E[σ'(u)²] = Σ_m m b_m²`` by a quadrature, as far as it has terms."""
-        with np.errstate(all="ignore"):
-            z, basis = quadrature(nodes, nodes)
-            return float(np.sum(np.arange(nodes) * (basis.T @ np.asarray(self(np.sqrt(q) * z))) ** 2))
+    @staticmethod
+    def _agree(moments: list[_Moments]) -> bool:
+        few, many = moments
+        return bool(np.isfinite([few, many]).all() and abs(many.square - few.square) <= SETTLED * many.square)
+
+    def _moments(self, q: float, points: int) -> _Moments:
+        """The second moments at variance ``q``, integrated over the points of a grid."""
+        step = 2 * WIDEST / points
+        square = inner = slope = 0.0
+        for start in range(0, points, POINTS[0]):
+            # 0 is no point, because σ may jump or be infinite there; the last one is the first of the next slice.
+            z = (np.arange(start, start + POINTS[0] + 1) - points / 2 + 0.37) * step
+            values = np.asarray(self(math.sqrt(q) * z))
+            shares = np.exp(-(z[:-1] ** 2) / 2) * values[:-1] ** 2
+            square += float(np.sum(shares))
+            inner += float(np.sum(shares[abs(z[:-1]) < INNER]))
+            slope += float(np.sum(np.exp(-((z[1:] + z[:-1]) ** 2) / 8) * np.diff(values) ** 2))
+        weight = step / math.sqrt(2 * math.pi)
+        square, inner = weight * square, weight * inner
+        if q == 0:
+            return _Moments(square, inner, 0.0, 0.0)
+        return _Moments(square, inner, weight * slope / (step**2 * q), 100 * EPS**2 * square / (step**2 * q))
 
 
-def hermite_coefficients(function: Activation, root: NDArray[np.float64], count: int) -> NDArray[np.float64]:
-    """``b_m = E[σ(√q z) h_m(z)]`` for ``m < count`` by ``count`` nodes, of any ``√q``: ``(count, ...)``.
+class _Moments(NamedTuple):
+    """``E[σ(u)²]``, its part from within :data:`INNER`, and ``E[σ'(u)²]`` by differences, with its rounding error."""
+
+    square: float
+    inner: float
+    slope: float
+    rounding: float
+
+
+def hermite_coefficients(
+    function: Activation, root: NDArray[np.float64], count: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """``b_m = E[σ(√q z) h_m(z)]`` for ``m < count``, ``(count, ...)``, and ``E[σ²]``, of any ``√q``.
 
     What is rounding error alone, as every second one of an odd σ, is 0: products of it would be denormal in float32,
     with which some processors take a hundred times as long.
     """
-    z, basis = quadrature(count, count)
-    coefficients = np.zeros((count, *root.shape))
-    for node, weighted in zip(z, basis, strict=True):
-        coefficients += weighted.reshape(-1, *[1] * root.ndim) * function(root * node)
-    coefficients[abs(coefficients) < EPS * np.linalg.norm(coefficients, axis=0)] = 0
-    return coefficients
+    z, basis, weights = quadrature(count)
+    flat = root.reshape(-1)
+    coefficients, square = np.zeros((count, flat.size)), np.zeros(flat.size)
+    for start in range(0, len(z), POINTS_AT_ONCE):
+        here = slice(start, start + POINTS_AT_ONCE)
+        values = function(z[here, None] * flat)
+        coefficients += basis[here].T @ values
+        square += weights[here] @ values**2
+    coefficients[abs(coefficients) < 10 * EPS * np.sqrt(square)] = 0
+    return coefficients.reshape(count, *root.shape), square.reshape(root.shape)
 
 
 @cache
-def quadrature(nodes: int, terms: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Gauss-Hermite nodes ``z_i`` of N(0, 1), and ``w_i h_m(z_i)``, ``(nodes, terms)``."""
-    z, weights = np.polynomial.hermite_e.hermegauss(nodes)
-    basis = np.empty((nodes, terms))
-    before, here = np.zeros(nodes), np.sqrt(weights / math.sqrt(2 * math.pi))
-    root = here.copy()
+def quadrature(terms: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Points ``z_i`` with the weights ``w_i`` of N(0, 1), and ``w_i h_m(z_i)``, ``(points, terms)``.
+
+    The trapezoidal rule, on two grids that mirror each other: for smooth functions its error falls exponentially with
+    the step, as that of Gauss-Hermite quadrature does with the nodes, and with a kink it is far smaller.
+    """
+    side = (np.arange(int(WIDEST / STEP)) + np.array([[OFFSET], [1 - OFFSET]])).T.reshape(-1) * STEP
+    z = np.stack([-side, side], axis=-1).reshape(-1)
+    weights = np.exp(-(z**2) / 2) * (STEP / 2 / math.sqrt(2 * math.pi))
+    basis = np.empty((len(z), terms))
+    root = np.sqrt(weights)
+    before, here = np.zeros(len(z)), root.copy()
     for m in range(terms):
         basis[:, m] = root * here
         before, here = here, (z * here - math.sqrt(m) * before) / math.sqrt(m + 1)
-    return z, basis
+    return z, basis, weights
 
 
 def _one_minus_square(c: Array, e1: Array, e2: Array) -> Array:

@@ -27,9 +27,9 @@ Size = tuple[int, int]
 def pair_flops(network: Architecture, groups: tuple[str, ...], engine: str, image_shape: tuple[int, int, int]) -> float:
     """Floating-point operations of one pair of images ``(H, W, C)``, roughly: both kernels, all groups.
 
-    Per entry of a covariance: ``2 C`` for the input; for each convolution twice (K and Θ) one for each row and column
-    of its filter, or :data:`TERM` for each pair of pixels that it sees in the engine ``"reference"`` and off the grid;
-    for each nonlinearity what its dual kernels take.
+    Per entry of a covariance: ``2 C`` for the input; for each convolution, of K and, but for the lifting one, of Θ, one
+    for each row and column of its filter, or :data:`TERM` for each pair of pixels that it sees in the engine
+    ``"reference"`` and off the grid; for each nonlinearity what its dual kernels take.
     """
     if engine == "reference":
         return sum(order(group) ** 2 * _covariance_flops(network, group, image_shape, engine) for group in groups)
@@ -43,13 +43,17 @@ def _covariance_flops(network: Architecture, group: str, image_shape: tuple[int,
     separable = engine != "reference" and on_grid(group)
     averaged = order(group) if engine == "reference" else 1
     total = 2.0 * channels * _entries(*size)
+    filtered = 1  # K alone, because Θ⁰ = 0
     for step, before, after in _sizes(network.steps, (size[0], size[1]), group, network):
         entries = _entries(*after)
         if isinstance(step, Convolution) and separable:
             taps_y, taps_x = (2 * radius + 1 for radius in step.radii)
-            total += 2 * (taps_y * _entries(after[0], before[1]) + taps_x * entries)
+            total += filtered * (taps_y * _entries(after[0], before[1]) + taps_x * entries)
+            filtered = 2
         elif isinstance(step, Convolution):
-            total += 2 * (averaged * _entries(*before) + TERM * pixels_seen(group, step.radii) * entries)
+            mean = averaged * _entries(*before) if filtered == 2 else 0.0
+            total += filtered * (mean + TERM * pixels_seen(group, step.radii) * entries)
+            filtered = 2
         elif isinstance(step, Nonlinearity):
             total += entries * step.activation.flops
         elif isinstance(step, Pooling):

@@ -32,6 +32,7 @@ from equikernel.errors import ImageError, NetworkError, is_whole
 from equikernel.geometry import windows
 from equikernel.images import Labels, as_images, check_finite
 from equikernel.layers import Branch, Convolution, Nonlinearity, Pooling
+from equikernel.network import GroupCNN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from equikernel.layers import Step
-    from equikernel.network import GroupCNN
 
 
 class Layer(NamedTuple):
@@ -70,6 +70,7 @@ def init(net: GroupCNN, width: int, key: jax.Array, channels: int) -> Params:
     Raises:
       NetworkError: ``width`` or ``channels`` is no whole number, or below 1, or ``key`` is no key.
     """
+    _check_network(net)
     _check_count("width", width)
     _check_count("channels", channels)
     _check_key(key)
@@ -89,8 +90,14 @@ def _shapes(net: GroupCNN, width: int, channels: int) -> list[tuple[int, ...]]:
     return [*shapes, *[(width, width)] * len(net.head), (width, 1)]
 
 
+def _check_network(net: GroupCNN) -> None:
+    if not isinstance(net, GroupCNN):
+        raise NetworkError(f"the network is {net!r}; give a GroupCNN, as in GroupCNN(group='C4')")
+
+
 def _check_params(net: GroupCNN, params: Params) -> None:
     """Raise :class:`NetworkError` unless ``params`` are of this network, of any width and number of channels."""
+    _check_network(net)
     if not (params and isinstance(params, (tuple, list)) and all(isinstance(layer, Layer) for layer in params)):
         raise NetworkError(f"the parameters are a {type(params).__name__}, not those that init makes; call init")
     *_, channels, width = params[0].weights.shape

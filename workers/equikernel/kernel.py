@@ -40,6 +40,9 @@ EngineName = Literal["auto", "cpu", "xla", "general", "reference"]
 ENGINES = ("auto", "cpu", "xla", "general", "reference")
 DTYPES = ("float32", "float64")
 
+WIDEST = 2**14
+"""Pixels per side that the engine ``"cpu"`` takes."""
+
 SHARE = 0.5
 """Share of the free memory that a call uses unless told otherwise; and share of that for work in progress."""
 
@@ -238,14 +241,24 @@ class KernelFunction:
           ImageError, NetworkError: as :meth:`prepare`.
           MemoryLimitError: a single pair needs more memory than there is.
         """
-        for group in self.groups:
-            self.network.check_images(height, width, group)
+        self.check_shape(height, width)
         needed = self.least_bytes((height, width, channels))
         if needed > self.memory:
+            smaller = ["smaller images"] if height * width > 1 else []
+            smaller += ["a group with fewer elements"] if len(union(self.groups)) > 1 else []
             raise MemoryLimitError(
                 f"the engine {self.engine.name!r} needs {format_bytes(needed)} for a pair of "
-                f"{height}x{width}x{channels} images, and may use {format_bytes(self.memory)}; use smaller images, a "
-                "group with fewer elements, or a larger memory_limit"
+                f"{height}x{width}x{channels} images, and may use {format_bytes(self.memory)}; use "
+                f"{', '.join([*smaller, f'or memory_limit={needed} or more' if smaller else f'memory_limit={needed}'])}"
+            )
+
+    def check_shape(self, height: int, width: int) -> None:
+        """Raise unless the network, and the engine, are defined on images of that size; as :meth:`check_size`."""
+        self.network.check_images(height, width, *self.groups)
+        if self.engine.name == "cpu" and max(height, width) > WIDEST:
+            raise ImageError(
+                f"images are {height}x{width} pixels, and the engine 'cpu' takes up to {WIDEST} per side; use "
+                "engine='xla'"
             )
 
     def least_bytes(self, image_shape: tuple[int, int, int]) -> int:
@@ -387,8 +400,8 @@ def compute(
     memory_limit: int | None = None,
 ) -> dict[str, Kernel]:
     """The kernels of ``x1`` against ``x2`` by group, block by block; see :meth:`equikernel.GroupCNN.kernel`."""
-    function = KernelFunction(network, groups, engine, dtype, threads, memory_limit)
     first = as_images(x1, "x1")
+    function = _function_for(first.shape[1:], network, groups, engine, dtype, threads, memory_limit)
     second = first if x2 is None else as_images(x2, "x2")
     if first.shape[1:] != second.shape[1:]:
         raise _unequal(first.shape[1:], second.shape[1:])
@@ -413,6 +426,17 @@ def compute(
                     if x2 is None:
                         matrix[j : j + edge, i : i + edge] = values.T
     return results
+
+
+def _function_for(
+    image_shape: tuple[int, ...], network: Architecture, groups: tuple[str, ...], engine: str, *options: Any
+) -> KernelFunction:
+    """A kernel function for images ``(H, W, C)``; with ``"auto"`` one that takes them, however wide they are."""
+    function = KernelFunction(network, groups, engine, *options)
+    if engine == "auto" and function.engine.name == "cpu" and max(image_shape[:2]) > WIDEST:
+        function = KernelFunction(network, groups, "xla", *options)
+        function.reason = f"offsets decouple, and the engine 'cpu' takes up to {WIDEST} pixels per side"
+    return function
 
 
 def block_edge(function: KernelFunction, image_shape: tuple[int, int, int], largest: int) -> int:
@@ -456,9 +480,8 @@ def explain(
     ):
         raise ImageError(f"image_shape = {image_shape!r} is no shape of an image; give (height, width, channels)")
     height, width, channels = image_shape
-    function = KernelFunction(network, groups, engine, dtype)
-    for group in groups:
-        network.check_images(height, width, group)
+    function = _function_for(image_shape, network, groups, engine, dtype)
+    function.check_shape(height, width)
     return Explanation(
         function.engine.name,
         function.reason,
@@ -476,6 +499,10 @@ def _engine(
     Of ``memory`` it may use :data:`SHARE` for work in progress; a single pair all.
     """
     memory = int(SHARE * memory)
+    if name in ("xla", "general"):
+        from equikernel.engines.device import require_device
+
+        require_device(name)
     match name:
         case "reference":
             from equikernel.recursion import ReferenceEngine

@@ -167,73 +167,89 @@ class Architecture(BaseModel):
         """Pixels that convolutions take off each border, rows and columns: 0 unless the padding is VALID."""
         return geometry.margin(self.steps, self.padding)
 
-    def fits(self, height: int, width: int, group: str) -> bool:
-        """Whether the network is defined on images of ``height x width`` pixels."""
+    def fits(self, height: int, width: int, *names: str) -> bool:
+        """Whether the networks over these groups are defined on images of ``height x width`` pixels."""
         try:
-            self.check_images(height, width, group)
+            self.check_images(height, width, *names)
         except (ImageError, NetworkError):
             return False
         return True
 
-    def check_images(self, height: int, width: int, group: str) -> None:
-        """Refuse images of ``height x width`` pixels on which the network is not defined, with sizes on which it is.
+    def check_images(self, height: int, width: int, *names: str) -> None:
+        """Refuse images of ``height x width`` pixels on which the network over one of some groups is not defined.
+
+        Every size that is named as a remedy works for all of them.
 
         Raises:
           NetworkError: a filter or stride breaks the symmetry, or a layer does not fit.
-          ImageError: the images are no squares, and ``group`` turns them by other than half turns.
+          ImageError: the images are no squares, and a group turns them by other than half turns.
         """
-        rectangles = groups.keeps_rectangles(group)
-        for step in self.convolutions:
-            if step.radii[0] != step.radii[1] and not rectangles:
-                sides = tuple(2 * radius + 1 for radius in step.radii)
-                raise NetworkError(
-                    f"{step.place}: a filter of {sides[0]}x{sides[1]} pixels is no square, and {group} turns it; use "
-                    f"filter ({max(sides)}, {max(sides)}), or the group C1, C2, D1 or D2"
-                )
-        if not rectangles and height != width:
+        turning = next((name for name in names if not groups.keeps_rectangles(name)), None)
+        if turning:
+            self._check_filters(height, width, turning)
+        if turning and height != width:
             raise ImageError(
-                f"images are {height}x{width} pixels, but {group} turns them by other than half turns and needs square "
-                f"ones; {self._square_remedy(height, width, group)}"
+                f"images are {height}x{width} pixels, but {turning} turns them by other than half turns and needs "
+                f"square ones; {self._square_remedy(height, width, names)}"
             )
-        errors = [self._misfit(side, axis, group) for axis, side in enumerate((height, width))]
+        errors = [self._misfit(side, axis, names) for axis, side in enumerate((height, width))]
         if any(errors):
-            raise NetworkError(self._with_remedy([error or "" for error in errors], (height, width), group))
+            axes = ["sides"] if turning else ["heights", "widths"]
+            raise NetworkError(self._with_remedy([error or "" for error in errors], (height, width), axes, names))
 
-    def _misfit(self, side: int, axis: int, group: str) -> str | None:
+    def _check_filters(self, height: int, width: int, turning: str) -> None:
+        """Refuse filters that are no squares, for a group that turns them by other than half turns."""
+        for step in self.convolutions:
+            if step.radii[0] != step.radii[1]:
+                sides = tuple(2 * radius + 1 for radius in step.radii)
+                remedies = [f"a square filter, as ({min(sides)}, {min(sides)})", *self._other_groups(height, width)]
+                raise NetworkError(
+                    f"{step.place}: a filter of {sides[0]}x{sides[1]} pixels is no square, and {turning} turns it; use "
+                    f"{', or '.join(remedies)}"
+                )
+
+    def _misfit(self, side: int, axis: int, names: tuple[str, ...]) -> str | None:
         """Why ``side`` pixels along ``axis`` do not fit, if so."""
         try:
-            geometry.trace(self.steps, side, axis, group, self.padding)
+            for name in names:
+                geometry.trace(self.steps, side, axis, name, self.padding)
         except NetworkError as error:
             return str(error)
         return None
 
-    def _square_remedy(self, height: int, width: int, group: str) -> str:
+    def _other_groups(self, height: int, width: int) -> list[str]:
+        """Groups that keep rectangles and whose networks are defined on these images, as a remedy."""
+        others = [name for name in ("C1", "C2", "D1", "D2") if self.fits(height, width, name)]
+        return [f"the group {either(others)}"] if others else []
+
+    def _square_remedy(self, height: int, width: int, names: tuple[str, ...]) -> str:
         """What to do about images that are no squares."""
         short = min(height, width)
-        side = next((side for side in range(short, 0, -1) if not self._misfit(side, 0, group)), None)
-        others = [name for name in ("C1", "C2", "D1", "D2") if self.fits(height, width, name)]
-        remedies = [f"crop them to {side}x{side}"] if side else []
-        remedies += [f"use the group {either(others)}"] if others else []
-        return ", or ".join(remedies or [f"use larger ones: none within {short}x{short} fits this network"])
+        sides = geometry.nearest_sides(lambda side: not self._misfit(side, 0, names), short + 1)
+        remedies = [f"crop them to {side}x{side}" for side in sides if side <= short]
+        remedies += [f"use {one}" for one in self._other_groups(height, width)]
+        larger = [
+            f"use larger ones: none within {short}x{short} fits this network, {side}x{side} does" for side in sides
+        ]
+        return ", or ".join(remedies or larger or [f"no square up to {geometry.SEARCHED} pixels a side fits"])
 
-    def _with_remedy(self, errors: list[str], sides: tuple[int, int], group: str) -> str:
+    def _with_remedy(self, errors: list[str], sides: tuple[int, int], axes: list[str], names: tuple[str, ...]) -> str:
         """What is wrong with ``sides``, by axis, and the nearest sides that work."""
         if self.layers is None and self.padding == "VALID":
-            return self._eaten(min(sides), group)
+            return self._eaten(min(sides), names)
 
         def nearest(axis: int, name: str) -> str:
-            found = geometry.nearest_sides(lambda side: not self._misfit(side, axis, group), sides[axis])
+            found = geometry.nearest_sides(lambda side: not self._misfit(side, axis, names), sides[axis])
             return (
                 f"nearest {name} that work: {either(found)}" if found else f"no {name} up to {geometry.SEARCHED} work"
             )
 
-        names = ("heights", "widths") if groups.keeps_rectangles(group) else ("sides",)
-        remedies = [nearest(axis, name) for axis, name in enumerate(names) if errors[axis]]
+        remedies = [nearest(axis, name) for axis, name in enumerate(axes) if errors[axis]]
         return "; ".join([errors[0] or errors[1], *remedies])
 
-    def _eaten(self, side: int, group: str) -> str:
+    def _eaten(self, side: int, names: tuple[str, ...]) -> str:
         """VALID convolutions that leave nothing of images of ``side`` pixels, and what would."""
-        shrunk = sum(2 * groups.reach(group, step.radii)[0] for step in self.convolutions)
+        shrunk = max(sum(2 * groups.reach(name, step.radii)[0] for step in self.convolutions) for name in names)
         shallower = (side - 1) * self.depth // shrunk
         return (
             f"VALID padding eats the image: {self.depth} convolutions of size {self.filter_size} remove {shrunk} of "

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-ARRAYS_AT_ONCE = 8
-"""Arrays of the size of a covariance that the recursion holds at the same time."""
+DUAL, SUMS = 11, 9
+"""Covariances at the same time in a nonlinearity besides K and Θ, and in a sum over the taps of a filter."""
 
 PAIRS_BYTES = 2**22
-"""Largest covariance array, in bytes, of the pairs that are computed at once."""
+"""Largest covariances, in bytes, of the pairs that are computed at once."""
 
 
 def input_kernel(x1: Array, x2: Array, group: str) -> Array:
@@ -227,10 +227,9 @@ class ReferenceEngine:
           ImageError: the variances of an image leave the range of float64.
         """
         x = np.asarray(images, dtype=np.float64)
-        height, width = x.shape[1:3]
         found, bounds = {}, []
         for group in self.groups:
-            step = self._at_once(group, height, width)
+            step = self._at_once(group, *x.shape[1:])
             parts = [variances(self.network, group, x[i : i + step], labels.after(i)) for i in range(0, len(x), step)]
             found[group] = [np.concatenate(layer) for layer in zip(*(part[0] for part in parts), strict=True)]
             last = np.concatenate([part[1] for part in parts])
@@ -238,30 +237,57 @@ class ReferenceEngine:
         return Images(bound=np.max(bounds, axis=0), epsilon=float(np.finfo(x.dtype).eps), images=x, variances=found)
 
     def pair_bytes(self, height: int, width: int, channels: int) -> int:
-        """Bytes that one pair needs."""
-        return ARRAYS_AT_ONCE * max(self._covariance_bytes(group, height, width) for group in self.groups)
+        """Bytes that one pair needs at most."""
+        return max(self._pair_bytes(group, height, width, channels) for group in self.groups)
 
     def working_bytes(self, height: int, width: int, channels: int) -> int:
         """Bytes that the pairs that are computed at once need."""
-        pairs = (
-            self._at_once(group, height, width) * self._covariance_bytes(group, height, width) for group in self.groups
+        return max(
+            self._at_once(group, height, width, channels) * self._pair_bytes(group, height, width, channels)
+            for group in self.groups
         )
-        return ARRAYS_AT_ONCE * max(pairs)
 
     def image_bytes(self, height: int, width: int, channels: int) -> int:
         """Bytes of one prepared image, and of what preparing it takes."""
         layers = 1 + len(self.network.activations)
         return 8 * height * width * (channels + 2 * layers * sum(map(order, self.groups)))
 
-    @staticmethod
-    def _covariance_bytes(group: str, height: int, width: int) -> int:
-        """Bytes of ``K[r, r', t, t']`` of one pair."""
-        return 8 * order(group) ** 2 * (height * width) ** 2
+    def _pair_bytes(self, group: str, height: int, width: int, channels: int) -> int:
+        images = 4 * height * width * (channels + order(group) * (1 + len(self.network.activations)))
+        entries, _ = self._largest(self.network.steps, (height, width), group)
+        return int(8 * (images + entries))
 
-    def _at_once(self, group: str, height: int, width: int) -> int:
+    def _largest(self, steps: tuple[Step, ...], size: tuple[int, int], group: str) -> tuple[float, tuple[int, int]]:
+        """The most entries at the same time during ``steps`` on images of ``size``, and the size after them."""
+        n, padding, most = order(group) ** 2, self.network.padding, 0.0
+        for step in steps:
+            before = n * _entries(size)
+            match step:
+                case Convolution():
+                    radii = reach(group, step.radii)
+                    border = radii if padding != "VALID" else (0, 0)
+                    padded = n * _entries((size[0] + 2 * border[0], size[1] + 2 * border[1]))
+                    rows, cols = (
+                        windows(side, radius, step.stride, padding).outputs
+                        for side, radius in zip(size, radii, strict=True)
+                    )
+                    size = rows, cols
+                    # K and Θ, their mean over the group, that padded, both results, and the sums of one component.
+                    needed = 3 * before + padded + (3 + SUMS / n) * n * _entries(size)
+                case Nonlinearity():
+                    needed = (2 + DUAL) * before
+                case Pooling(_, side):
+                    needed = 4 * before
+                    size = size[0] // side, size[1] // side
+                case Branch(_, inner):
+                    needed = 4 * before + self._largest(inner, size, group)[0]
+            most = max(most, needed)
+        return most, size
+
+    def _at_once(self, group: str, height: int, width: int, channels: int) -> int:
         """Pairs that are computed at once."""
-        within = min(PAIRS_BYTES, self.memory // ARRAYS_AT_ONCE)
-        return max(1, within // self._covariance_bytes(group, height, width))
+        few = PAIRS_BYTES // (8 * order(group) ** 2 * (height * width) ** 2)
+        return int(max(1, min(few, self.memory // self._pair_bytes(group, height, width, channels))))
 
     def pairs(
         self, block1: Images, block2: Images, rows: NDArray[np.intp], cols: NDArray[np.intp]
@@ -269,7 +295,7 @@ class ReferenceEngine:
         """Pooled kernels of the pairs ``(block1[rows[p]], block2[cols[p]])``: ``(p,)`` float64 per group."""
         results = {}
         for group in self.groups:
-            step = self._at_once(group, *block1.images.shape[1:3])
+            step = self._at_once(group, *block1.images.shape[1:])
             parts = []
             for p in range(0, len(rows), step):
                 i, j = rows[p : p + step], cols[p : p + step]
@@ -279,3 +305,8 @@ class ReferenceEngine:
                 parts.append([values.mean(axis=(1, 2, 3, 4, 5, 6)) for values in final])
             results[group] = Pooled(*(np.concatenate(values) for values in zip(*parts, strict=True)))
         return results
+
+
+def _entries(size: tuple[int, int]) -> float:
+    """Of a component of a covariance of images of that size."""
+    return float(size[0] * size[1]) ** 2

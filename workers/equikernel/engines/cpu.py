@@ -97,7 +97,8 @@ class CpuEngine:
         widest = int(NTK_LINE) - planes.LANES - planes.ALIGNED - 4 * self.gap
         if max(images.shape[1:3]) > widest:
             raise ImageError(
-                f"images are {images.shape[1]}x{images.shape[2]} pixels; the cpu engine takes up to {widest} per side"
+                f"images are {images.shape[1]}x{images.shape[2]} pixels; with such filters the engine 'cpu' takes up "
+                f"to {widest} per side; use engine='xla'"
             )
         dtype = working_dtype(self.network, images.shape[1], images.shape[2], self.dtype)
         packed, bound = pack(self.network, images, dtype, labels)

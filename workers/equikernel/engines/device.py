@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import jax
+
+from equikernel.errors import EngineError
+
+
+def require_device(engine: str) -> None:
+    """Raise :class:`EngineError` unless JAX has the device that it was told to use, if it was told."""
+    try:
+        jax.devices()
+    except Exception as error:
+        asked = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise EngineError(
+            f"the engine {engine!r} has no device: JAX is to compute on {asked!r} (JAX_PLATFORMS) and cannot "
+            f"({reason}); unset it to use what there is, install JAX for that device, or use engine='cpu'"
+        ) from None
 
 
 def platform() -> str:

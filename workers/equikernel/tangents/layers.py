@@ -5,7 +5,8 @@ Features are ``(N, H, W, |G|, C)``: the group is a further spatial axis, so stax
 neural-tangents' own: ``(N1, N2, H, H, W, W, |G|, |G|)``, dense, so for small images; :class:`equikernel.GroupCNN`
 computes the same kernels far faster where the group maps pixels to pixels. Layers of stax that take a window need one
 for each spatial axis, the group's last: ``stax.AvgPool((2, 2, 1), (2, 2, 1))``. NaN pixels give NaN kernels, as in
-stax: compiled functions cannot refuse values.
+stax: compiled functions cannot refuse values. Kernels carry no name of a group: that all layers of a network name the
+same one is checked as far as the numbers of elements tell groups apart.
 
 The equations are those of arXiv 2406.06504 (and of :mod:`equikernel.recursion` and :mod:`equikernel.finite`), in NTK
 parameterization, with one deviation from the layers that its authors published: theirs start the lifting layer
