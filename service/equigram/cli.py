@@ -23,6 +23,7 @@ from equigram.errors import EquigramError, IncompleteRunError, SpecError, StoreE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from equigram.events import Listener
     from equigram.plan import Plan
     from equigram.solve.stage import Result
     from equigram.spec import JobSpec
@@ -112,7 +113,17 @@ def _on_cluster(spec: JobSpec, address: str | None) -> JobSpec:
 
 
 @_command
-def run(job: JobArgument, address: AddressOption = None) -> None:
+def run(
+    job: JobArgument,
+    address: AddressOption = None,
+    log: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Append what happens to a file, a line of JSON for each event.")
+    ] = None,
+    metrics: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, metavar="PORT", help="Serve metrics for Prometheus on this port of localhost."),
+    ] = None,
+) -> None:
     """Run a job: images, Gram matrices, predictions. Run again, it goes on from what is stored.
 
     Finished tiles are kept whatever happens: a power cut, a full disk, a killed worker. The store accepts only the
@@ -142,10 +153,14 @@ def run(job: JobArgument, address: AddressOption = None) -> None:
     from equigram.screen import Screen
 
     spec = _load(job, address)  # before the slow imports, so that a typo shows at once
+    from equigram.events import tell
+    from equigram.listeners import EventLog, Metrics
     from equigram.run import run as run_job
 
-    with Screen(err) as screen:
-        finished = run_job(spec, screen)
+    with contextlib.ExitStack() as stack:
+        listeners: list[Listener] = [stack.enter_context(EventLog(log))] if log else []
+        listeners += [stack.enter_context(Metrics(metrics))] if metrics else []
+        finished = run_job(spec, tell(*listeners, stack.enter_context(Screen(err))))
     info = finished.store.info
     out.print(
         f"{spec.store}: {info.train:,} training and {info.test:,} test images, {len(info.tiling):,} tiles, all done",
@@ -190,7 +205,7 @@ def plan(job: JobArgument, address: AddressOption = None) -> None:
 @_command
 def status(store: StoreArgument) -> None:
     """Show what a store holds: its job, the tiles done and missing, and the results."""
-    from equigram.screen import tile_map
+    from equigram.screen import summary, tile_map
     from equigram.solve.stage import stored_results
     from equigram.store import GramStore
 
@@ -207,6 +222,7 @@ def status(store: StoreArgument) -> None:
         ("networks", _networks(info.spec)),
         ("tiles", f"{len(done):,} of {len(tiling):,} done, {missing:,} missing"),
         ("pairs", f"{pairs:,} of {tiling.total_pairs:,} ({pairs / tiling.total_pairs:.1%})"),
+        ("history", summary(opened.history())),
     )
     if missing:
         out.print("\ntrain x train, # done, + partly, . missing")

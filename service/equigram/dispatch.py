@@ -53,10 +53,11 @@ HUNG_TILES = 10
 
 @dataclass(frozen=True)
 class Started:
-    """A worker is ready, at a place (of a node) for people."""
+    """A worker is ready, on a kind of processor, at a place that tells people where that is."""
 
     worker: int
     place: str
+    processor: str
 
 
 @dataclass(frozen=True)
@@ -300,11 +301,11 @@ class Dispatcher:
             return None
         worker.heard = now
         match answer:
-            case Started(number, place):
+            case Started(number, place, processor):
                 worker.ready = True
                 self._failed_starts = 0
                 self._open[worker] = None
-                self._tell(WorkerStarted(number, place))
+                self._tell(WorkerStarted(number, place, processor))
             case Done(number, tile, report):
                 self._let_go(worker, tile, now)
                 if self._holders.pop(tile, None) is not None:  # else somebody else was faster

@@ -218,12 +218,12 @@ class TileActor:
 
         self._worker = TileWorker(*arguments)
 
-    def ready(self) -> tuple[str, int, str]:
-        """The node and process of this worker, and what to call its place: answers when it has started."""
+    def ready(self) -> tuple[str, int, str, str]:
+        """The node and process of this worker, what to call its place, and its processor: answers when it started."""
         import ray
 
         node, process = ray.get_runtime_context().get_node_id(), os.getpid()
-        return node, process, f"{ray.util.get_node_ip_address()}, process {process}"
+        return node, process, f"{ray.util.get_node_ip_address()}, process {process}", self._worker.processor
 
     def compute(self, tile: Tile, blocks: dict[tuple[str, int], list[Any]]) -> TileReport:
         """Compute a tile and store it; ``blocks`` are its images, in the object store."""
@@ -342,9 +342,9 @@ class OnRay:
 
         error = future.exception()
         if error is None and tile is None:
-            node, process, place = future.result()
+            node, process, place, processor = future.result()
             self._places[worker] = node, process
-            return Started(worker, place)
+            return Started(worker, place, processor)
         if error is None and tile is not None:
             return Done(worker, tile, future.result())
         if tile is None or isinstance(error, (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)):

@@ -66,6 +66,7 @@ class WorkerStarted(Event):
 
     worker: int
     place: str
+    processor: str
 
 
 @dataclass(frozen=True)

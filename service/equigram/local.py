@@ -35,7 +35,7 @@ class InProcess:
     def start(self) -> int:
         """Be ready at once."""
         number, self._started = self._started, self._started + 1
-        self._answers.append(Started(number, f"process {os.getpid()}"))
+        self._answers.append(Started(number, f"process {os.getpid()}", self._worker.processor))
         return number
 
     def submit(self, worker: int, tile: Tile) -> None:

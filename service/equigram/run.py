@@ -9,6 +9,8 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +20,18 @@ from equigram.data.sources import some
 from equigram.dispatch import Dispatcher
 from equigram.driver import OnRay, check_address, check_room, ray_session
 from equigram.errors import DamagedTileError, DataNotFoundError, ResourceError, SpecError, StoreMismatchError
-from equigram.events import ComputationEnded, ComputationStarted, Listener, Note, Progress, nobody
+from equigram.events import (
+    ComputationEnded,
+    ComputationStarted,
+    Event,
+    Listener,
+    Note,
+    Progress,
+    WorkerStarted,
+    nobody,
+    tell,
+)
+from equigram.listeners import FLUSH_SECONDS, History
 from equigram.local import InProcess
 from equigram.plan import Plan, Tile, Tiling, choose_edge, image_bytes, matrix_bytes, worker_bytes
 from equigram.solve.regression import memory_needed
@@ -357,24 +370,54 @@ def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener, pair_seco
             executor = OnRay(store, spec, memory)
         workers = 0 if here else executor.capacity()
         began = time.monotonic()
-        listener(
+        everyone = tell(listener, History(store, listener), _Kinds(store))
+        warn_of_another_driver(store, listener)
+        everyone(
             ComputationStarted(len(tiling), missing, total, total - done, workers, socket.gethostname(), os.getpid())
         )
         listener(Progress("pairs", done, total))
         tiles, before, failure = 0, done, "it was interrupted"
         try:
-            dispatcher = Dispatcher(tiling.strips(finished), executor, listener, resources.hung_after)
+            dispatcher = Dispatcher(tiling.strips(finished), executor, everyone, resources.hung_after)
             for report in stack.enter_context(contextlib.closing(dispatcher.run())):
                 tiles, done = tiles + 1, done + report.pairs
-                if report.processor not in store.info.processors:
-                    store.remember_processor(report.processor)
                 listener(Progress("pairs", done, total))
             failure = ""
         except Exception as error:
             failure = str(error)
             raise
         finally:
-            listener(ComputationEnded(tiles, done - before, time.monotonic() - began, failure or None))
+            everyone(ComputationEnded(tiles, done - before, time.monotonic() - began, failure or None))
+
+
+class _Kinds:
+    """Keeps the kinds of processors that compute, before they store a tile."""
+
+    def __init__(self, store: GramStore) -> None:
+        self._store = store
+        self._known: set[str] = set()
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, WorkerStarted) and event.processor not in self._known:
+            self._known.add(event.processor)
+            self._store.remember_worker(event.processor)
+
+
+def warn_of_another_driver(store: GramStore, listener: Listener) -> None:
+    """Tell of a driver that seems to be computing the same store, according to the history: waste, but no harm."""
+    recent = datetime.now(UTC) - timedelta(seconds=2.5 * FLUSH_SECONDS)
+    files = [name for name, written in store.history_files().items() if written > recent]
+    for driver, name in {name.rpartition("-")[0]: name for name in files}.items():
+        host, process = driver.partition("-")[2].rsplit("-", 1)
+        ended = any(event.get("event") == ComputationEnded.__name__ for event in store.history([name]))
+        gone = host == socket.gethostname() and not Path(f"/proc/{process}").exists()
+        if not (ended or gone or (host, process) == (socket.gethostname(), str(os.getpid()))):
+            listener(
+                Note(
+                    f"another driver (process {process} on {host}) was computing this store a moment ago; if it still "
+                    "is, both do all the work that is left, which harms nothing but wastes the time of one"
+                )
+            )
 
 
 def _worker(store: GramStore, spec: JobSpec) -> TileWorker:

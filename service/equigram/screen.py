@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group
@@ -14,7 +15,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from equigram.events import ComputationStarted, Note, Progress, TileFailed, WorkerLost
+from equigram.events import ComputationStarted, Note, Progress, TileCopied, TileFailed, TileFinished, WorkerLost
 
 if TYPE_CHECKING:
     from collections.abc import Set
@@ -168,6 +169,30 @@ def duration(seconds: float) -> str:
     if seconds < 48 * 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 86400:.1f} days"
+
+
+def summary(history: Iterable[Mapping[str, Any]]) -> str:
+    """What happened to a run, from its history: ``"2 computations, the last until 2026-01-31 12:00 UTC; ..."``."""
+    count: Counter[str] = Counter()
+    seconds, last = 0.0, ""
+    for event in history:
+        count[str(event.get("event"))] += 1
+        last = str(event.get("time", last))
+        if event.get("event") == TileFinished.__name__:
+            seconds += float(event["seconds"])
+    began = count[ComputationStarted.__name__]
+    if not began:
+        return "no tile was computed yet"
+    words = [f"{began} {'computation' if began == 1 else 'computations'}, last event {last[:16].replace('T', ' ')} UTC"]
+    words += [f"{duration(seconds)} of workers"]
+    for kind, one, several in (
+        (WorkerLost, "worker lost", "workers lost"),
+        (TileFailed, "tile tried again", "tiles tried again"),
+        (TileCopied, "late tile computed twice", "late tiles computed twice"),
+    ):
+        if number := count[kind.__name__]:
+            words.append(f"{number:,} {one if number == 1 else several}")
+    return "; ".join(words)
 
 
 def results_table(results: Sequence[Result]) -> Table:

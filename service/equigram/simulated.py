@@ -75,7 +75,7 @@ class Simulated:
         number = len(self._machines)
         self._machines.append(_Machine(self._clock + self._start_seconds))
         if sum(machine.alive for machine in self._machines) <= self.capacity():
-            self._say(self._clock + self._start_seconds, Started(number, f"machine {number}"))
+            self._say(self._clock + self._start_seconds, Started(number, f"machine {number}", "simulated"))
         return number
 
     def submit(self, worker: int, tile: Tile) -> None:

@@ -10,6 +10,7 @@ attribute ``equigram``         the job, software versions, normalisation constan
 ``gram/<group>/<kernel>``      ``(n, n)``, chunk = tile, both triangles filled
 ``cross/<group>/<kernel>``     ``(m, n)``, test against training images
 ``solution/<group>/<kernel>``  coefficients, predictions; metrics as attributes
+``history``                    what happened, in files of JSON lines
 =============================  ===========================================================================
 
 A tile is done when all its chunks are there with the right size; every chunk ends with a CRC-32C, checked on reading.
@@ -25,7 +26,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 
     from equikernel.kernel import Kernel
 
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("equigram", "numpy", "numba", "llvmlite", "zarr", "ray", "jax")
 
 ANSWER_SECONDS = 60.0
@@ -84,6 +85,7 @@ class RunInfo:
     processors: tuple[str, ...]
     created: str
     versions: dict[str, str]
+    all_versions: tuple[dict[str, str], ...]
     notes: tuple[str, ...]
     images_sha256: dict[str, str]
 
@@ -168,6 +170,7 @@ class GramStore:
             "processors": [],
             "python": platform.python_version(),
             "versions": versions(),
+            "all_versions": [],
             "notes": dataset.notes,
         }
         with store._storage("create the run store"):
@@ -185,6 +188,7 @@ class GramStore:
                     for kernel in spec.gram.kernels:
                         if rows:
                             _add_matrix(root, f"{part}/{group}/{kernel}", (rows, train), tile, spec.gram.dtype)
+            root.create_group("history")
             root.attrs["equigram"] = {**attributes, "state": "ready"}
         return cls(spec.store)
 
@@ -258,9 +262,10 @@ class GramStore:
             preprocessing=Preprocessing.from_json(attributes["preprocessing"]),
             fingerprint=attributes["fingerprint"],
             processor=attributes["processor"],
-            processors=tuple(_processors(attributes)),
+            processors=tuple(attributes["processors"]),
             created=attributes["created"],
             versions=attributes["versions"],
+            all_versions=tuple(attributes["all_versions"]),
             notes=tuple(attributes["notes"]),
             images_sha256=attributes["images_sha256"],
         )
@@ -285,12 +290,17 @@ class GramStore:
         fields = spec.model_dump(mode="json")
         self._change("write the job into the run store", lambda attributes: {"spec": fields})
 
-    def remember_processor(self, kind: str) -> None:
-        """Keep the kind of a processor that computes tiles of this run."""
-        self._change(
-            "write the kind of processor into the run store",
-            lambda attributes: {"processors": list(dict.fromkeys([*_processors(attributes), kind]))},
-        )
+    def remember_worker(self, processor: str) -> None:
+        """Keep the kind of processor and the versions with which tiles of this run are computed from now on."""
+
+        def remembered(attributes: dict[str, Any]) -> dict[str, Any]:
+            every, now = attributes["all_versions"], versions()
+            return {
+                "processors": list(dict.fromkeys([*attributes["processors"], processor])),
+                "all_versions": every if now in every else [*every, now],
+            }
+
+        self._change("write the kind of processor into the run store", remembered)
 
     def _change(self, doing: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         """Replace some of the attributes, as they are stored now, where that makes a difference."""
@@ -502,6 +512,35 @@ class GramStore:
             place: Any = self._root[f"solution/{group}/{kernel}"]
             return {key: np.asarray(array[...]) for key, array in place.arrays()}, dict(place.attrs)
 
+    # ------------------------------------------------------------------ history
+
+    def write_history(self, name: str, lines: Sequence[str]) -> None:
+        """Keep lines of JSON in a file of the history; names are in the order of time."""
+        with self._storage("write the history"):
+            self._call("pipe_file", f"{self._place[1]}/history/{name}.jsonl", "".join(f"{x}\n" for x in lines).encode())
+
+    def history_files(self) -> dict[str, datetime]:
+        """The names of the files of the history, in the order of time, and when each was last written."""
+        fs, path = self._place
+        with self._storage("list the history"):
+            fs.invalidate_cache()
+            found = {}
+            with contextlib.suppress(FileNotFoundError):
+                for entry in self._call("ls", f"{path}/history", detail=True):
+                    name = str(entry["name"]).rsplit("/", 1)[-1]
+                    if name.endswith(".jsonl"):
+                        found[name.removesuffix(".jsonl")] = _modified(entry)
+        return dict(sorted(found.items()))
+
+    def history(self, names: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
+        """The events of this run in the order of time, or those in some files; a line that is none is passed over."""
+        for name in self.history_files() if names is None else names:
+            with self._storage("read the history"):
+                text = self._call("cat_file", f"{self._place[1]}/history/{name}.jsonl").decode(errors="replace")
+            for one in text.splitlines():
+                with contextlib.suppress(ValueError):
+                    yield json.loads(one)
+
     # ------------------------------------------------------------------ storage
 
     @cached_property
@@ -656,11 +695,6 @@ class GramStore:
             ) from error
 
 
-def _processors(attributes: Mapping[str, Any]) -> list[str]:
-    """The kinds of processors that computed tiles; stores from before they were kept name the first one only."""
-    return list(attributes.get("processors", [attributes["processor"]]))
-
-
 def free_space(url: str) -> int | None:
     """Bytes free where a local store is or would be; ``None`` for storage that does not say."""
     store = GramStore(url)
@@ -670,6 +704,12 @@ def free_space(url: str) -> int | None:
     with store._storage("look at the place of the run store"):
         usage = shutil.disk_usage(_nearest(Path(path)))
     return usage.free if usage.total else None
+
+
+def _modified(entry: Mapping[str, Any]) -> datetime:
+    """When the file of a listing was last written; the epoch where the storage does not say."""
+    when = entry.get("LastModified", entry.get("last_modified", entry.get("mtime", 0.0)))
+    return when if isinstance(when, datetime) else datetime.fromtimestamp(float(when), UTC)
 
 
 def _nearest(place: Path) -> Path:

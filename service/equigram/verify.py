@@ -120,9 +120,12 @@ class _Verification:
         gram, processors = self._info.spec.gram, set(self._info.processors)
         self._dtype, self._tolerance = gram.dtype, TOLERANCE[gram.dtype]
         self._function = KernelFunction(self._info.spec.network, gram.groups, self._info.spec.engine, gram.dtype)
-        same_software = all(self._info.versions.get(name) == version for name, version in versions(VERSIONS).items())
+        now = versions(VERSIONS)
+        same_software = all(now.items() <= one.items() for one in self._info.all_versions)
         self._to_the_bit = (
-            same_software and processors <= {processor_kind()} and self._function.engine.name in SAME_BITS
+            same_software
+            and processors <= {processor_kind(self._info.spec.engine)}
+            and self._function.engine.name in SAME_BITS
         )
 
     def run(self) -> Report:

@@ -81,6 +81,9 @@ class TileWorker:
     Args:
       store: where images come from and tiles go.
       network, groups, engine, dtype, threads: as in :class:`equikernel.kernel.KernelFunction`.
+
+    Attributes:
+      processor: the kind of processor that it computes on.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class TileWorker:
     ) -> None:
         self._store = store
         self._function = KernelFunction(network, groups, engine, dtype, threads)
-        self._processor = processor_kind(engine)
+        self.processor = processor_kind(engine)
         self._blocks: OrderedDict[tuple[str, int], Block] = OrderedDict()
         self._computing = threading.Lock()
 
@@ -118,7 +121,7 @@ class TileWorker:
                 raise type(error)(f"tile {tile}: {error}") from None
         with clock:
             _patiently((tile, kernels), self._store.write_tile)
-        return TileReport(tile, pairs, clock.seconds, self._processor)
+        return TileReport(tile, pairs, clock.seconds, self.processor)
 
     def _unknown(self, sides: Sides) -> list[tuple[str, int]]:
         """The blocks that are not prepared yet, each once."""
