@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 DUAL, SUMS = 11, 9
 """Covariances at the same time in a nonlinearity besides K and Θ, and in a sum over the taps of a filter."""
 
-PAIRS_BYTES = 2**22
+PAIRS_BYTES = 2**21
 """Largest covariances, in bytes, of the pairs that are computed at once."""
 
 
