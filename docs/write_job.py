@@ -71,7 +71,7 @@ starts. A list of one value may be written without brackets. Relative paths star
 given. A path or URL is a local path or any URL that [fsspec](https://filesystem-spec.readthedocs.io) knows, such as
 `s3://bucket/folder`.
 
-A store belongs to one job: `data`, `network` and `gram` cannot change once it exists, `workers` and `solve` can. A run
+A store belongs to one job: `data`, `network` and `gram` cannot change once it exists, the other sections can. A run
 that goes on compares the names and sizes of all image files, and the content of up to 64 of them (of an .npy or .npz,
 all of it), with those the store was made of.
 

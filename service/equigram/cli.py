@@ -186,8 +186,10 @@ def plan(job: JobArgument, address: AddressOption = None) -> None:
     spec = _load(job, address)
     from equigram.driver import check_address
     from equigram.run import check_disk, check_solver, look_at_images, make_plan, open_store, stored_survey
+    from equigram.storage import configure
     from equigram.store import GramStore
 
+    configure(spec.storage_options)
     check_address(spec.resources)
     with Screen(err) as screen:
         store = open_store(spec, screen) if GramStore.exists(spec.store) else None

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from equigram.dispatch import TILES_IN_FLIGHT, Died, Done, Failed, Started, sentence
 from equigram.errors import ClusterError, ResourceError
+from equigram.storage import configure
 from equikernel.memory import format_bytes
 from equikernel.worker import tile_sides
 
@@ -213,9 +214,10 @@ def _kill_process(process: int) -> None:
 class TileActor:
     """A tile worker as a Ray actor; it reads the images that come with a tile."""
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, storage_options: Any, *arguments: Any) -> None:
         from equikernel.worker import TileWorker
 
+        configure(storage_options)
         self._worker = TileWorker(*arguments)
 
     def ready(self) -> tuple[str, int, str, str]:
@@ -286,8 +288,15 @@ class OnRay:
             max_restarts=0,
             max_concurrency=TILES_IN_FLIGHT,
         )
+        options = self._spec.storage_options
         handle = actor.remote(
-            self._store, self._spec.network, gram.groups, self._spec.engine, gram.dtype, resources.cpus_per_worker
+            options,
+            self._store,
+            self._spec.network,
+            gram.groups,
+            self._spec.engine,
+            gram.dtype,
+            resources.cpus_per_worker,
         )
         number, self._started = self._started, self._started + 1
         self._actors[number] = handle

@@ -36,6 +36,7 @@ from equigram.local import InProcess
 from equigram.plan import Plan, Tile, Tiling, choose_edge, image_bytes, matrix_bytes, worker_bytes
 from equigram.solve.regression import memory_needed
 from equigram.solve.stage import Result, check_solvable, solve_run
+from equigram.storage import configure
 from equigram.store import GramStore, free_space
 from equikernel.errors import EquikernelError, NetworkError
 from equikernel.groups import keeps_rectangles, union
@@ -83,6 +84,7 @@ def run(spec: JobSpec, listener: Listener = nobody) -> Finished:
       StoreMismatchError: the store belongs to another job.
       StoreError, ClusterError, TileFailedError, SolverError: the run failed; what was finished is kept.
     """
+    configure(spec.storage_options)
     check_address(spec.resources)
     pair_seconds = None
     if GramStore.exists(spec.store):

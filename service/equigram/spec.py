@@ -192,6 +192,11 @@ class JobSpec(_Section):
     """The workers."""
     solve: SolveSpec | None = SolveSpec()
     """The regression; ``null`` computes the Gram matrices only."""
+    storage_options: Annotated[dict[str, dict[str, Any]], "a section of options for each protocol"] | None = Field(
+        default=None, repr=False
+    )
+    """Options of fsspec's file systems by protocol, ``{s3: {endpoint_url: "http://…"}}``. Not kept in the store, and
+    better in the environment (``FSSPEC_S3_ENDPOINT_URL``) where they are secrets."""
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -236,6 +241,10 @@ class JobSpec(_Section):
                 "equikernel.GroupCNN.kernel in your own program"
             )
         return self
+
+    def to_store(self) -> dict[str, Any]:
+        """The fields as plain data, but for what may be secret."""
+        return self.model_dump(mode="json", exclude={"storage_options"})
 
     @property
     def engine(self) -> str:

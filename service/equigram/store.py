@@ -154,7 +154,7 @@ class GramStore:
             "format": FORMAT,
             "state": "preparing",
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "spec": spec.model_dump(mode="json"),
+            "spec": spec.to_store(),
             "tile": tile,
             "train": len(dataset.train.images),
             "test": 0 if dataset.test is None else len(dataset.test.images),
@@ -287,7 +287,7 @@ class GramStore:
 
     def remember(self, spec: JobSpec) -> None:
         """Keep ``spec`` as the job of this run, where it differs in what does not change the matrices."""
-        fields = spec.model_dump(mode="json")
+        fields = spec.to_store()
         self._change("write the job into the run store", lambda attributes: {"spec": fields})
 
     def remember_worker(self, processor: str) -> None:

@@ -14,6 +14,7 @@ import equigram.dispatch
 import equigram.run
 import equikernel.worker
 from equigram.data import survey
+from equigram.driver import TileActor
 from equigram.errors import (
     ClusterError,
     DamagedTileError,
@@ -152,6 +153,23 @@ def test_a_run_in_object_storage_goes_on_from_a_lost_chunk(cluster: None, simple
     assert (started.tiles, started.missing_tiles, started.missing_pairs) == (12, 1, 8)
     assert files.exists(lost)
     assert_array_equal(GramStore.open(spec.store).matrix("gram", "C1", "ntk"), ntk)
+
+
+def test_options_of_storage_come_from_the_job_and_are_not_kept(
+    simple: Job, bucket: str, object_storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(fsspec.config, "conf", {})
+    options = {"s3": {"endpoint_url": object_storage, "key": "name", "secret": "hush-hush"}}
+    spec = simple(f"{bucket}/run", storage_options=options)
+    assert "hush" not in repr(spec)
+    assert run(spec).results
+    files = fsspec.filesystem("s3")
+    assert "hush" not in files.cat_file(f"{bucket}/run/zarr.json").decode()
+    assert all("hush" not in text.decode() for text in files.cat(f"{bucket}/run/history/*").values())
+    TileActor({"s3": {"secret": "other"}}, None, spec.network, ("C1",), "reference", "float64", 1)
+    assert fsspec.config.conf["s3"] == {**options["s3"], "secret": "other"}
 
 
 # What it goes on from
