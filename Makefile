@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 SOURCES := service workers tests benchmarks examples docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint format lock clean
+.PHONY: help install demo test soak scaling bench lint format lock clean
 
 help:           ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,12 @@ demo: $(STAMP)  ## real photographs, CNN against C4, from images to predictions 
 
 test: $(STAMP)  ## every test but the soaks
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+soak: $(STAMP)   ## hundreds of faults against real runs, an hour or so; SOAK_FAULTS=200
+	$(BIN)/python -m pytest -m soak -s
+
+scaling: $(STAMP)  ## how many tiles a second the driver hands out, and how many workers that keeps busy
+	$(BIN)/python benchmarks/scaling.py
 
 bench: $(STAMP)  ## speed against neural-tangents, as ratios in one run
 	$(BIN)/python benchmarks/bench.py

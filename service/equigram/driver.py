@@ -247,10 +247,12 @@ class OnRay:
       store: the run, whose images are read and to which the workers write.
       spec: its job.
       memory: bytes that each worker may need; Ray places them accordingly.
+      actor: what computes the tiles.
     """
 
-    def __init__(self, store: GramStore, spec: JobSpec, memory: int) -> None:
+    def __init__(self, store: GramStore, spec: JobSpec, memory: int, actor: type[TileActor] = TileActor) -> None:
         self._store = store
+        self._actor = actor
         self._spec = spec
         self._memory = memory
         self._actors: dict[int, Any] = {}
@@ -280,7 +282,7 @@ class OnRay:
         import ray
 
         gram, resources = self._spec.gram, self._spec.resources
-        actor: Any = ray.remote(TileActor).options(
+        actor: Any = ray.remote(self._actor).options(
             num_cpus=resources.cpus_per_worker,
             num_gpus=resources.gpus_per_worker,
             memory=self._memory,

@@ -128,7 +128,7 @@ def test_a_run_without_test_images_or_labels_has_no_such_arrays(job: Job, create
     np.save(tmp_path / "bare.npy", np.load(job().data.train)["x_train"])
     store = create(job(data={"train": tmp_path / "bare.npy"}, solve=None))
     assert store.labels("train") is None
-    assert sorted(zarr.open_group(store.url, mode="r").keys()) == ["gram", "images", "names"]
+    assert sorted(zarr.open_group(store.url, mode="r").keys()) == ["gram", "history", "images", "names"]
     with pytest.raises(StoreMismatchError, match="holds no matrix cross/C1/ntk; it holds gram of the groups C1"):
         store.matrix("cross", "C1", "ntk")
 
@@ -422,7 +422,7 @@ def test_the_format_of_another_version_is_refused(store: GramStore) -> None:
     document["attributes"]["equigram"] |= {"format": 7, "versions": {"equigram": "9.1"}}
     path.write_text(json.dumps(document))
     with pytest.raises(
-        StoreMismatchError, match=r"store format 7, this version of equigram reads 1; use equigram 9\.1"
+        StoreMismatchError, match=r"store format 7, this version of equigram reads 2; use equigram 9\.1"
     ):
         GramStore.open(store.url)
 
