@@ -364,6 +364,37 @@ def verify(
 
 
 @_command
+def extend(
+    store: StoreArgument,
+    data: Annotated[str, typer.Option(metavar="IMAGES", help="More images, in the forms that data.train takes.")],
+    labels: Annotated[
+        str | None, typer.Option(metavar="LABELS", help="Labels of an array without any, as data.train_labels.")
+    ] = None,
+    test: Annotated[bool, typer.Option("--test", help="They are test images, not training images.")] = False,
+    address: AddressOption = None,
+) -> None:
+    """Add images to a run, compute the tiles with them, and solve anew.
+
+    They are treated as the images that are there, with the same normalisation. What is finished keeps its bits; only
+    tiles with new images are computed, and those of the last block if it was not full.
+    """
+    from equigram.driver import check_address
+    from equigram.run import extend as extend_run
+    from equigram.screen import Screen
+    from equigram.store import GramStore
+
+    opened = GramStore.open(store)
+    spec = _on_cluster(opened.info.spec, address)
+    check_address(spec.resources)
+    with Screen(err) as screen:
+        finished = extend_run(opened, spec, "test" if test else "train", data, labels, screen)
+    info = opened.info
+    out.print(f"{store}: {info.train:,} training and {info.test:,} test images, all tiles done", soft_wrap=True)
+    if finished.results:
+        _print_results(finished.results, spec.gram.dtype)
+
+
+@_command
 def export(
     store: StoreArgument,
     output: Annotated[str, typer.Argument(metavar="OUT", help="A new .npz file, or a new .zarr: a folder or any URL.")],

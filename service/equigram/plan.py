@@ -128,6 +128,18 @@ class Tiling:
                     if strip:
                         yield strip
 
+    def partial(self, split: SplitName) -> Iterator[Tile]:
+        """The tiles of which the last, partial block of a split is a side; none where that block is full."""
+        if (self.test if split == "test" else self.train) % self.edge:
+            last = (self.test_blocks if split == "test" else self.train_blocks) - 1
+            for tile in self.tiles():
+                if split == "test":
+                    touched = tile.part == "cross" and tile.row == last
+                else:
+                    touched = tile.col == last or (tile.part == "gram" and tile.row == last)
+                if touched:
+                    yield tile
+
     def missing(self, done: Collection[Tile]) -> Iterator[Tile]:
         """The tiles that are not in ``done``, lazily and in order."""
         return (tile for tile in self.tiles() if tile not in done)

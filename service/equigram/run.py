@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import socket
@@ -15,11 +16,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from equigram.data import Survey, fingerprint, load_dataset, load_images, survey
+from equigram.data import Survey, fingerprint, load_dataset, load_images, load_more, survey
 from equigram.data.sources import some
 from equigram.dispatch import Dispatcher
 from equigram.driver import OnRay, check_address, check_room, ray_session
-from equigram.errors import DamagedTileError, DataNotFoundError, ResourceError, SpecError, StoreMismatchError
+from equigram.errors import DamagedTileError, DataError, DataNotFoundError, ResourceError, SpecError, StoreMismatchError
 from equigram.events import (
     ComputationEnded,
     ComputationStarted,
@@ -33,7 +34,7 @@ from equigram.events import (
 )
 from equigram.listeners import FLUSH_SECONDS, History
 from equigram.local import InProcess
-from equigram.plan import Plan, Tile, Tiling, choose_edge, image_bytes, matrix_bytes, worker_bytes
+from equigram.plan import Plan, SplitName, Tile, Tiling, choose_edge, image_bytes, matrix_bytes, worker_bytes
 from equigram.solve.regression import memory_needed
 from equigram.solve.stage import Result, check_solvable, solve_run
 from equigram.storage import configure
@@ -425,6 +426,49 @@ def warn_of_another_driver(store: GramStore, listener: Listener) -> None:
 def _worker(store: GramStore, spec: JobSpec) -> TileWorker:
     """A worker in this process, on all cores."""
     return TileWorker(store, spec.network, spec.gram.groups, spec.engine, spec.gram.dtype, available_cores())
+
+
+def extend(
+    store: GramStore, spec: JobSpec, split: SplitName, data: str, labels: str | None, listener: Listener
+) -> Finished:
+    """Add images to a run, compute the tiles with them, and solve anew; finished entries keep their bits.
+
+    Args:
+      store: the run.
+      spec: its job, which may name other resources than the store does.
+      split: whether they are training or test images.
+      data, labels: as ``train`` and ``train_labels`` of a job; treated as the images that are there.
+      listener: told of everything.
+
+    Raises:
+      DataError: the images or labels cannot be used, or are unlike those that are there.
+      ResourceError: the run would need more memory or disk than there is; nothing was changed.
+      StoreMismatchError: they were added before.
+    """
+    info = store.info
+    kept = store.labels("train")
+    more = load_more(
+        data, labels, split, info.preprocessing, kept, info.classes,
+        progress=lambda what, done, total: listener(Progress(what, done, total)),
+    )  # fmt: skip
+    if more.labels is None and (kept if split == "train" else store.labels(split)) is not None:
+        raise DataError(
+            f"the added images of {data} have no labels, and the {split} images in {store.url} have some; give them "
+            "labels too"
+        )
+    tiling = Tiling(
+        info.train + (len(more.images) if split == "train" else 0),
+        info.test + (len(more.images) if split == "test" else 0),
+        info.tile,
+    )
+    check_solver(spec, dataclasses.replace(stored_survey(store), train=tiling.train, test=tiling.test))
+    matrices, itemsize = len(spec.gram.groups) * len(spec.gram.kernels), np.dtype(spec.gram.dtype).itemsize
+    needed = matrix_bytes(tiling, matrices, itemsize) - matrix_bytes(info.tiling, matrices, itemsize)
+    _check_free_space(spec, needed + 4 * more.images.size, "what is added takes")
+    store.check_writable()
+    store.extend(split, more, data)
+    compute_tiles(store, spec, listener)
+    return Finished(store, tuple(solve(store, spec, listener)))
 
 
 def repair(store: GramStore, spec: JobSpec, tiles: Iterable[Tile], listener: Listener) -> None:

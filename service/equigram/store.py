@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from equigram.data import Dataset, Preprocessing
+from equigram.data import Dataset, Preprocessing, Split
 from equigram.errors import (
     DamagedArrayError,
     DamagedTileError,
@@ -86,6 +86,7 @@ class RunInfo:
     created: str
     versions: dict[str, str]
     all_versions: tuple[dict[str, str], ...]
+    extensions: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
     images_sha256: dict[str, str]
 
@@ -171,17 +172,13 @@ class GramStore:
             "python": platform.python_version(),
             "versions": versions(),
             "all_versions": [],
+            "extensions": [],
             "notes": dataset.notes,
         }
         with store._storage("create the run store"):
             root = store._claim(attributes)
             for name, split in splits.items():
-                _add_array(root, f"images/{name}", split.images, (tile, *split.images.shape[1:]))
-                if split.labels is not None:
-                    _add_array(root, f"labels/{name}", split.labels, split.labels.shape)
-                lines = [line.replace("\n", " ") for line in split.names]
-                text = np.frombuffer("\n".join(lines).encode(errors="backslashreplace"), dtype=np.uint8)
-                _add_array(root, f"names/{name}", text, text.shape)
+                store._add_split(root, name, split, tile)
             train = attributes["train"]
             for part, rows in (("gram", train), ("cross", attributes["test"])):
                 for group in spec.gram.groups:
@@ -191,6 +188,77 @@ class GramStore:
             root.create_group("history")
             root.attrs["equigram"] = {**attributes, "state": "ready"}
         return cls(spec.store)
+
+    def extend(self, split: SplitName, more: Split, source: str) -> None:
+        """Add images to a split; the tiles with them, and those of the block that they fill up, are missing then.
+
+        Interrupted, it leaves the run as it was, but for some tiles that are missing: what is added counts when the
+        attributes say so, at the end.
+
+        Args:
+          split: which.
+          more: the images, treated as those that are there, with labels if these have any.
+          source: what they are called; a source is added once.
+
+        Raises:
+          StoreMismatchError: it was added before.
+        """
+        info = self.info
+        if (split, source) in [(one["split"], one["source"]) for one in info.extensions]:
+            raise StoreMismatchError(
+                f"{source} was added to {self.url} before; `equigram run` computes what is missing"
+            )
+        before = info.test if split == "test" else info.train
+        counts = {"train": info.train, "test": info.test, split: before + len(more.images)}
+        for tile in info.tiling.partial(split):
+            self.discard_tile(tile)
+        digest = hashlib.sha256()
+        for block in range(-(-before // info.tile)):
+            digest.update(np.ascontiguousarray(self.block(split, block)).data)
+        digest.update(np.ascontiguousarray(more.images).data)
+        with self._storage("add images to the run store"):
+            if before == 0:
+                self._add_split(self._root, split, more, info.tile)
+            else:
+                _append(self._root[f"images/{split}"], before, more.images)
+                if more.labels is not None and f"labels/{split}" in self._root:
+                    _append(self._root[f"labels/{split}"], before, more.labels)
+                names: Any = self._root[f"names/{split}"]
+                text = _names_text(["", *more.names])
+                end = len(_names_text(self.names(split)))
+                _append(names, end, text)
+            for part in ("gram", "cross") if counts["test"] else ("gram",):
+                rows = counts["test"] if part == "cross" else counts["train"]
+                for group, kernel in self.matrices:
+                    name = f"{part}/{group}/{kernel}"
+                    if name in self._root:
+                        matrix: Any = self._root[name]
+                        matrix.resize((rows, counts["train"]))
+                    else:
+                        _add_matrix(self._root, name, (rows, counts["train"]), info.tile, info.spec.gram.dtype)
+            if "solution" in self._root:
+                self._call("rm", f"{self._place[1]}/solution", recursive=True)
+        self._change(
+            "add images to the run store",
+            lambda attributes: {
+                **counts,
+                "images_sha256": {**attributes["images_sha256"], split: digest.hexdigest()},
+                "extensions": [
+                    *attributes["extensions"],
+                    {"split": split, "source": source, "images": len(more.images)},
+                ],
+            },
+        )
+        self._opened.clear()
+
+    @staticmethod
+    def _add_split(root: zarr.Group, name: str, split: Split, tile: int) -> None:
+        """Write the images, labels and names of a split."""
+        _add_array(root, f"images/{name}", split.images, (tile, *split.images.shape[1:]))
+        if split.labels is not None:
+            _add_array(root, f"labels/{name}", split.labels, split.labels.shape)
+        text = _names_text(split.names)
+        _add_array(root, f"names/{name}", text, text.shape)
 
     def check_free(self) -> None:
         """Raise unless a run may be created here: nothing is there, or an interrupted creation. Writes nothing.
@@ -266,6 +334,7 @@ class GramStore:
             created=attributes["created"],
             versions=attributes["versions"],
             all_versions=tuple(attributes["all_versions"]),
+            extensions=tuple(attributes["extensions"]),
             notes=tuple(attributes["notes"]),
             images_sha256=attributes["images_sha256"],
         )
@@ -314,7 +383,7 @@ class GramStore:
 
     def images(self, split: SplitName, rows: range | None = None) -> NDArray[np.float32]:
         """Images ``(n, H, W, C)`` float32, all or those of ``rows``, as the kernels see them."""
-        return self._read_array(f"images/{split}", rows)
+        return self._read_array(f"images/{split}", self._all_rows(split) if rows is None else rows)
 
     def block(self, split: SplitName, index: int) -> NDArray[np.float32]:
         """Images ``(b, H, W, C)`` of one block of a split, as tiles are made of."""
@@ -324,12 +393,16 @@ class GramStore:
         """Class indices ``(n,)`` int64, targets ``(n, k)`` float64, or ``None`` where the images have no labels."""
         with self._storage("read labels"):
             present = f"labels/{split}" in self._root
-        return self._read_array(f"labels/{split}") if present else None
+        return self._read_array(f"labels/{split}", self._all_rows(split)) if present else None
 
     def names(self, split: SplitName) -> list[str]:
         """Where each image came from."""
         text: str = self._read_array(f"names/{split}").tobytes().decode()
-        return text.split("\n")
+        return text.split("\n")[: len(self._all_rows(split))]
+
+    def _all_rows(self, split: SplitName) -> range:
+        """The images that count: an interrupted extension may have stored more."""
+        return range(self.info.test if split == "test" else self.info.train)
 
     def describe_image(self, split: SplitName, block: int, offset: int) -> str:
         """What to call an image of a block in errors: ``"training image 17 (b/3.png)"``."""
@@ -765,6 +838,17 @@ def _add_array(group: zarr.Group, name: str, values: NDArray[Any], chunks: tuple
     )
     for start in range(0, len(values), array.chunks[0]):
         array[start : start + array.chunks[0]] = values[start : start + array.chunks[0]]
+
+
+def _names_text(names: Sequence[str]) -> NDArray[np.uint8]:
+    lines = [line.replace("\n", " ") for line in names]
+    return np.frombuffer("\n".join(lines).encode(errors="backslashreplace"), dtype=np.uint8)
+
+
+def _append(array: Any, count: int, values: NDArray[Any]) -> None:
+    """Put ``values`` behind the first ``count`` of an array, whatever an interrupted attempt has left there."""
+    array.resize((count + len(values), *array.shape[1:]))
+    array[count:] = values
 
 
 def _holds_fill_value(array: Any, values: NDArray[Any]) -> bool:

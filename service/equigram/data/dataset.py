@@ -14,7 +14,7 @@ from equigram.data.files import Header, Pixels
 from equigram.data.locations import files, locate, reaching
 from equigram.data.preprocessing import Preprocessing
 from equigram.data.selection import choose_test, choose_train, like_train, to_classes
-from equigram.data.sources import ArraySource, Progress, Source, open_source, own_test_source, source_notes
+from equigram.data.sources import ArraySource, Progress, Role, Source, open_source, own_test_source, source_notes
 from equigram.errors import DataError, ResourceError
 from equigram.spec import DataSpec
 from equikernel.memory import available_memory, format_bytes
@@ -190,8 +190,45 @@ def load_images(url: str, preprocessing: Preprocessing, *, progress: Progress | 
       DataError: an image cannot be used, or has another size or number of channels than the training images.
       ResourceError: the images need more memory than there is.
     """
-    source = open_source(url, "new")
-    chosen = _Chosen.look(source, np.arange(len(source)), None, "new", progress)
+    return _treated(open_source(url, "new"), None, "new", preprocessing, progress)
+
+
+def load_more(
+    url: str,
+    labels_url: str | None,
+    role: Role,
+    preprocessing: Preprocessing,
+    labels: Labels | None,
+    classes: tuple[str, ...] | None,
+    *,
+    progress: Progress | None = None,
+) -> Split:
+    """Read more training or test images with their labels, and treat them as the training images were treated.
+
+    Args:
+      url, labels_url: as ``train`` and ``train_labels`` of a job, or ``test`` and ``test_labels``.
+      role: which.
+      preprocessing, labels, classes: of the training images that are there.
+      progress: called with what is being done, how many images are done, and of how many.
+
+    Returns:
+      All images in the order of the source, (n, H, W, C) float32, and their labels.
+
+    Raises:
+      DataNotFoundError: nothing is there.
+      DataError: an image cannot be used, or is unlike the training images, or a label is.
+      ResourceError: the images need more memory than there is.
+    """
+    source = open_source(url, role, labels_url)
+    mapped = like_train(source.labels(), source.url, labels, classes, "the store", "added")
+    return _treated(source, mapped, role, preprocessing, progress)
+
+
+def _treated(
+    source: Source, labels: Labels | None, role: str, preprocessing: Preprocessing, progress: Progress | None
+) -> Split:
+    """All images of a source as the training images were treated."""
+    chosen = _Chosen.look(source, np.arange(len(source)), labels, role, progress)
     for place, header in enumerate(chosen.headers):
         preprocessing.check(
             header, chosen.where(place), "every training image", is_file=source.is_files,
@@ -199,9 +236,9 @@ def load_images(url: str, preprocessing: Preprocessing, *, progress: Progress | 
         )  # fmt: skip
     _check_memory(preprocessing, len(source))
     images, _ = chosen.read(preprocessing, progress)
-    preprocessing.check_scale(images, url, integer=chosen.headers[0].integer)
+    preprocessing.check_scale(images, source.url, integer=chosen.headers[0].integer)
     preprocessing.normalise(images)
-    return Split(images, None, chosen.names())
+    return Split(images, chosen.labels, chosen.names())
 
 
 def fingerprint(spec: DataSpec) -> str:

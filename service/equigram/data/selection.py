@@ -19,9 +19,14 @@ def to_classes(labels: Labels | None) -> tuple[Labels | None, tuple[str, ...] | 
 
 
 def like_train(
-    labels: Labels | None, url: str, train_labels: Labels | None, classes: tuple[str, ...] | None, train_url: str
+    labels: Labels | None,
+    url: str,
+    train_labels: Labels | None,
+    classes: tuple[str, ...] | None,
+    train_url: str,
+    role: str = "test",
 ) -> Labels | None:
-    """Test labels as indices into the training classes, or as targets of the same width."""
+    """Labels of test or added images as indices into the training classes, or as targets of the same width."""
 
     def kind(values: Labels | None) -> str:
         if values is None:
@@ -32,7 +37,7 @@ def like_train(
         return None
     if kind(labels) != kind(train_labels):
         raise DataError(
-            f"the test images of {url} have {kind(labels)}, but the training images of {train_url} have "
+            f"the {role} images of {url} have {kind(labels)}, but the training images of {train_url} have "
             f"{kind(train_labels)}; give both labels of one kind: integers for classes, floats for regression"
         )
     if classes is None:
@@ -42,7 +47,7 @@ def like_train(
     unknown = [name for name in names or () if name not in place]
     if unknown:
         raise DataError(
-            f"the test images of {url} are of the classes {some(map(repr, unknown))}, which the training images of "
+            f"the {role} images of {url} are of the classes {some(map(repr, unknown))}, which the training images of "
             f"{train_url} do not have ({some(map(repr, classes), 10)}); add training images or remove these"
         )
     assert indices is not None

@@ -1,0 +1,164 @@
+"""A run that grows: new images, old bits, and nothing computed that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from equigram.errors import DataError, StoreMismatchError
+from equigram.events import Event, TileFinished, nobody
+from equigram.plan import Tile, Tiling
+from equigram.run import extend, run
+from equigram.spec import JobSpec
+from equigram.store import GramStore
+from equigram.verify import verify
+
+Job = Callable[..., JobSpec]
+
+
+def pixels(count: int, seed: int) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, (count, 4, 4)).astype(np.uint8)
+
+
+TRAIN, TEST, MORE = pixels(10, 0), pixels(5, 1), pixels(7, 2)
+"""With tiles of 4 images, the last blocks of both splits are partial, before and after."""
+
+
+@pytest.fixture
+def spec(job: Job, tmp_path: Path) -> JobSpec:
+    np.savez(tmp_path / "first.npz", x_train=TRAIN, y_train=np.arange(10) % 3, x_test=TEST, y_test=np.arange(5) % 3)
+    np.savez(tmp_path / "more.npz", x=MORE, y=np.arange(7) % 3)
+    gram = {"groups": ["C1", "C4"], "tile": 4, "engine": "reference"}
+    return job(data={"train": tmp_path / "first.npz"}, gram=gram)
+
+
+def computed(events: list[Event]) -> set[Tile]:
+    return {event.tile for event in events if isinstance(event, TileFinished)}
+
+
+def grow(store: GramStore, split: Any, data: Path) -> set[Tile]:
+    """Extend a run; the tiles that were computed."""
+    events: list[Event] = []
+    extend(store, store.info.spec, split, str(data), None, events.append)
+    return computed(events)
+
+
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_more_training_images_are_treated_alike_and_only_their_tiles_are_computed(
+    place: str, spec: JobSpec, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if place == "bucket":
+        spec = spec.model_copy(update={"store": f"{request.getfixturevalue('bucket')}/run"})
+    store = run(spec).store
+    before = {(part, *names): store.matrix(part, *names) for part in store.parts for names in store.matrices}
+    old = set(store.info.tiling.tiles()) - set(store.info.tiling.partial("train"))
+    tiles = grow(store, "train", tmp_path / "more.npz")
+    info = GramStore.open(store.url).info
+    assert (info.train, info.test) == (17, 5)
+    assert tiles == set(info.tiling.tiles()) - old
+    images = store.images("train")
+    names = store.names("train")
+    order = [int(name.removeprefix("x_train[")[:-1]) for name in names[:10]]
+    assert names[10:] == [f"x[{index}]" for index in range(7)]
+    scaled = np.concatenate([TRAIN[order], MORE])[..., None] / 255
+    mean, std = scaled[:10].mean(), scaled[:10].std()
+    np.testing.assert_allclose(images, (scaled - mean) / std, rtol=1e-5, atol=1e-6)
+    assert_array_equal(store.labels("train"), np.concatenate([np.array(order) % 3, np.arange(7) % 3]))
+    for (part, group, kernel), values in before.items():
+        grown = store.matrix(part, group, kernel)
+        assert_array_equal(grown[: len(values), : values.shape[1]], values)
+        network = spec.network_for(group)
+        rows = store.images("test" if part == "cross" else "train")
+        exact = network.kernel(rows, None if part == "gram" else images, engine="reference")
+        assert_array_equal(grown, getattr(exact, kernel).astype(np.float32))
+    assert store.solution("C4", "ntk")[0]["coefficients"].shape[1] == 17
+    assert verify(GramStore.open(store.url), nobody, samples=4).findings == ()
+    assert run(spec).results
+
+
+def test_more_test_images(spec: JobSpec, tmp_path: Path) -> None:
+    store = run(spec).store
+    tiles = grow(store, "test", tmp_path / "more.npz")
+    assert (store.info.train, store.info.test) == (10, 12)
+    assert {tile.part for tile in tiles} == {"cross"}
+    assert len(tiles) == 2 * 3
+    assert verify(GramStore.open(store.url), nobody, samples=4).findings == ()
+
+
+def test_the_first_test_images(tmp_path: Path, spec: JobSpec) -> None:
+    np.savez(tmp_path / "alone.npz", x_train=TRAIN, y_train=np.arange(10) % 3)
+    store = run(
+        spec.model_copy(update={"data": spec.data.model_copy(update={"train": str(tmp_path / "alone.npz")})})
+    ).store
+    assert store.info.test == 0
+    grow(store, "test", tmp_path / "more.npz")
+    assert store.info.test == 7
+    assert store.solution("C1", "nngp")[0]["predictions"].shape[1] == 7
+
+
+def test_what_was_added_is_not_added_again(spec: JobSpec, tmp_path: Path) -> None:
+    store = run(spec).store
+    grow(store, "train", tmp_path / "more.npz")
+    with pytest.raises(StoreMismatchError, match=r"more.npz was added to .* before; `equigram run` computes what is"):
+        grow(store, "train", tmp_path / "more.npz")
+
+
+def test_images_that_do_not_fit_are_refused_and_change_nothing(spec: JobSpec, tmp_path: Path) -> None:
+    store = run(spec).store
+    np.savez(tmp_path / "bare.npz", x=MORE)
+    np.savez(tmp_path / "large.npz", x=np.zeros((3, 5, 5), np.uint8), y=np.zeros(3, int))
+    np.savez(tmp_path / "new.npz", x=MORE, y=np.full(7, 9))
+    before = {path: path.stat().st_mtime_ns for path in Path(store.url).rglob("*")}
+    for name, words in (
+        ("bare", "the added images of .* have no labels, and the train images in .* have some"),
+        ("large", "5"),
+        ("new", "the added images of .* are of the classes '9', which the training images of the store do not have"),
+    ):
+        with pytest.raises(DataError, match=words):
+            grow(store, "train", tmp_path / f"{name}.npz")
+    assert {path: path.stat().st_mtime_ns for path in Path(store.url).rglob("*")} == before
+
+
+def test_an_interrupted_extension_leaves_the_run_and_can_be_done_again(
+    spec: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = run(spec).store
+    gram = store.matrix("gram", "C4", "ntk")
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GramStore, "_change", die)
+        with pytest.raises(KeyboardInterrupt):
+            grow(store, "train", tmp_path / "more.npz")
+    again = GramStore.open(store.url)
+    assert again.info.train == 10
+    assert len(again.images("train")) == len(again.names("train")) == 10
+    assert run(spec).results
+    assert_array_equal(GramStore.open(store.url).matrix("gram", "C4", "ntk"), gram)
+    grow(GramStore.open(store.url), "train", tmp_path / "more.npz")
+    assert verify(GramStore.open(store.url), nobody, samples=4).findings == ()
+
+
+@pytest.mark.parametrize(("train", "test"), [(8, 4), (9, 5), (1, 0)])
+def test_partial_tiles_are_those_of_a_last_block_that_is_not_full(train: int, test: int) -> None:
+    tiling = Tiling(train, test, edge=4)
+    for split, count in (("train", train), ("test", test)):
+        partial = set(tiling.partial(split))  # type: ignore[arg-type]
+        short = {
+            tile
+            for tile in tiling.tiles()
+            for side, images in (
+                ("test" if tile.part == "cross" else "train", tiling.rows(tile)),
+                ("train", tiling.cols(tile)),
+            )
+            if side == split and len(images) < 4
+        }
+        assert partial == short
+        assert bool(partial) == bool(count % 4)
