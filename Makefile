@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 STAMP := $(VENV)/.installed
-SOURCES := service workers tests benchmarks examples docs
+SOURCES := service workers tests benchmarks examples docs deploy
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test soak scaling bench lint format lock clean
@@ -42,7 +42,10 @@ format: $(STAMP)  ## let ruff mend what it can
 
 lock: $(UV)  ## renew the locks; excludes.txt keeps TensorFlow out
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
-	  --excludes excludes.txt pyproject.toml --extra s3 --upgrade -o requirements.txt
+	  --excludes excludes.txt pyproject.toml --extra s3 --extra cluster --upgrade -o requirements.txt
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	  --excludes excludes.txt pyproject.toml --extra s3 --extra cluster --extra cuda -c requirements.txt --upgrade \
+	  -o requirements-cuda.txt
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
 	  --excludes excludes.txt pyproject.toml --extra s3 --group dev -c requirements.txt --upgrade -o requirements-dev.txt
 
