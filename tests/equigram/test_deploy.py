@@ -535,6 +535,7 @@ def nodes(object_storage: str) -> Iterator[dict[str, str]]:
         yield environment
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(240)
 def test_the_entry_points_of_compose_compute_a_job_in_the_bucket(nodes: dict[str, str], tmp_path: Path) -> None:
     given = yaml.safe_load((DEPLOY / "job-s3.yaml").read_text())
@@ -545,6 +546,7 @@ def test_the_entry_points_of_compose_compute_a_job_in_the_bucket(nodes: dict[str
     assert_complete(given["store"])
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(240)
 def test_the_autoscaler_is_asked_for_machines_until_it_is_asked_for_none(nodes: dict[str, str]) -> None:
     for count in (4, 0):
