@@ -144,6 +144,7 @@ def run(
         resources: {workers: auto, cpus_per_worker: 1, gpus_per_worker: 0}
         solve: {ridge: [1e-4, 1e-2], kernels: [nngp, ntk],
                 train_sizes: [10, 30]}
+        storage_options: null              # {s3: {endpoint_url: ...}}
 
     Predictions are `mean(Y) + K(x, X) (K(X, X) + ridge s I)^-1 (Y - mean(Y))`, with one-hot or real targets Y and s the
     mean diagonal of K(X, X).
