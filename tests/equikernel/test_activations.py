@@ -169,7 +169,7 @@ def test_a_custom_gram_matrix_is_positive_semidefinite_however_rough_the_activat
         (lambda x: np.where(x > 0, np.nan, x), "integrated on finer grids it is nan, then nan"),
         (lambda x: np.sqrt(np.abs(x)), "a series of 32 terms lacks"),
         (lambda x: np.tanh(6 * x), "of E[σ'(u)²] for u ~ N(0, 1); use nodes="),
-        (lambda x: np.tanh(300 * x), "of E[σ'(u)²] for u ~ N(0, 1); use smaller variances (w_std, images), or a named"),
+        (lambda x: np.tanh(300 * x), "of E[σ'(u)²] for u ~ N(0, 1); use other variances (w_std, images), or a named"),
         (lambda x: x @ x, "the function fails with ValueError: matmul: "),
         (lambda x: math.tanh(x), "the function fails with TypeError: "),
         (np.sign, "E[σ'(u)²] is not finite for u ~ N(0, "),
@@ -222,6 +222,16 @@ def test_small_and_vanishing_variances_of_a_custom_activation(own: Any, name: st
         exact = GroupCNN(depth=2, activation=name).kernel(x, engine=engine, dtype="float64")
         for ours, theirs in zip(kernel, exact, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_dim_images_are_checked_beside_bright_ones() -> None:
+    def bent(x: Any) -> Any:
+        return x + 1e-3 * np.tanh(1e4 * x)
+
+    image = np.random.default_rng(0).normal(size=(1, 5, 5, 1))
+    for images in (1e-3 * image, np.concatenate([30 * image, 1e-3 * image])):
+        with pytest.raises(NetworkError, match=r"of E\[σ'\(u\)²\] for u ~ N\(0, "):
+            GroupCNN(group="C1", depth=1, activation=Custom(bent)).kernel(images, dtype="float64")
 
 
 def test_a_constant_is_an_activation_and_zeros_are_images() -> None:

@@ -39,6 +39,12 @@ LARGEST_DEGREE = 6
 MOST_NODES = 100
 """Terms of the series of a custom activation at most."""
 
+RATIO = 2.0
+"""Ratio of the variances at which a custom activation is checked: its powers that are nearest to those of images."""
+
+ROUNDING = 1e-12
+"""Part of ``E[σ²]`` below which what a series lacks is a rounding error."""
+
 STEP = 0.08
 """Distance, in standard deviations, of the points of the two grids with which Hermite coefficients are integrated."""
 
@@ -335,14 +341,14 @@ class Polynomial(Activation):
 
 @dataclass(frozen=True)
 class Custom(Activation):
-    """A user's own activation, through Gauss-Hermite quadrature.
+    """A user's own activation, by a Hermite series whose coefficients are integrated numerically.
 
     >>> GroupCNN(activation=Custom(jnp.tanh))
 
     With the coefficients ``b_m(q) = E[σ(√q z) h_m(z)]``, ``z ~ N(0, 1)``, of the normalised Hermite polynomials
     ``h_m``: ``E[σσ] = Σ_m c^m b_m(q1) b_m(q2)`` and ``K̇ = ∂E[σσ]/∂k`` (Price 1958). What the terms of higher order
-    lack in ``E[σ²]`` goes to the last even and the last odd one: at ``c = ±1`` the kernel is exact, between it is too
-    large by less than what was lacking, and it is positive semi-definite exactly.
+    lack in ``E[σ²]`` goes to the last even and the last odd one, so that an image with itself has ``E[σ²]`` exactly;
+    elsewhere the error is less than what was lacking. The kernel is positive semi-definite exactly.
 
     Args:
       function: ``σ``, on arrays entry by entry. Kernels call it on float64 arrays, finite networks on JAX arrays, so
@@ -356,8 +362,8 @@ class Custom(Activation):
 
     function: Callable[[Any], Any]
     nodes: int = 32
-    _checked: float = field(default=-1.0, init=False, repr=False, compare=False)
-    """The largest variance at which the function was checked."""
+    _checked: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
+    """The powers of :data:`RATIO` that were checked, as variances."""
 
     def __post_init__(self) -> None:
         if not callable(self.function):
@@ -405,17 +411,30 @@ class Custom(Activation):
           NetworkError: ``E[σ(u)²]`` or ``E[σ'(u)²]`` is not finite, or the series lacks much of it; or ``σ`` does not
             act entry by entry.
         """
-        if (largest := float(np.max(q))) > self._checked:
-            self._check_shape()
-            self._check(largest)
-            object.__setattr__(self, "_checked", largest)
+        if not self._checked:
+            self._check_form()
+        powers = np.unique(np.rint(np.log(q[q > 0]) / math.log(RATIO))).astype(int).tolist()
+        lacking = {}
+        for power in [power for power in reversed(powers) if power not in self._checked]:
+            lacking[power] = self._check(RATIO**power)
+            self._checked.add(power)
+        worst = max(lacking, key=lambda power: lacking[power], default=0)
+        if lacking.get(worst, 0.0) > EXACT:
+            warnings.warn(
+                f"{self}: a series of {self.nodes} terms lacks {lacking[worst]:.1%} of E[σ'(u)²] for u ~ N(0, "
+                f"{RATIO**worst:.3g}), because σ has a kink or is steep, and so much may K̇ be wrong at c = ±1; more "
+                "nodes lack less, named activations nothing",
+                AccuracyWarning,
+                stacklevel=2,
+            )
         root, inverse = super().factors(q)
         return root, inverse, *self._series(root)
 
     def _series(self, root: NDArray[np.float64]) -> NDArray[np.float64]:
         """The coefficients, of which the last two hold what those of higher order lack: ``(nodes, ...)``."""
         coefficients, square = hermite_coefficients(self, root, self.nodes)
-        lacking = np.maximum(square - np.sum(coefficients**2, axis=0), 0)
+        lacking = square - np.sum(coefficients**2, axis=0)
+        lacking = np.where(lacking > ROUNDING * square, lacking, 0)
         # Shared as the last terms are, so that an odd or even function stays one.
         last = coefficients[-2:]
         size = np.sum(last**2, axis=0)
@@ -434,7 +453,7 @@ class Custom(Activation):
             nngp = nngp * c + b1 * b2
         return nngp, derivative * (x[1] * y[1])
 
-    def _check_shape(self) -> None:
+    def _check_form(self) -> None:
         """Refuse a function that does not act entry by entry."""
         probe = np.linspace(-1, 1, 6).reshape(2, 3)
         values = self(probe)
@@ -451,11 +470,11 @@ class Custom(Activation):
                 "must act on arrays entry by entry"
             )
 
-    def _check(self, q: float) -> None:
-        """Refuse a function without second moments at variance ``q``, or whose series lacks much of them.
+    def _check(self, q: float) -> float:
+        """Which part of ``E[σ'²]`` the series lacks at variance ``q``.
 
         Raises:
-          NetworkError: as said.
+          NetworkError: the function has no second moments there, or the series lacks much of them.
         """
         where = f"u ~ N(0, {q:.3g})"
         remedy = "use a function that is defined everywhere and grows more slowly, or smaller variances (w_std, images)"
@@ -502,15 +521,9 @@ class Custom(Activation):
             more = next((f"nodes={terms}, " for terms in range(self.nodes + 1, MOST_NODES + 1) if enough(terms)), "")
             raise NetworkError(
                 f"{self}: a series of {self.nodes} terms lacks {value:.1%} of E[σ(u)²] and {steep:.1%} of E[σ'(u)²] "
-                f"for {where}; use {more}smaller variances (w_std, images), or a named activation"
+                f"for {where}; use {more}other variances (w_std, images), or a named activation"
             )
-        if steep > EXACT:
-            warnings.warn(
-                f"{self}: a series of {self.nodes} terms lacks {steep:.1%} of E[σ'(u)²] for {where}, because σ has a "
-                "kink or is steep, so K̇ is too small by up to as much; more nodes lack less, named activations nothing",
-                AccuracyWarning,
-                stacklevel=2,
-            )
+        return steep
 
     @staticmethod
     def _agree(moments: list[_Moments]) -> bool:

@@ -63,7 +63,7 @@ def _convolved(step: Convolution, side: int, axis: int, group: str, padding: Pad
     if padding == "CIRCULAR" and side < size:
         raise NetworkError(
             f"{step.place}: CIRCULAR padding: a filter of {size} pixels{turned} wraps around the {side} there more "
-            f"than once{'' if turned else f'; use one of {side - 1 + side % 2} or fewer'}"
+            "than once; use a smaller filter or larger images"
         )
     if padding == "VALID" and side < size:
         raise NetworkError(

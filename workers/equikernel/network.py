@@ -202,7 +202,7 @@ class Architecture(BaseModel):
         for step in self.convolutions:
             if step.radii[0] != step.radii[1]:
                 sides = tuple(2 * radius + 1 for radius in step.radii)
-                remedies = [f"a square filter, as ({min(sides)}, {min(sides)})", *self._other_groups(height, width)]
+                remedies = ["a square filter", *self._other_groups(height, width)]
                 raise NetworkError(
                     f"{step.place}: a filter of {sides[0]}x{sides[1]} pixels is no square, and {turning} turns it; use "
                     f"{', or '.join(remedies)}"
@@ -291,8 +291,8 @@ def _check_strides(steps: tuple[Convolution, ...], padding: Padding) -> None:
     for step in steps:
         if padding == "CIRCULAR" and step.stride > 1:
             raise ValueError(
-                f"{step.place}: a stride of {step.stride} with CIRCULAR padding is refused for every group: turned "
-                "images would be seen at other pixels; use stride 1 and AvgPool, or padding SAME or VALID"
+                f"{step.place}: a stride of {step.stride} with CIRCULAR padding is not supported: of turned images "
+                "it would see other pixels; use stride 1 and AvgPool, or padding SAME or VALID"
             )
 
 

@@ -32,8 +32,11 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-DUAL, SUMS = 11, 9
+DUAL, SUMS = 13, 9
 """Covariances at the same time in a nonlinearity besides K and Θ, and in a sum over the taps of a filter."""
+
+FIXED = 2**14
+"""Bytes of everything that is no array."""
 
 PAIRS_BYTES = 2**21
 """Largest covariances, in bytes, of the pairs that are computed at once."""
@@ -253,9 +256,10 @@ class ReferenceEngine:
         return 8 * height * width * (channels + 2 * layers * sum(map(order, self.groups)))
 
     def _pair_bytes(self, group: str, height: int, width: int, channels: int) -> int:
-        images = 4 * height * width * (channels + order(group) * (1 + len(self.network.activations)))
+        planes = 1 + sum(activation.planes for activation in self.network.activations)
+        images = 6 * height * width * (channels + order(group) * planes)
         entries, _ = self._largest(self.network.steps, (height, width), group)
-        return int(8 * (images + entries))
+        return FIXED + int(8 * (images + entries))
 
     def _largest(self, steps: tuple[Step, ...], size: tuple[int, int], group: str) -> tuple[float, tuple[int, int]]:
         """The most entries at the same time during ``steps`` on images of ``size``, and the size after them."""
