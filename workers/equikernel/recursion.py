@@ -241,11 +241,11 @@ class ReferenceEngine:
 
     def pair_bytes(self, height: int, width: int, channels: int) -> int:
         """Bytes that one pair needs at most."""
-        return max(self._pair_bytes(group, height, width, channels) for group in self.groups)
+        return FIXED + max(self._pair_bytes(group, height, width, channels) for group in self.groups)
 
     def working_bytes(self, height: int, width: int, channels: int) -> int:
         """Bytes that the pairs that are computed at once need."""
-        return max(
+        return FIXED + max(
             self._at_once(group, height, width, channels) * self._pair_bytes(group, height, width, channels)
             for group in self.groups
         )
@@ -259,7 +259,7 @@ class ReferenceEngine:
         planes = 1 + sum(activation.planes for activation in self.network.activations)
         images = 6 * height * width * (channels + order(group) * planes)
         entries, _ = self._largest(self.network.steps, (height, width), group)
-        return FIXED + int(8 * (images + entries))
+        return int(8 * (images + entries))
 
     def _largest(self, steps: tuple[Step, ...], size: tuple[int, int], group: str) -> tuple[float, tuple[int, int]]:
         """The most entries at the same time during ``steps`` on images of ``size``, and the size after them."""
