@@ -91,20 +91,21 @@ class Bare:
         return row
 
 
-def make_store(folder: Path, blocks: int) -> GramStore:
-    """A store without tiles, of ``blocks`` x ``blocks`` chunks."""
-    np.savez(folder / "x.npz", x_train=np.random.default_rng(0).normal(size=(EDGE * blocks, 2, 2, 1)))
+def make_store(folder: Path, blocks: int, edge: int = EDGE) -> GramStore:
+    """A store without tiles, of ``blocks`` x ``blocks`` chunks of ``edge`` x ``edge`` values, in a new folder."""
+    folder.mkdir()
+    np.savez(folder / "x.npz", x_train=np.random.default_rng(0).normal(size=(edge * blocks, 2, 2, 1)))
     spec = JobSpec.parse(
         {
             "store": str(folder / "run"),
             "data": {"train": str(folder / "x.npz")},
             "network": {"depth": 1},
-            "gram": {"groups": ["C1"], "kernels": ["ntk"], "tile": EDGE, "engine": "reference"},
+            "gram": {"groups": ["C1"], "kernels": ["ntk"], "tile": edge, "engine": "reference"},
             "solve": None,
         }
     )
     dataset = load_dataset(spec.data, square=False)
-    return GramStore.create(spec, dataset, EDGE, fingerprint(spec.data), processor_kind())
+    return GramStore.create(spec, dataset, edge, fingerprint(spec.data), processor_kind())
 
 
 @dataclass
@@ -215,10 +216,7 @@ print(len(done), strips, seconds, before, resource.getrusage(resource.RUSAGE_SEL
 
 def resume(folder: Path, blocks: int) -> None:
     """Time and memory of a resume, in a process of its own, of a store of which all chunks but some are there."""
-    global EDGE
-    edge, EDGE = EDGE, 8
-    store = make_store(folder, blocks)
-    EDGE = edge
+    store = make_store(folder, blocks, edge=8)
     chunks = Path(store.url, "gram/C1/ntk/c")
     for row in range(blocks):
         (chunks / str(row)).mkdir(parents=True)
@@ -248,7 +246,7 @@ def main() -> None:
         if {"1", "2", "3"} & set(options.parts):
             workers = 2
             alone = bare(folder, options.blocks, workers)
-            ours = driven(make_store(folder, options.blocks), workers, 0.0)
+            ours = driven(make_store(folder / "nothing", options.blocks), workers, 0.0)
             driver, write = ours.driver_seconds / ours.tiles, workers / ours.rate
             print(f"{workers} workers, {EDGE}x{EDGE} float32 and their mirror images, a kernel that costs nothing:")
             print(f"  a bare loop {alone:.0f} tiles/s, equigram {ours.rate:.0f} tiles/s: {ours.rate / alone:.0%}")
@@ -259,9 +257,7 @@ def main() -> None:
         if "2" in options.parts:
             print("a kernel that takes 0.5 s:")
             for workers in (1, 2, 4):
-                place = folder / str(workers)
-                place.mkdir()
-                store = make_store(place, 14)
+                store = make_store(folder / str(workers), 14)
                 real = driven(store, workers, 0.5, warm=workers)
                 predicted = simulated(store.info.tiling, workers, 0.5, driver, write)
                 rate = len(store.info.tiling) / predicted
@@ -283,7 +279,7 @@ def main() -> None:
                 )
             print(f"  the driver is the first bottleneck, from about {TILE_SECONDS / driver:,.0f} workers on")
         if "4" in options.parts:
-            resume(folder, options.resume_blocks)
+            resume(folder / "resume", options.resume_blocks)
             tiling = Tiling(train=14_142 * 1024, test=0, edge=1024)
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             first = next(iter(tiling.strips()))

@@ -32,9 +32,9 @@ FLUSH_SECONDS = 60.0
 """Time between two writings of the history: so much of it is lost at most when the driver is killed."""
 
 
-def line(event: Event, moment: datetime | None = None) -> str:
-    """An event as a line of JSON, with its time in UTC."""
-    when = (moment or datetime.now(UTC)).isoformat(timespec="milliseconds")
+def line(event: Event) -> str:
+    """An event as a line of JSON, with the time in UTC."""
+    when = datetime.now(UTC).isoformat(timespec="milliseconds")
     return json.dumps({"time": when, **event.to_json()}, ensure_ascii=False)
 
 

@@ -264,11 +264,6 @@ class Plan:
         """Predicted time for the missing tiles on all workers."""
         return self.missing_pairs * self.seconds_per_pair / self.parallel
 
-    @property
-    def tile_seconds(self) -> float:
-        """Predicted time for a tile of full size."""
-        return self.tiling.edge**2 * self.seconds_per_pair
-
 
 def chunk_bytes(edge: int, itemsize: int) -> int:
     """Bytes of a stored chunk, also of a partial one at the edge of a matrix: its values and four of checksum."""

@@ -6,22 +6,20 @@ from functools import cache
 from itertools import product
 from typing import TYPE_CHECKING
 
-from equikernel.geometry import windows
-from equikernel.groups import on_grid, order, reach, symmetries, union
+from equikernel.geometry import entries, size_after
+from equikernel.groups import on_grid, order, symmetries, union
 from equikernel.layers import Branch, Convolution, Nonlinearity, Pooling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from equikernel.geometry import Size
     from equikernel.groups import Offset
     from equikernel.layers import Step
     from equikernel.network import Architecture
 
 TERM = 8
 """Operations of a weighted term of a compensated sum: a product, a sum, and six for what the sum lost."""
-
-Size = tuple[int, int]
-"""Height and width."""
 
 
 def pair_flops(network: Architecture, groups: tuple[str, ...], engine: str, image_shape: tuple[int, int, int]) -> float:
@@ -39,27 +37,27 @@ def pair_flops(network: Architecture, groups: tuple[str, ...], engine: str, imag
 
 def _covariance_flops(network: Architecture, group: str, image_shape: tuple[int, int, int], engine: str) -> float:
     """Operations for K and Θ between two elements of ``group``."""
-    *size, channels = image_shape
+    height, width, channels = image_shape
     separable = engine != "reference" and on_grid(group)
     averaged = order(group) if engine == "reference" else 1
-    total = 2.0 * channels * _entries(*size)
+    total = 2.0 * channels * entries((height, width))
     filtered = 1  # K alone, because Θ⁰ = 0
-    for step, before, after in _sizes(network.steps, (size[0], size[1]), group, network):
-        entries = _entries(*after)
+    for step, before, after in _sizes(network.steps, (height, width), group, network):
+        here = entries(after)
         if isinstance(step, Convolution) and separable:
             taps_y, taps_x = (2 * radius + 1 for radius in step.radii)
-            total += filtered * (taps_y * _entries(after[0], before[1]) + taps_x * entries)
+            total += filtered * (taps_y * entries((after[0], before[1])) + taps_x * here)
             filtered = 2
         elif isinstance(step, Convolution):
-            mean = averaged * _entries(*before) if filtered == 2 else 0.0
-            total += filtered * (mean + TERM * pixels_seen(group, step.radii) * entries)
+            mean = averaged * entries(before) if filtered == 2 else 0.0
+            total += filtered * (mean + TERM * pixels_seen(group, step.radii) * here)
             filtered = 2
         elif isinstance(step, Nonlinearity):
-            total += entries * step.activation.flops
+            total += here * step.activation.flops
         elif isinstance(step, Pooling):
-            total += 2 * _entries(*before)
+            total += 2 * entries(before)
         else:
-            total += 2 * entries
+            total += 2 * here
     return total
 
 
@@ -80,23 +78,10 @@ def components_off_grid(group: str) -> int:
     return order(group) ** 2 // shared
 
 
-def _entries(height: int, width: int) -> float:
-    """Of a covariance of images of that size."""
-    return float(height * width) ** 2
-
-
 def _sizes(steps: tuple[Step, ...], size: Size, group: str, network: Architecture) -> Iterator[tuple[Step, Size, Size]]:
     """Each step with the image size before and after it."""
     for step in steps:
-        before = size
-        if isinstance(step, Convolution):
-            rows, cols = (
-                windows(side, radius, step.stride, network.padding).outputs
-                for side, radius in zip(size, reach(group, step.radii), strict=True)
-            )
-            size = rows, cols
-        elif isinstance(step, Pooling):
-            size = size[0] // step.size, size[1] // step.size
-        elif isinstance(step, Branch):
-            yield from _sizes(step.steps, size, group, network)
+        before, size = size, size_after(step, size, group, network.padding)
+        if isinstance(step, Branch):
+            yield from _sizes(step.steps, before, group, network)
         yield step, before, size

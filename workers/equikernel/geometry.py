@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from equikernel import groups
 from equikernel.errors import NetworkError
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 SEARCHED = 4096
 """Largest image side that is looked at for one that works."""
+
+
+Size: TypeAlias = tuple[int, int]
+"""Height and width."""
 
 
 class Windows(NamedTuple):
@@ -82,6 +86,28 @@ def _convolved(step: Convolution, side: int, axis: int, group: str, padding: Pad
             f"do not lie symmetrically; {rule}"
         )
     return outputs
+
+
+def size_after(step: Step, size: Size, group: str, padding: Padding) -> Size:
+    """The size of images after a step that fits them."""
+    if isinstance(step, Convolution):
+        rows, cols = (
+            windows(side, radius, step.stride, padding).outputs
+            for side, radius in zip(size, groups.reach(group, step.radii), strict=True)
+        )
+        return rows, cols
+    return (size[0] // step.size, size[1] // step.size) if isinstance(step, Pooling) else size
+
+
+def padded_size(step: Convolution, size: Size, group: str, padding: Padding) -> Size:
+    """The size of images with the border that the filters of a convolution see."""
+    y, x = groups.reach(group, step.radii) if padding != "VALID" else (0, 0)
+    return size[0] + 2 * y, size[1] + 2 * x
+
+
+def entries(size: Size) -> int:
+    """Of a covariance between all pixels of two images of that size."""
+    return (size[0] * size[1]) ** 2
 
 
 def nearest_sides(works: Callable[[int], bool], side: int) -> list[int]:

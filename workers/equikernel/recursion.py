@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from equikernel.geometry import windows
+from equikernel.geometry import entries, padded_size, size_after, windows
 from equikernel.groups import multiplication_table, order, reach, symmetries
 from equikernel.images import Labels, in_range
 from equikernel.layers import Branch, Convolution, Nonlinearity, Pooling
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from equikernel.geometry import Size
     from equikernel.groups import Offset
     from equikernel.layers import Step
     from equikernel.network import Architecture
@@ -258,39 +259,31 @@ class ReferenceEngine:
     def _pair_bytes(self, group: str, height: int, width: int, channels: int) -> int:
         planes = 1 + sum(activation.planes for activation in self.network.activations)
         images = 6 * height * width * (channels + order(group) * planes)
-        entries, _ = self._largest(self.network.steps, (height, width), group)
-        return int(8 * (images + entries))
+        covariances, _ = self._largest(self.network.steps, (height, width), group)
+        return int(8 * (images + covariances))
 
-    def _largest(self, steps: tuple[Step, ...], size: tuple[int, int], group: str) -> tuple[float, tuple[int, int]]:
+    def _largest(self, steps: tuple[Step, ...], size: Size, group: str) -> tuple[float, Size]:
         """The most entries at the same time during ``steps`` on images of ``size``, and the size after them."""
         n, padding, most = order(group) ** 2, self.network.padding, 0.0
         for step in steps:
-            before = n * _entries(size)
+            before, after = n * entries(size), size_after(step, size, group, padding)
             match step:
                 case Convolution():
-                    radii = reach(group, step.radii)
-                    border = radii if padding != "VALID" else (0, 0)
-                    padded = n * _entries((size[0] + 2 * border[0], size[1] + 2 * border[1]))
-                    rows, cols = (
-                        windows(side, radius, step.stride, padding).outputs
-                        for side, radius in zip(size, radii, strict=True)
-                    )
-                    size = rows, cols
                     # K and Θ, their mean over the group, that padded, both results, and the sums of one component.
-                    needed = 3 * before + padded + (3 + SUMS / n) * n * _entries(size)
+                    padded = n * entries(padded_size(step, size, group, padding))
+                    needed = 3 * before + padded + (3 + SUMS / n) * n * entries(after)
                 case Nonlinearity():
                     needed = (2 + DUAL) * before
-                case Pooling(_, side):
+                case Pooling():
                     needed = 4 * before
-                    size = size[0] // side, size[1] // side
                 case Branch(_, inner):
                     needed = 4 * before + self._largest(inner, size, group)[0]
-            most = max(most, needed)
+            most, size = max(most, needed), after
         return most, size
 
     def _at_once(self, group: str, height: int, width: int, channels: int) -> int:
         """Pairs that are computed at once."""
-        few = PAIRS_BYTES // (8 * order(group) ** 2 * (height * width) ** 2)
+        few = PAIRS_BYTES // (8 * order(group) ** 2 * entries((height, width)))
         return int(max(1, min(few, self.memory // self._pair_bytes(group, height, width, channels))))
 
     def pairs(
@@ -309,8 +302,3 @@ class ReferenceEngine:
                 parts.append([values.mean(axis=(1, 2, 3, 4, 5, 6)) for values in final])
             results[group] = Pooled(*(np.concatenate(values) for values in zip(*parts, strict=True)))
         return results
-
-
-def _entries(size: tuple[int, int]) -> float:
-    """Of a component of a covariance of images of that size."""
-    return float(size[0] * size[1]) ** 2

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -33,8 +33,8 @@ from equikernel.engines.dense import (
     representatives,
 )
 from equikernel.engines.device import device_memory, platform, power_of_two
-from equikernel.geometry import windows
-from equikernel.groups import Symmetry, on_grid, reach, union
+from equikernel.geometry import entries, padded_size, size_after
+from equikernel.groups import Symmetry, on_grid, union
 from equikernel.images import Labels, in_range
 from equikernel.layers import Branch, Convolution, Nonlinearity, Pooling
 from equikernel.pooled import Pooled, Prepared, by_group
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from equikernel.geometry import Size
     from equikernel.layers import Step
     from equikernel.network import Architecture
 
@@ -52,9 +53,6 @@ ENTRIES = {"cpu": 2**17, "gpu": 2**26}
 
 DUAL, SUMS = 8, 4
 """Covariances at the same time in a nonlinearity, and in the sums over a filter besides its input and output."""
-
-Size: TypeAlias = tuple[int, ...]
-"""Height and width."""
 
 IDENTITY = Symmetry(False, 0)
 
@@ -166,7 +164,7 @@ class GeneralEngine:
 
     def _at_once(self, height: int, width: int, channels: int, count: int = sys.maxsize) -> int:
         """How many of ``count`` pairs are computed at once: as many as are fast and fit, a power of two."""
-        fast = ENTRIES[platform()] // (self.count * _entries((height, width)))
+        fast = ENTRIES[platform()] // (self.count * entries((height, width)))
         fit = min(self.memory, device_memory()) // self.pair_bytes(height, width, channels)
         return power_of_two(max(1, min(fast, fit, 2 * count - 1)))
 
@@ -183,33 +181,21 @@ class GeneralEngine:
 
     def _largest(self, steps: tuple[Step, ...], size: Size, *, lifting: bool = False) -> tuple[int, Size]:
         """The most entries at the same time during ``steps`` on images of ``size``, and the size after them."""
-        most = 0
+        group, padding, most = self.groups[0], self.network.padding, 0
         for step in steps:
-            before = self.count * _entries(size)
+            before, after = self.count * entries(size), size_after(step, size, group, padding)
             match step:
                 case Convolution():
-                    radii = reach(self.groups[0], step.radii)
-                    border = radii if self.network.padding != "VALID" else (0, 0)
-                    padded = _entries((size[0] + 2 * border[0], size[1] + 2 * border[1]))
-                    size = tuple(
-                        windows(side, radius, step.stride, self.network.padding).outputs
-                        for side, radius in zip(size, radii, strict=True)
-                    )
+                    padded = entries(padded_size(step, size, group, padding))
                     needed = before * (3 if lifting else 4) + padded
                     if not self.grid:  # also the mean over the cosets, and compensated sums
-                        needed += padded + (self.count + SUMS) * _entries(size)
+                        needed += padded + (self.count + SUMS) * entries(after)
                     lifting = False
                 case Nonlinearity():
                     needed = DUAL * before
-                case Pooling(_, side):
+                case Pooling():
                     needed = 4 * before
-                    size = size[0] // side, size[1] // side
                 case Branch(_, inner):
                     needed = 2 * before + self._largest(inner, size)[0]
-            most = max(most, needed)
+            most, size = max(most, needed), after
         return most, size
-
-
-def _entries(size: Size) -> int:
-    """Of a covariance of images of that size."""
-    return (size[0] * size[1]) ** 2
