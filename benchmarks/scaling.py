@@ -137,7 +137,7 @@ def driven(store: GramStore, workers: int, seconds: float, warm: int = 50) -> Ru
         runtime_env={"env_vars": {"STUB_SECONDS": str(seconds)}},
     )  # fmt: skip
     try:
-        executor = Counted(store, store.info.spec, MEMORY, Stub)
+        executor = Counted(store, store.info.spec, ("C1",), MEMORY, Stub)
         reports = Dispatcher(store.info.tiling.strips(), executor, nobody, 600).run()
         for _ in range(warm):
             next(reports)

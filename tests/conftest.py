@@ -98,10 +98,12 @@ def compute() -> Callable[..., None]:
 
     def fill(store: GramStore, tiles: Iterable[Tile] | None = None) -> None:
         spec = store.info.spec
-        gram = spec.gram
-        worker = TileWorker(store, spec.network, gram.groups, spec.engine, gram.dtype, threads=1)
-        for tile in store.info.tiling.tiles() if tiles is None else tiles:
-            worker.compute(tile)
+        chosen = list(store.info.tiling.tiles() if tiles is None else tiles)
+        for one, part in store.passes():
+            engine = spec.engine_for(one.groups)
+            worker = TileWorker(part, spec.network, one.groups, engine, spec.gram.dtype, threads=1)
+            for tile in chosen:
+                worker.compute(tile)
 
     return fill
 

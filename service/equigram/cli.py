@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec, TextIO
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TextIO, cast
 
 import typer
 from rich.console import Console
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from equigram.events import Listener
     from equigram.plan import Plan
     from equigram.solve.stage import Result
-    from equigram.spec import JobSpec
+    from equigram.spec import JobSpec, KernelName
     from equigram.store import GramStore
 
 app = typer.Typer(
@@ -73,7 +73,7 @@ def _terminate(*_: object) -> None:
 def _command(function: Callable[Parameters, None]) -> Callable[Parameters, None]:
     """Registers a command; errors that are raised on purpose become one sentence and an exit code."""
 
-    @app.command()
+    @app.command(name=function.__name__.rstrip("_"))
     @functools.wraps(function)
     def command(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
         before = signal.signal(signal.SIGTERM, _terminate)
@@ -175,7 +175,16 @@ def run(
 
 
 @_command
-def plan(job: JobArgument, address: AddressOption = None) -> None:
+def plan(
+    job: JobArgument,
+    address: AddressOption = None,
+    price: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, metavar="NUMBER", help="Price of 1,000 GPU-hours, or CPU-hours for workers without GPUs."
+        ),
+    ] = None,
+) -> None:
     """Show what a job will cost before anything starts: tiles, pairs, bytes, memory, time.
 
     Images, network, memory and disk are checked as `run` would check them. The time is predicted from the cost of a
@@ -200,7 +209,7 @@ def plan(job: JobArgument, address: AddressOption = None) -> None:
             found = stored_survey(store)
             check_solver(spec, found)
         result = make_plan(spec, found, store, screen)
-    _print_plan(spec, result, (found.height, found.width, found.channels), begun=store is not None)
+    _print_plan(spec, result, (found.height, found.width, found.channels), price, begun=store is not None)
     if store is None:
         check_disk(spec, result)
 
@@ -214,17 +223,18 @@ def status(store: StoreArgument) -> None:
 
     opened = GramStore.open(store)
     info = opened.info
-    done = opened.finished_tiles()
-    tiling = info.tiling
-    missing = len(tiling) - len(done)
-    pairs = done.pairs
+    tiling, done = info.tiling, opened.finished_tiles()
+    passes = [done] if len(info.passes) == 1 else [part.finished_tiles() for _, part in opened.passes()]
+    tiles, finished, pairs = len(passes) * len(tiling), sum(map(len, passes)), sum(one.pairs for one in passes)
+    missing, total = tiles - finished, len(passes) * tiling.total_pairs
+    times = f" in {len(passes)} passes" if len(passes) > 1 else ""
     _print_facts(
         ("store", store),
         ("created", f"{info.created}, equigram {info.versions.get('equigram', '?')}, on {info.processor}"),
         ("images", f"{info.train:,} training, {info.test:,} test, {'x'.join(map(str, info.image_shape))}"),
         ("networks", _networks(info.spec)),
-        ("tiles", f"{len(done):,} of {len(tiling):,} done, {missing:,} missing"),
-        ("pairs", f"{pairs:,} of {tiling.total_pairs:,} ({pairs / tiling.total_pairs:.1%})"),
+        ("tiles", f"{finished:,} of {tiles:,} done{times}, {missing:,} missing"),
+        ("pairs", f"{pairs:,} of {total:,} ({pairs / total:.1%})"),
         ("history", summary(opened.history())),
     )
     if missing:
@@ -367,28 +377,46 @@ def verify(
 @_command
 def extend(
     store: StoreArgument,
-    data: Annotated[str, typer.Option(metavar="IMAGES", help="More images, in the forms that data.train takes.")],
+    data: Annotated[
+        str | None, typer.Option(metavar="IMAGES", help="More images, in the forms that data.train takes.")
+    ] = None,
     labels: Annotated[
         str | None, typer.Option(metavar="LABELS", help="Labels of an array without any, as data.train_labels.")
     ] = None,
     test: Annotated[bool, typer.Option("--test", help="They are test images, not training images.")] = False,
+    groups: Annotated[
+        list[str] | None, typer.Option("--group", metavar="GROUP", help="One more group, C8, D4, …; again for more.")
+    ] = None,
+    kernels: Annotated[
+        list[str] | None, typer.Option("--kernel", metavar="KERNEL", help="One more kernel, nngp or ntk.")
+    ] = None,
     address: AddressOption = None,
 ) -> None:
-    """Add images to a run, compute the tiles with them, and solve anew.
+    """Add images, groups or kernels to a run, compute what that needs, and solve anew.
 
-    They are treated as the images that are there, with the same normalisation. What is finished keeps its bits; only
-    tiles with new images are computed, and those of the last block if it was not full.
+    Images are treated as those that are there, with the same normalisation. What is finished keeps its bits: only tiles
+    with new images are computed, those of the last block if it was not full, and those of new groups and kernels.
+    Name the new groups and kernels in the job file too before you run it again.
     """
     from equigram.driver import check_address
     from equigram.run import extend as extend_run
+    from equigram.run import extend_matrices, finish
     from equigram.screen import Screen
     from equigram.store import GramStore
 
+    if data is None and not groups and not kernels:
+        raise SpecError("nothing to add; name images (--data), groups (--group) or kernels (--kernel)")
+    if data is None and (test or labels):
+        raise SpecError(f"{'--test' if test else '--labels'} is about images, and none are named; add --data IMAGES")
     opened = GramStore.open(store)
     spec = _on_cluster(opened.info.spec, address)
     check_address(spec.resources)
     with Screen(err) as screen:
-        finished = extend_run(opened, spec, "test" if test else "train", data, labels, screen)
+        if groups or kernels:
+            spec = extend_matrices(opened, spec, groups or (), cast("list[KernelName]", kernels or []))
+        if data is not None:
+            extend_run(opened, spec, "test" if test else "train", data, labels, screen)
+        finished = finish(opened, spec, screen)
     info = opened.info
     out.print(f"{store}: {info.train:,} training and {info.test:,} test images, all tiles done", soft_wrap=True)
     if finished.results:
@@ -435,6 +463,34 @@ def export(
             lambda done, total: screen(Progress("matrices", done, total)),
         )
     out.print(f"{output}: {', '.join(names)}", soft_wrap=True)
+
+
+@_command
+def import_(
+    job: JobArgument,
+    source: Annotated[str, typer.Argument(metavar="MATRICES", help="An .npz file or a zarr, as `export` writes them.")],
+    samples: Annotated[
+        int, typer.Option(min=0, metavar="NUMBER", help="Tiles that are computed here for comparison.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(min=0, metavar="NUMBER", help="Of the choice of these.")] = 0,
+) -> None:
+    """Fill the store of a job with Gram matrices that were computed elsewhere.
+
+    MATRICES holds `gram/<group>/<kernel>` (n, n) and `cross/<group>/<kernel>` (m, n) for the images of the job in their
+    order in the store, NaN where a value is missing. Tiles that are complete there and missing in the store are taken,
+    after some of them were computed here and found equal up to rounding; `equigram run` computes the rest.
+    """
+    from equigram.importing import import_matrices
+    from equigram.run import prepare
+    from equigram.screen import Screen
+
+    spec = _load(job, None)
+    with Screen(err) as screen:
+        store, _ = prepare(spec, screen)
+        taken = import_matrices(store, source, screen, samples, seed)
+    missing = sum(len(store.info.tiling) - len(part.finished_tiles()) for _, part in store.passes())
+    out.print(f"{spec.store}: {taken:,} tiles imported, {missing:,} missing", soft_wrap=True)
+    out.print(f"next: equigram run {shlex.quote(str(job))}", soft_wrap=True)
 
 
 def _version(show: bool) -> None:
@@ -539,7 +595,9 @@ def _print_facts(*facts: tuple[str, str]) -> None:
         out.print(f"{name:<{width}}  {text}", soft_wrap=True)
 
 
-def _print_plan(spec: JobSpec, plan: Plan, image_shape: tuple[int, int, int], *, begun: bool) -> None:
+def _print_plan(
+    spec: JobSpec, plan: Plan, image_shape: tuple[int, int, int], price: float | None, *, begun: bool
+) -> None:
     from equigram.screen import duration
     from equikernel.memory import available_memory, format_bytes
 
@@ -547,14 +605,17 @@ def _print_plan(spec: JobSpec, plan: Plan, image_shape: tuple[int, int, int], *,
     each = f"each {resources.cpus_per_worker} CPU, {resources.gpus_per_worker:g} GPU, {format_bytes(plan.worker_bytes)}"
     test = f" and {plan.matrices} of {tiling.test:,} x {tiling.train:,}" if tiling.test else ""
     missing = f": {plan.missing:,} missing" if begun else ""
+    times = f", in each of {len(plan.costs)} passes" if len(plan.costs) > 1 else ""
+    cores = resources.cpus_per_worker
+    costs = " + ".join(f"{cost * 1e3:.3g}" for cost in plan.costs.values())
     _print_facts(
         ("store", f"{spec.store} ({'begun' if begun else 'new'}), {format_bytes(plan.store_bytes)} when finished"),
         ("images", f"{tiling.train:,} training, {tiling.test:,} test, {'x'.join(map(str, image_shape))}"),
         ("networks", _networks(spec)),
-        ("engine", spec.engine),
+        ("engine", ", ".join(dict.fromkeys(spec.engine_for(one.groups) for one in plan.costs))),
         ("matrices", f"{plan.matrices} of {tiling.train:,} x {tiling.train:,}{test}"),
-        ("tiles", f"{len(tiling):,} of {tiling.edge} x {tiling.edge} images{missing}"),
-        ("pairs", f"{tiling.total_pairs:,}{f': {plan.missing_pairs:,} missing' if begun else ''}"),
+        ("tiles", f"{len(tiling):,} of {tiling.edge} x {tiling.edge} images{times}{missing}"),
+        ("pairs", f"{tiling.total_pairs:,}{times}{f': {plan.missing_pairs:,} missing' if begun else ''}"),
         (
             "workers",
             f"{plan.workers:,}, {each}" if plan.workers else "none: this process is faster than a cluster starts",
@@ -565,9 +626,14 @@ def _print_plan(spec: JobSpec, plan: Plan, image_shape: tuple[int, int, int], *,
             if spec.solve
             else "nothing",
         ),
-        ("a pair", f"{plan.seconds_per_pair * 1e3:.3g} ms on one worker, measured on this machine"),
+        ("a pair", f"{costs} ms on one worker, measured on this machine"),
         ("time", f"about {duration(max(plan.seconds, 0.1))}" if plan.missing else "nothing is left to compute"),
     )
+    if price is not None:
+        gpus = resources.gpus_per_worker
+        kind, units = ("GPU", gpus) if gpus else ("CPU", float(cores))
+        hours = plan.work * units / 3600
+        _print_facts(("cost", f"{hours * price / 1000:,.2f} for {hours:,.3g} {kind}-hours at {price:,g} per 1,000"))
 
 
 def _print_results(results: Sequence[Result], dtype: str) -> None:

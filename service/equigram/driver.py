@@ -246,14 +246,23 @@ class OnRay:
     Args:
       store: the run, whose images are read and to which the workers write.
       spec: its job.
+      groups: those of the pass.
       memory: bytes that each worker may need; Ray places them accordingly.
       actor: what computes the tiles.
     """
 
-    def __init__(self, store: GramStore, spec: JobSpec, memory: int, actor: type[TileActor] = TileActor) -> None:
+    def __init__(
+        self,
+        store: GramStore,
+        spec: JobSpec,
+        groups: tuple[str, ...],
+        memory: int,
+        actor: type[TileActor] = TileActor,
+    ) -> None:
         self._store = store
         self._actor = actor
         self._spec = spec
+        self._groups = groups
         self._memory = memory
         self._actors: dict[int, Any] = {}
         self._places: dict[int, tuple[str, int]] = {}
@@ -295,8 +304,8 @@ class OnRay:
             options,
             self._store,
             self._spec.network,
-            gram.groups,
-            self._spec.engine,
+            self._groups,
+            self._spec.engine_for(self._groups),
             gram.dtype,
             resources.cpus_per_worker,
         )

@@ -11,6 +11,8 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from equigram.spec import Pass
+
 Part = Literal["gram", "cross"]
 SplitName = Literal["train", "test"]
 
@@ -242,19 +244,22 @@ class Plan:
     """What a run will cost, worked out before anything starts. Bytes and seconds are predictions.
 
     Attributes:
+      costs: seconds of a pair on one worker, in each pass.
+      missing, missing_pairs: in all passes.
       workers: 0 where this process computes.
       parallel: pairs that are computed at the same time.
-      seconds_per_pair: on one worker.
+      work: seconds that the missing pairs take on one worker.
     """
 
     tiling: Tiling
+    costs: dict[Pass, float]
     missing: int
     missing_pairs: int
     matrices: int
     dtype: str
     workers: int
     parallel: int
-    seconds_per_pair: float
+    work: float
     store_bytes: int
     worker_bytes: int
     solver_bytes: int
@@ -262,7 +267,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Predicted time for the missing tiles on all workers."""
-        return self.missing_pairs * self.seconds_per_pair / self.parallel
+        return self.work / self.parallel
 
 
 def chunk_bytes(edge: int, itemsize: int) -> int:

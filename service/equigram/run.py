@@ -8,7 +8,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -34,22 +34,23 @@ from equigram.events import (
 )
 from equigram.listeners import FLUSH_SECONDS, History
 from equigram.local import InProcess
-from equigram.plan import Plan, SplitName, Tile, Tiling, choose_edge, image_bytes, matrix_bytes, worker_bytes
+from equigram.plan import Plan, SplitName, Tile, TileSet, Tiling, choose_edge, image_bytes, matrix_bytes, worker_bytes
 from equigram.solve.regression import memory_needed
 from equigram.solve.stage import Result, check_solvable, solve_run
+from equigram.spec import JobSpec, KernelName
 from equigram.storage import configure
-from equigram.store import GramStore, free_space
+from equigram.store import SAME_SOFTWARE, GramStore, free_space, versions
 from equikernel.errors import EquikernelError, NetworkError
 from equikernel.groups import keeps_rectangles, union
 from equikernel.kernel import KernelFunction, available_cores
 from equikernel.memory import available_memory, format_bytes
-from equikernel.worker import CACHED_BLOCKS, TileWorker, measure_pair_seconds, processor_kind
+from equikernel.worker import CACHED_BLOCKS, TileReport, TileWorker, measure_pair_seconds, processor_kind
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from equigram.dispatch import Executor
-    from equigram.spec import JobSpec, ResourceSpec
+    from equigram.spec import Pass, ResourceSpec
     from equikernel.network import Architecture
 
 WORKER_BYTES = 350 * 2**20
@@ -85,16 +86,31 @@ def run(spec: JobSpec, listener: Listener = nobody) -> Finished:
       StoreMismatchError: the store belongs to another job.
       StoreError, ClusterError, TileFailedError, SolverError: the run failed; what was finished is kept.
     """
+    store, costs = prepare(spec, listener)
+    return finish(store, spec, listener, costs)
+
+
+def prepare(spec: JobSpec, listener: Listener = nobody) -> tuple[GramStore, dict[Pass, float] | None]:
+    """The store of a job with its images, made if there is none, and the costs of its pairs where they were measured.
+
+    Raises: as :func:`run`.
+    """
     configure(spec.storage_options)
     check_address(spec.resources)
-    pair_seconds = None
     if GramStore.exists(spec.store):
         store = open_store(spec, listener)
         check_solver(spec, stored_survey(store))
         store.remember(spec)
-    else:
-        store, pair_seconds = create_store(spec, listener)
-    compute_tiles(store, spec, listener, pair_seconds)
+        return store, None
+    return create_store(spec, listener)
+
+
+def finish(store: GramStore, spec: JobSpec, listener: Listener, costs: dict[Pass, float] | None = None) -> Finished:
+    """Compute the tiles that a store lacks, and those that turn out to be damaged, and solve.
+
+    Args, Raises: as of :func:`compute_tiles` and :func:`run`.
+    """
+    compute_tiles(store, spec, listener, costs)
     try:
         results = solve(store, spec, listener)
     except DamagedTileError:
@@ -119,23 +135,41 @@ def open_store(spec: JobSpec, listener: Listener) -> GramStore:
     except DataNotFoundError:
         listener(Note(f"the image source {spec.data.train} is not there any more; the images in the store are used"))
     else:
-        if current != info.fingerprint:
+        changed = [
+            f"{what} {_short(stored)} in the store and {_short(current.get(what))} now"
+            for what, stored in info.fingerprint.items()
+            if stored != current.get(what)
+        ]
+        if changed:
             raise StoreMismatchError(
-                f"the image files of this job have changed since {spec.store} was made on {info.created} (other "
-                "names, sizes, content or number of files); restore them, or give the job another `store`"
+                f"the image files of this job have changed since {spec.store} was made on {info.created}: "
+                f"{'; '.join(changed)}. Restore them, or give the job another `store`"
             )
-    if info.processor != processor_kind(spec.engine):
+    before = {"processor": info.processor} | {name: info.versions.get(name, "?") for name in SAME_SOFTWARE}
+    now = {"processor": _first_processor(spec)} | versions(SAME_SOFTWARE)
+    changed = [f"{what} {then}, now {now.get(what)}" for what, then in before.items() if then != now.get(what)]
+    if changed:
         listener(
             Note(
-                f"the store was begun on {info.processor} processors and goes on with {processor_kind(spec.engine)}: "
-                "float32 values agree to 5e-6, not to the bit"
+                f"the store was begun with {'; '.join(changed)}: float32 values agree to 5e-6, and perhaps not to the "
+                "bit"
             )
         )
     return store
 
 
-def create_store(spec: JobSpec, listener: Listener) -> tuple[GramStore, float]:
-    """A new store with the images of a job, after everything that can be refused was; and the cost of a pair."""
+def _short(fact: int | str | None) -> str:
+    """A number of a fingerprint, or the beginning of a checksum."""
+    return f"{fact:,}" if isinstance(fact, int) else str(fact)[:12]
+
+
+def _first_processor(spec: JobSpec) -> str:
+    """The kind of processor that computes the first pass of a job, if this machine does."""
+    return processor_kind(spec.engine_for(spec.gram.passes[0].groups))
+
+
+def create_store(spec: JobSpec, listener: Listener) -> tuple[GramStore, dict[Pass, float]]:
+    """A new store with the images of a job, after everything that can be refused was; and the costs of its pairs."""
     found = look_at_images(spec)
     GramStore(spec.store).check_writable()
     plan = make_plan(spec, found, None, listener)
@@ -145,8 +179,8 @@ def create_store(spec: JobSpec, listener: Listener) -> tuple[GramStore, float]:
     )
     for note in dataset.notes:
         listener(Note(note))
-    store = GramStore.create(spec, dataset, plan.tiling.edge, fingerprint(spec.data), processor_kind(spec.engine))
-    return store, plan.seconds_per_pair
+    store = GramStore.create(spec, dataset, plan.tiling.edge, fingerprint(spec.data), _first_processor(spec))
+    return store, plan.costs
 
 
 def look_at_images(spec: JobSpec) -> Survey:
@@ -183,17 +217,17 @@ def solver_memory(spec: JobSpec, train: int, test: int) -> int:
     return memory_needed(train) + test * train * np.dtype(spec.gram.dtype).itemsize
 
 
-def worker_memory(spec: JobSpec, tiling: Tiling, image_shape: tuple[int, int, int]) -> int:
-    """Bytes that a worker needs at most, for images of ``(H, W, C)``."""
+def worker_memory(spec: JobSpec, groups: tuple[str, ...], tiling: Tiling, image_shape: tuple[int, int, int]) -> int:
+    """Bytes that a worker needs at most for a pass over ``groups``, for images of ``(H, W, C)``."""
     gram, threads = spec.gram, spec.resources.cpus_per_worker
-    engine = KernelFunction(spec.network, gram.groups, spec.engine, gram.dtype, threads).engine
+    engine = KernelFunction(spec.network, groups, spec.engine_for(groups), gram.dtype, threads).engine
     blocks = worker_bytes(
         tiling.edge,
         engine.image_bytes(*image_shape),
         4 * math.prod(image_shape),
         CACHED_BLOCKS,
-        len(union(gram.groups)),
-        len(gram.groups),
+        len(union(groups)),
+        len(groups),
         np.dtype(gram.dtype).itemsize,
     )
     return WORKER_BYTES + engine.working_bytes(*image_shape) + blocks
@@ -258,32 +292,36 @@ def make_plan(spec: JobSpec, found: Survey, store: GramStore | None, listener: L
     listener(
         Note("measuring the cost of a pair on this machine (the first time on a machine, the kernels are compiled)")
     )
-    pair = predicted_pair_seconds(spec, shape)
+    passes = gram.passes if store is None else store.info.passes
+    costs = {one: predicted_pair_seconds(spec, one.groups, shape) for one in passes}
     workers = wanted_workers(resources)
     if store is not None:
         edge = store.info.tile
     elif gram.tile == "auto":
-        edge = choose_edge(found.train, found.test, pair, workers)
+        edge = choose_edge(found.train, found.test, max(costs.values()), workers)
     else:
         edge = gram.tile
     tiling = Tiling(found.train, found.test, edge)
-    done = None if store is None else store.finished_tiles()
-    missing_pairs = tiling.total_pairs - (done.pairs if done is not None else 0)
-    memory = worker_memory(spec, tiling, shape)
+    done = {} if store is None else {one: part.finished_tiles() for one, part in store.passes()}
+    missing = {one: len(tiling) - len(done.get(one, ())) for one in passes}
+    missing_pairs = {one: tiling.total_pairs - (done[one].pairs if one in done else 0) for one in passes}
+    work = sum(costs[one] * missing_pairs[one] for one in passes)
+    memory = max(worker_memory(spec, one.groups, tiling, shape) for one in passes)
     check_worker_memory(spec, memory)
     if resources.address is None:
         workers = min(workers, available_memory() // memory)
-    here = computes_here(resources, pair * missing_pairs / workers)
-    matrices, itemsize = len(gram.groups) * len(gram.kernels), np.dtype(gram.dtype).itemsize
+    here = computes_here(resources, work / workers)
+    matrices, itemsize = len(gram.matrices), np.dtype(gram.dtype).itemsize
     return Plan(
         tiling=tiling,
-        missing=len(tiling) - (len(done) if done is not None else 0),
-        missing_pairs=missing_pairs,
+        costs=costs,
+        missing=sum(missing.values()),
+        missing_pairs=sum(missing_pairs.values()),
         matrices=matrices,
         dtype=gram.dtype,
         workers=0 if here else workers,
         parallel=cores_in_workers(resources) if here else workers,
-        seconds_per_pair=pair,
+        work=work,
         store_bytes=matrix_bytes(tiling, matrices, itemsize) + image_bytes(tiling, int(np.prod(shape))),
         worker_bytes=memory,
         solver_bytes=solver_memory(spec, found.train, found.test),
@@ -309,19 +347,17 @@ def computes_here(resources: ResourceSpec, seconds: float) -> bool:
     return small or resources.workers == 0
 
 
-def predicted_pair_seconds(spec: JobSpec, shape: tuple[int, int, int]) -> float:
-    """Seconds that a pair of images ``(H, W, C)`` takes on one worker, measured on this machine.
+def predicted_pair_seconds(spec: JobSpec, groups: tuple[str, ...], shape: tuple[int, int, int]) -> float:
+    """Seconds that a pair of images ``(H, W, C)`` takes on one worker in a pass, measured on this machine.
 
     Large images are measured as smaller ones: the cost grows with the square of the number of pixels.
     """
     height, width, channels = shape
-    network, gram = spec.network, spec.gram
-    rows, cols = measured_size(network, gram.groups, height, width, MEASURED_SIDE.get(spec.engine, 48))
-    images = np.random.default_rng(0).normal(size=(2, rows, cols, channels)).astype(gram.dtype)
+    network, dtype, engine = spec.network, spec.gram.dtype, spec.engine_for(groups)
+    rows, cols = measured_size(network, groups, height, width, MEASURED_SIDE.get(engine, 48))
+    images = np.random.default_rng(0).normal(size=(2, rows, cols, channels)).astype(dtype)
     try:
-        pair = measure_pair_seconds(
-            network, gram.groups, spec.engine, gram.dtype, spec.resources.cpus_per_worker, images
-        )
+        pair = measure_pair_seconds(network, groups, engine, dtype, spec.resources.cpus_per_worker, images)
     except EquikernelError as error:
         raise NetworkError(f"this network fails already on noise of mean 0 and standard deviation 1: {error}") from None
     return pair * (height * width / (rows * cols)) ** 2
@@ -341,56 +377,74 @@ def measured_size(
     return min(height, side), min(width, side)
 
 
-def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener, pair_seconds: float | None = None) -> None:
-    """Compute the tiles that are missing, on Ray or, where that is faster, in this process.
+def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener, costs: dict[Pass, float] | None = None) -> None:
+    """Compute the tiles that are missing, pass by pass, on Ray or, where that is faster, in this process.
 
     Args:
       store: the run.
       spec: its job, which may name other resources than the store does.
       listener: told of everything.
-      pair_seconds: the cost of a pair on one worker, where it is known already.
+      costs: the cost of a pair in each pass on one worker, where it is known already.
     """
     info, tiling, resources = store.info, store.info.tiling, spec.resources
-    finished = store.finished_tiles()
-    missing = len(tiling) - len(finished)
-    if not missing:
+    finished = {one: (part, part.finished_tiles()) for one, part in store.passes()}
+    total, done = len(finished) * tiling.total_pairs, sum(tiles.pairs for _, tiles in finished.values())
+    left = {one: (part, tiles) for one, (part, tiles) in finished.items() if len(tiles) < len(tiling)}
+    if not left:
         return
-    matrices, itemsize = len(spec.gram.groups) * len(spec.gram.kernels), np.dtype(spec.gram.dtype).itemsize
-    _check_free_space(spec, matrix_bytes(tiling, matrices, itemsize, finished), "the missing tiles take")
-    memory = worker_memory(spec, tiling, info.image_shape)
-    check_worker_memory(spec, memory)
+    itemsize = np.dtype(spec.gram.dtype).itemsize
+    needed = sum(matrix_bytes(tiling, len(one.matrices), itemsize, tiles) for one, (_, tiles) in left.items())
+    _check_free_space(spec, needed, "the missing tiles take")
+    memory = {one: worker_memory(spec, one.groups, tiling, info.image_shape) for one in left}
+    check_worker_memory(spec, max(memory.values()))
     store.check_writable()
-    done, total = finished.pairs, tiling.total_pairs
-    if pair_seconds is None and resources.workers == "auto" and resources.address is None:
-        pair_seconds = predicted_pair_seconds(spec, info.image_shape)
-    here = computes_here(resources, (pair_seconds or 0) * (total - done) / wanted_workers(resources))
+    work = 0.0
+    if resources.workers == "auto" and resources.address is None:
+        costs = costs or {one: predicted_pair_seconds(spec, one.groups, info.image_shape) for one in left}
+        work = sum(costs[one] * (tiling.total_pairs - tiles.pairs) for one, (_, tiles) in left.items())
+    here = computes_here(resources, work / wanted_workers(resources))
     with contextlib.ExitStack() as stack:
-        if here:
-            executor: Executor = InProcess(_worker(store, spec))
-        else:
+        if not here:
             stack.enter_context(ray_session(resources))
-            check_room(resources, memory)
-            executor = OnRay(store, spec, memory)
-        workers = 0 if here else executor.capacity()
-        began = time.monotonic()
-        everyone = tell(listener, History(store, listener), _Kinds(store))
+            check_room(resources, max(memory.values()))
         warn_of_another_driver(store, listener)
-        everyone(
-            ComputationStarted(len(tiling), missing, total, total - done, workers, socket.gethostname(), os.getpid())
-        )
         listener(Progress("pairs", done, total))
-        tiles, before, failure = 0, done, "it was interrupted"
-        try:
-            dispatcher = Dispatcher(tiling.strips(finished), executor, everyone, resources.hung_after)
-            for report in stack.enter_context(contextlib.closing(dispatcher.run())):
-                tiles, done = tiles + 1, done + report.pairs
+        for one, (part, tiles) in left.items():
+            executor: Executor = _here(part, spec, one) if here else OnRay(part, spec, one.groups, memory[one])
+            for report in _compute_pass(part, tiles, executor, resources, listener):
+                done += report.pairs
                 listener(Progress("pairs", done, total))
-            failure = ""
-        except Exception as error:
-            failure = str(error)
-            raise
-        finally:
-            everyone(ComputationEnded(tiles, done - before, time.monotonic() - began, failure or None))
+
+
+def _here(store: GramStore, spec: JobSpec, one: Pass) -> Executor:
+    """A worker of a pass in this process, on all cores."""
+    engine = spec.engine_for(one.groups)
+    return InProcess(TileWorker(store, spec.network, one.groups, engine, spec.gram.dtype, available_cores()))
+
+
+def _compute_pass(
+    store: GramStore, finished: TileSet, executor: Executor, resources: ResourceSpec, listener: Listener
+) -> Iterator[TileReport]:
+    """Compute the tiles of a pass that are not ``finished``, and report each; its events are kept in the store."""
+    tiling = store.info.tiling
+    everyone = tell(listener, History(store, listener), _Kinds(store))
+    began, total = time.monotonic(), tiling.total_pairs
+    missing, missing_pairs = len(tiling) - len(finished), total - finished.pairs
+    workers = 0 if isinstance(executor, InProcess) else executor.capacity()
+    everyone(ComputationStarted(len(tiling), missing, total, missing_pairs, workers, socket.gethostname(), os.getpid()))
+    tiles, pairs, failure = 0, 0, "it was interrupted"
+    try:
+        dispatcher = Dispatcher(tiling.strips(finished), executor, everyone, resources.hung_after)
+        with contextlib.closing(dispatcher.run()) as reports:
+            for report in reports:
+                tiles, pairs = tiles + 1, pairs + report.pairs
+                yield report
+        failure = ""
+    except Exception as error:
+        failure = str(error)
+        raise
+    finally:
+        everyone(ComputationEnded(tiles, pairs, time.monotonic() - began, failure or None))
 
 
 class _Kinds:
@@ -423,15 +477,10 @@ def warn_of_another_driver(store: GramStore, listener: Listener) -> None:
             )
 
 
-def _worker(store: GramStore, spec: JobSpec) -> TileWorker:
-    """A worker in this process, on all cores."""
-    return TileWorker(store, spec.network, spec.gram.groups, spec.engine, spec.gram.dtype, available_cores())
-
-
 def extend(
     store: GramStore, spec: JobSpec, split: SplitName, data: str, labels: str | None, listener: Listener
-) -> Finished:
-    """Add images to a run, compute the tiles with them, and solve anew; finished entries keep their bits.
+) -> None:
+    """Add images to a run. Their tiles are missing then; finished entries keep their bits.
 
     Args:
       store: the run.
@@ -462,13 +511,39 @@ def extend(
         info.tile,
     )
     check_solver(spec, dataclasses.replace(stored_survey(store), train=tiling.train, test=tiling.test))
-    matrices, itemsize = len(spec.gram.groups) * len(spec.gram.kernels), np.dtype(spec.gram.dtype).itemsize
+    matrices, itemsize = len(spec.gram.matrices), np.dtype(spec.gram.dtype).itemsize
     needed = matrix_bytes(tiling, matrices, itemsize) - matrix_bytes(info.tiling, matrices, itemsize)
     _check_free_space(spec, needed + 4 * more.images.size, "what is added takes")
     store.check_writable()
     store.extend(split, more, data)
-    compute_tiles(store, spec, listener)
-    return Finished(store, tuple(solve(store, spec, listener)))
+
+
+def extend_matrices(store: GramStore, spec: JobSpec, groups: Sequence[str], kernels: Sequence[KernelName]) -> JobSpec:
+    """Add groups and kernels to a run. Their tiles are missing then; what is finished stays as it is.
+
+    Args:
+      store: the run.
+      spec: its job, which may name other resources than the store does.
+      groups, kernels: those to add.
+
+    Returns:
+      The job with them.
+
+    Raises:
+      SpecError: the run has one of them already, or there is no such group or kernel.
+      NetworkError, ImageError: the network, or its images, do not fit a group.
+      ResourceError: the disk has no room for the matrices; nothing was changed.
+    """
+    info, gram = store.info, spec.gram
+    fields = spec.model_dump(mode="json")
+    more = {"groups": [*gram.groups, *groups], "kernels": [*gram.kernels, *kernels]}
+    larger = JobSpec.parse({**fields, "gram": {**fields["gram"], **more}}, source=store.url)
+    larger.network.check_images(*info.image_shape[:2], *groups)
+    count, itemsize = len(larger.gram.matrices) - len(gram.matrices), np.dtype(gram.dtype).itemsize
+    _check_free_space(spec, matrix_bytes(info.tiling, count, itemsize), "what is added takes")
+    store.check_writable()
+    store.add_matrices(larger, groups, kernels)
+    return larger
 
 
 def repair(store: GramStore, spec: JobSpec, tiles: Iterable[Tile], listener: Listener) -> None:
@@ -537,6 +612,7 @@ def predict(
             f"{store.url} holds no {group} {kernel}; choose of the groups {', '.join(spec.gram.groups)} and the "
             f"kernels {', '.join(spec.gram.kernels)}"
         )
+    together = next(one.groups for one in info.passes if (group, kernel) in one.matrices)
     arrays, _ = store.solution(group, kernel)
     ridges = arrays["ridge"].tolist()
     chosen = 0 if ridge is None else next((i for i, value in enumerate(ridges) if np.isclose(value, ridge)), None)
@@ -544,7 +620,7 @@ def predict(
         choices = ", ".join(f"{value:g}" for value in ridges)
         raise SpecError(f"the run has no solution for ridge {ridge:g}; choose one of {choices}")
     new = load_images(images, info.preprocessing)
-    function = KernelFunction(spec.network, (group,), spec.engine, spec.gram.dtype)
+    function = KernelFunction(spec.network, (group,), spec.engine_for(together), spec.gram.dtype)
     values = np.tile(arrays["offset"].astype(np.float64), (len(new.images), 1))
     coefficients = arrays["coefficients"][chosen]
     blocks = info.tiling.train_blocks

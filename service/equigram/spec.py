@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
@@ -105,12 +106,25 @@ class DataSpec(_Section):
         return self
 
 
+@dataclass(frozen=True)
+class Pass:
+    """Matrices that are computed together, tile by tile: all kernels of all groups."""
+
+    groups: tuple[str, ...]
+    kernels: tuple[KernelName, ...]
+
+    @property
+    def matrices(self) -> list[tuple[str, str]]:
+        """Group and kernel of each."""
+        return [(group, kernel) for group in self.groups for kernel in self.kernels]
+
+
 class GramSpec(_Section):
     """Which Gram matrices, and how they are computed."""
 
     groups: Several[GroupName] = ("C4",)
-    """Symmetry groups; all of them come from one pass at the cost of the largest. Others than C1, C2, C4, D1, D2 and D4
-    stand alone."""
+    """Symmetry groups. C1, C2, C4, D1, D2 and D4 come from one pass at the cost of the largest; every other one takes a
+    pass of its own."""
     kernels: Several[KernelName] = ("nngp", "ntk")
     """Kernels to store."""
     dtype: Literal["float32", "float64"] = "float32"
@@ -122,15 +136,17 @@ class GramSpec(_Section):
     ``reference`` is the slow literal recursion; ``auto`` takes ``general`` where the others cannot, else ``xla`` for
     workers with GPUs and ``cpu`` for those without."""
 
-    @model_validator(mode="after")
-    def _groups_that_share_a_pass(self) -> Self:
-        for group in self.groups:
-            if len(self.groups) > 1 and not on_grid(group):
-                raise ValueError(
-                    f"groups = {list(self.groups)}: {group} does not map pixels to pixels and shares no pass with "
-                    f"others; make a run of its own for it, groups: [{group}]"
-                )
-        return self
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """What is computed together: the groups that map pixels to pixels, and each other one alone."""
+        together = tuple(group for group in self.groups if on_grid(group))
+        alone = [(group,) for group in self.groups if not on_grid(group)]
+        return tuple(Pass(groups, self.kernels) for groups in (together, *alone) if groups)
+
+    @property
+    def matrices(self) -> list[tuple[str, str]]:
+        """Group and kernel of every matrix, of which there is a train and a test one each."""
+        return [(group, kernel) for group in self.groups for kernel in self.kernels]
 
 
 class ResourceSpec(_Section):
@@ -220,11 +236,11 @@ class JobSpec(_Section):
     @model_validator(mode="after")
     def _engine_can_do_the_network(self) -> Self:
         try:
-            engine = self.engine
+            engines = [self.engine_for(one.groups) for one in self.gram.passes]
         except EngineError as error:
             raise ValueError(f"gram.engine: {error}") from None
         gpus = self.resources.gpus_per_worker
-        if gpus and engine in ("cpu", "reference"):
+        if gpus and (engine := engines[0]) in ("cpu", "reference"):
             raise ValueError(
                 f"resources.gpus_per_worker = {gpus:g}, but the engine {engine!r} runs on CPUs only; leave it out, or "
                 "choose gram.engine: auto"
@@ -246,16 +262,13 @@ class JobSpec(_Section):
         """The fields as plain data, but for what may be secret."""
         return self.model_dump(mode="json", exclude={"storage_options"})
 
-    @property
-    def engine(self) -> str:
-        """The engine of all workers, of the plan and of predictions: it depends on the job, not on the machine.
+    def engine_for(self, groups: tuple[str, ...]) -> str:
+        """The engine of a pass on all workers, of the plan and of predictions: it depends on the job, not on a machine.
 
         Raises:
           EngineError: ``gram.engine`` cannot do this network.
         """
-        return choose_engine(self.network, self.gram.groups, self.gram.engine, gpu=self.resources.gpus_per_worker > 0)[
-            0
-        ]
+        return choose_engine(self.network, groups, self.gram.engine, gpu=self.resources.gpus_per_worker > 0)[0]
 
     @property
     def solved_kernels(self) -> tuple[KernelName, ...]:

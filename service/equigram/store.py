@@ -20,6 +20,7 @@ Missing floats read as NaN, and NaN is never stored, so what is missing is never
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -47,7 +48,7 @@ from equigram.errors import (
     StoreNotFoundError,
 )
 from equigram.plan import Part, SplitName, Tile, TileSet, Tiling, chunk_bytes, is_diagonal, row_split, tile_of
-from equigram.spec import JobSpec
+from equigram.spec import GramSpec, JobSpec, KernelName, Pass
 from equikernel.errors import EquikernelError, NonFiniteKernelError
 
 if TYPE_CHECKING:
@@ -56,8 +57,11 @@ if TYPE_CHECKING:
 
     from equikernel.kernel import Kernel
 
-FORMAT = 2
+FORMAT = 3
 PACKAGES = ("equigram", "numpy", "numba", "llvmlite", "zarr", "ray", "jax")
+
+SAME_SOFTWARE = ("equigram", "numpy", "numba", "llvmlite")
+"""Packages that must have the same version for the same bits."""
 
 ANSWER_SECONDS = 60.0
 """How long the storage may take over one request: a listing, or some chunks to read or write."""
@@ -74,13 +78,14 @@ class RunInfo:
     """What a store says about its run, from one read of its metadata."""
 
     spec: JobSpec
+    passes: tuple[Pass, ...]
     tile: int
     train: int
     test: int
     image_shape: tuple[int, int, int]
     classes: tuple[str, ...] | None
     preprocessing: Preprocessing
-    fingerprint: str
+    fingerprint: dict[str, int | str]
     processor: str
     processors: tuple[str, ...]
     created: str
@@ -99,17 +104,22 @@ class RunInfo:
 class GramStore:
     """A run store that exists. Cheap to make and to pickle; the zarr group is opened on first use.
 
+    Args:
+      url: where it is.
+      only: the pass whose matrices, and tiles, are all that there is to it; ``None`` means all of the run.
+
     Raises (from every method):
       StoreError: the storage does not answer, is full or is read-only; nothing stored before is lost.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, only: Pass | None = None) -> None:
         self.url = url
+        self._only = only
 
-    def __reduce__(self) -> tuple[type[Self], tuple[str]]:
+    def __reduce__(self) -> tuple[type[Self], tuple[str, Pass | None]]:
         """A relative path becomes absolute: workers run in other folders."""
         fs, path = self._place
-        return type(self), (path if _is_local(fs) else self.url,)
+        return type(self), (path if _is_local(fs) else self.url, self._only)
 
     def __repr__(self) -> str:
         return f"GramStore({self.url!r})"
@@ -141,7 +151,9 @@ class GramStore:
         return store
 
     @classmethod
-    def create(cls, spec: JobSpec, dataset: Dataset, tile: int, fingerprint: str, processor: str) -> Self:
+    def create(
+        cls, spec: JobSpec, dataset: Dataset, tile: int, fingerprint: dict[str, int | str], processor: str
+    ) -> Self:
         """Write the images, labels and empty matrices of a new run; over the remains of an interrupted creation.
 
         Raises:
@@ -156,6 +168,7 @@ class GramStore:
             "state": "preparing",
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "spec": spec.to_store(),
+            "passes": [dataclasses.asdict(one) for one in spec.gram.passes],
             "tile": tile,
             "train": len(dataset.train.images),
             "test": 0 if dataset.test is None else len(dataset.test.images),
@@ -179,12 +192,9 @@ class GramStore:
             root = store._claim(attributes)
             for name, split in splits.items():
                 store._add_split(root, name, split, tile)
-            train = attributes["train"]
-            for part, rows in (("gram", train), ("cross", attributes["test"])):
-                for group in spec.gram.groups:
-                    for kernel in spec.gram.kernels:
-                        if rows:
-                            _add_matrix(root, f"{part}/{group}/{kernel}", (rows, train), tile, spec.gram.dtype)
+            tiling = Tiling(attributes["train"], attributes["test"], tile)
+            for one in spec.gram.passes:
+                _add_matrices(root, one, tiling, spec.gram.dtype)
             root.create_group("history")
             root.attrs["equigram"] = {**attributes, "state": "ready"}
         return cls(spec.store)
@@ -227,15 +237,9 @@ class GramStore:
                 text = _names_text(["", *more.names])
                 end = len(_names_text(self.names(split)))
                 _append(names, end, text)
-            for part in ("gram", "cross") if counts["test"] else ("gram",):
-                rows = counts["test"] if part == "cross" else counts["train"]
-                for group, kernel in self.matrices:
-                    name = f"{part}/{group}/{kernel}"
-                    if name in self._root:
-                        matrix: Any = self._root[name]
-                        matrix.resize((rows, counts["train"]))
-                    else:
-                        _add_matrix(self._root, name, (rows, counts["train"]), info.tile, info.spec.gram.dtype)
+            tiling = Tiling(counts["train"], counts["test"], info.tile)
+            for one in info.passes:
+                _add_matrices(self._root, one, tiling, info.spec.gram.dtype)
             if "solution" in self._root:
                 self._call("rm", f"{self._place[1]}/solution", recursive=True)
         self._change(
@@ -250,6 +254,30 @@ class GramStore:
             },
         )
         self._opened.clear()
+
+    def add_matrices(self, spec: JobSpec, groups: Sequence[str], kernels: Sequence[KernelName]) -> None:
+        """Add groups and kernels to a run; their tiles are missing then, in passes of their own.
+
+        Args:
+          spec: the job with them.
+          groups: those that are new, for all kernels.
+          kernels: those that are new, for the groups that are not.
+        """
+        gram = spec.gram
+        old = [group for group in gram.groups if group not in groups]
+        parts = [{"groups": old, "kernels": kernels}] if kernels else []
+        parts += [{"groups": groups}] if groups else []
+        passes = [one for part in parts for one in GramSpec.model_validate(gram.model_dump() | part).passes]
+        with self._storage("add matrices to the run store"):
+            for one in passes:
+                _add_matrices(self._root, one, self.info.tiling, gram.dtype)
+        self._change(
+            "add matrices to the run store",
+            lambda attributes: {
+                "spec": spec.to_store(),
+                "passes": [*attributes["passes"], *map(dataclasses.asdict, passes)],
+            },
+        )
 
     @staticmethod
     def _add_split(root: zarr.Group, name: str, split: Split, tile: int) -> None:
@@ -322,6 +350,7 @@ class GramStore:
         classes = attributes["classes"]
         return RunInfo(
             spec=JobSpec.parse(attributes["spec"], source=self.url),
+            passes=tuple(Pass(tuple(one["groups"]), tuple(one["kernels"])) for one in attributes["passes"]),
             tile=attributes["tile"],
             train=attributes["train"],
             test=attributes["test"],
@@ -424,15 +453,19 @@ class GramStore:
         Raises:
           NonFiniteKernelError: a value is not finite in the dtype of the run; nothing of that matrix is stored.
         """
-        spec, tiling = self.info.spec.gram, self.info.tiling
+        self.write_values(tile, {(group, kernel): getattr(kernels[group], kernel) for group, kernel in self.matrices})
+
+    def write_values(self, tile: Tile, blocks: Mapping[tuple[str, str], NDArray[Any]]) -> None:
+        """Store a tile, and its transpose, of the matrices of some groups and kernels; raises as :meth:`write_tile`."""
+        dtype, tiling = self.info.spec.gram.dtype, self.info.tiling
         rows, cols = (slice(side.start, side.stop) for side in (tiling.rows(tile), tiling.cols(tile)))
-        for group, kernel in self.matrices:
+        for (group, kernel), block in blocks.items():
             with np.errstate(over="ignore"):
-                values = np.asarray(getattr(kernels[group], kernel), spec.dtype)
+                values = np.asarray(block, dtype)
             if not np.isfinite(values).all():
                 raise NonFiniteKernelError(
-                    f"tile {tile} holds values of the {group} {kernel} that are no finite {spec.dtype}; rescale the "
-                    "images, lower w_std or depth, or use gram.dtype: float64"
+                    f"tile {tile} holds values of the {group} {kernel} that are no finite {dtype}; rescale the images, "
+                    "lower w_std or depth, or use gram.dtype: float64"
                 )
             with self._storage(f"write tile {tile}"):
                 matrix = self._matrix(tile.part, group, kernel)
@@ -662,8 +695,11 @@ class GramStore:
     @property
     def matrices(self) -> list[tuple[str, str]]:
         """Group and kernel of every matrix of a part."""
-        gram = self.info.spec.gram
-        return [(group, kernel) for group in gram.groups for kernel in gram.kernels]
+        return (self._only or self.info.spec.gram).matrices
+
+    def passes(self) -> list[tuple[Pass, Self]]:
+        """What is computed together, each with a store that holds nothing else."""
+        return [(one, type(self)(self.url, one)) for one in self.info.passes]
 
     def _matrix(self, *name: str) -> Any:
         if name not in self._opened:
@@ -855,10 +891,22 @@ def _holds_fill_value(array: Any, values: NDArray[Any]) -> bool:
     return bool((np.isnan(values) if values.dtype.kind == "f" else values == array.fill_value).any())
 
 
-def _add_matrix(group: zarr.Group, name: str, shape: tuple[int, int], tile: int, dtype: str) -> None:
+def _add_matrices(root: zarr.Group, one: Pass, tiling: Tiling, dtype: str) -> None:
+    """Make the matrices of a pass, without tiles; those that are there keep them and grow to their new size."""
+    parts: tuple[Part, ...] = ("gram", "cross") if tiling.test else ("gram",)
+    for part in parts:
+        for group, kernel in one.matrices:
+            _add_matrix(root, f"{part}/{group}/{kernel}", tiling.shape(part), tiling.edge, dtype)
+
+
+def _add_matrix(root: zarr.Group, name: str, shape: tuple[int, int], tile: int, dtype: str) -> None:
     from zarr.codecs import Crc32cCodec
 
-    group.create_array(
+    if name in root:
+        matrix: Any = root[name]
+        matrix.resize(shape)
+        return
+    root.create_array(
         name,
         shape=shape,
         dtype=dtype,
@@ -866,5 +914,4 @@ def _add_matrix(group: zarr.Group, name: str, shape: tuple[int, int], tile: int,
         compressors=[Crc32cCodec()],
         fill_value=float("nan"),
         config={"write_empty_chunks": True},
-        overwrite=True,
     )

@@ -23,7 +23,7 @@ import numpy as np
 from equigram.errors import StoreError
 from equigram.events import Progress
 from equigram.plan import Part, SplitName, Tile, TileSet, is_diagonal, row_split, tile_of
-from equigram.store import versions
+from equigram.store import SAME_SOFTWARE, versions
 from equikernel.kernel import KernelFunction
 from equikernel.worker import processor_kind
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from equigram.events import Listener
+    from equigram.spec import Pass
     from equigram.store import GramStore
 
     Array = NDArray[np.float64]
@@ -47,9 +48,6 @@ TOLERANCE = {"float32": 5e-6, "float64": 1e-11}
 
 SAME_BITS = ("cpu", "reference")
 """Engines with which the bits of a pair depend on the two images and the kind of processor alone."""
-
-VERSIONS = ("equigram", "numpy", "numba", "llvmlite")
-"""Packages that must have the same version for the same bits."""
 
 
 @dataclass(frozen=True)
@@ -105,27 +103,35 @@ def verify(store: GramStore, listener: Listener, samples: int, seed: int = 0) ->
     Raises:
       StoreError: the storage does not answer. That what it holds is wrong is no error, but in the report.
     """
-    return _Verification(store, listener, samples, seed).run()
+    reports = [_Verification(part, one, listener, samples, seed).run() for one, part in store.passes()]
+    return Report(
+        tuple(dict.fromkeys(finding for report in reports for finding in report.findings)),
+        sum(report.missing for report in reports),
+        sum(report.chunks for report in reports),
+        max(report.images for report in reports),
+        sum(report.minors for report in reports),
+        sum(report.anew for report in reports),
+        all(report.to_the_bit for report in reports),
+    )
 
 
 class _Verification:
-    """One pass over a store."""
+    """The verification of what was computed in one pass."""
 
-    def __init__(self, store: GramStore, listener: Listener, samples: int, seed: int) -> None:
+    def __init__(self, store: GramStore, one: Pass, listener: Listener, samples: int, seed: int) -> None:
         self._store, self._info, self._listener = store, store.info, listener
         self._samples, self._rng = samples, np.random.default_rng(seed)
         self._findings: list[Finding] = []
         self._bad: set[Tile] = set()
         self._chunks = 0
-        gram, processors = self._info.spec.gram, set(self._info.processors)
-        self._dtype, self._tolerance = gram.dtype, TOLERANCE[gram.dtype]
-        self._function = KernelFunction(self._info.spec.network, gram.groups, self._info.spec.engine, gram.dtype)
-        now = versions(VERSIONS)
+        spec, processors = self._info.spec, set(self._info.processors)
+        self._dtype, self._tolerance = spec.gram.dtype, TOLERANCE[spec.gram.dtype]
+        engine = spec.engine_for(one.groups)
+        self._function = KernelFunction(spec.network, one.groups, engine, self._dtype)
+        now = versions(SAME_SOFTWARE)
         same_software = all(now.items() <= one.items() for one in self._info.all_versions)
         self._to_the_bit = (
-            same_software
-            and processors <= {processor_kind(self._info.spec.engine)}
-            and self._function.engine.name in SAME_BITS
+            same_software and processors <= {processor_kind(engine)} and self._function.engine.name in SAME_BITS
         )
 
     def run(self) -> Report:
@@ -203,7 +209,7 @@ class _Verification:
             self._listener(Progress("computing diagonal blocks", done, len(blocks)))
             block = self._function.prepare(self._store.block(split, index))
             for group, pooled in self._function.diagonal(block).items():
-                for kernel in self._info.spec.gram.kernels:
+                for kernel in [kernel for name, kernel in self._store.matrices if name == group]:
                     values = getattr(pooled, kernel).astype(self._dtype).astype(np.float64)
                     parts.setdefault((split, group, kernel), []).append(values)
         self._listener(Progress("computing diagonal blocks", len(blocks), len(blocks)))

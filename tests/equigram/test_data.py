@@ -1081,7 +1081,7 @@ def test_an_array_larger_than_memory_is_refused_before_reading(tmp_path: Path) -
 
 
 def test_the_fingerprint_changes_with_the_files_and_not_with_the_place(tmp_path: Path) -> None:
-    def of(**fields: Any) -> str:
+    def of(**fields: Any) -> dict[str, int | str]:
         return fingerprint(DataSpec(**fields))
 
     class_folders(tmp_path / "one", {"a": 2})
@@ -1102,7 +1102,7 @@ def test_file_names_that_are_not_utf_8_are_taken(tmp_path: Path) -> None:
     path = save(tmp_path / "a/x.png", noise(4, 4))
     path.rename(os.fsdecode(os.fsencode(tmp_path / "a") + b"/\xff.png"))
     assert load(tmp_path).train.images.shape == (1, 4, 4, 1)
-    assert fingerprint(DataSpec(train=str(tmp_path))) != ""
+    assert fingerprint(DataSpec(train=str(tmp_path)))["data.train files"] == 1
 
 
 def test_the_fingerprint_covers_arrays_labels_and_zarr(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def executor(request: pytest.FixtureRequest) -> Callable[..., Executor]:
 
     def here(store: GramStore, count: int = 1) -> Executor:
         spec = store.info.spec
-        return InProcess(TileWorker(store, spec.network, spec.gram.groups, spec.engine, spec.gram.dtype, 1))
+        groups = spec.gram.groups
+        return InProcess(TileWorker(store, spec.network, groups, spec.engine_for(groups), spec.gram.dtype, 1))
 
     return here
 
@@ -78,7 +79,7 @@ def on_ray(store: GramStore, count: int = 1) -> Executor:
         def capacity(self) -> int:
             return count
 
-    return Counted(store, store.info.spec, MEMORY)
+    return Counted(store, store.info.spec, store.info.spec.gram.groups, MEMORY)
 
 
 def run_all(
@@ -448,7 +449,7 @@ fields = store.info.spec.model_dump()
 spec = JobSpec.parse({**fields, "resources": {"address": sys.argv[1]}})
 check_address(spec.resources)
 with ray_session(spec.resources):
-    executor = OnRay(store, spec, 2**28)
+    executor = OnRay(store, spec, spec.gram.groups, 2**28)
     for report in Dispatcher(store.info.tiling.strips(), executor, lambda event: None, 600).run():
         print(report.tile, flush=True)
     print(executor.capacity())

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from equigram.errors import DataError, StoreMismatchError
+from equigram.errors import DataError, SpecError, StoreMismatchError
 from equigram.events import Event, TileFinished, nobody
 from equigram.plan import Tile, Tiling
-from equigram.run import extend, run
-from equigram.spec import JobSpec
+from equigram.run import extend, extend_matrices, finish, run
+from equigram.spec import JobSpec, KernelName
 from equigram.store import GramStore
 from equigram.verify import verify
 
@@ -45,6 +45,7 @@ def grow(store: GramStore, split: Any, data: Path) -> set[Tile]:
     """Extend a run; the tiles that were computed."""
     events: list[Event] = []
     extend(store, store.info.spec, split, str(data), None, events.append)
+    finish(store, store.info.spec, events.append)
     return computed(events)
 
 
@@ -106,6 +107,72 @@ def test_what_was_added_is_not_added_again(spec: JobSpec, tmp_path: Path) -> Non
     grow(store, "train", tmp_path / "more.npz")
     with pytest.raises(StoreMismatchError, match=r"more.npz was added to .* before; `equigram run` computes what is"):
         grow(store, "train", tmp_path / "more.npz")
+
+
+def chunks(store: GramStore) -> dict[Path, tuple[int, bytes]]:
+    """When each chunk of the matrices was written, and what it holds."""
+    paths = Path(store.url).glob("[gc]r*/*/*/c/*/*")
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+
+def test_more_groups_and_kernels_leave_what_is_there(spec: JobSpec) -> None:
+    lesser = spec.gram.model_copy(update={"groups": ("C4",), "kernels": ("ntk",)})
+    store = run(spec.model_copy(update={"gram": lesser})).store
+    before, events = chunks(store), list[Event]()
+    larger = extend_matrices(store, store.info.spec, ["D4", "C3"], ["nngp"])
+    finish(store, larger, events.append)
+    info = GramStore.open(store.url).info
+    assert [(one.groups, one.kernels) for one in info.passes] == [
+        (("C4",), ("ntk",)), (("C4",), ("nngp",)), (("D4",), ("ntk", "nngp")), (("C3",), ("ntk", "nngp")),
+    ]  # fmt: skip
+    assert before.items() <= chunks(store).items()
+    assert len([event for event in events if isinstance(event, TileFinished)]) == 3 * len(info.tiling)
+    images = store.images("train")
+    for group, kernel in info.spec.gram.matrices:
+        exact = getattr(spec.network_for(group).kernel(images, engine="reference"), kernel)
+        assert_array_equal(store.matrix("gram", group, kernel), exact.astype(np.float32))
+        assert store.has_solution(group, kernel)
+    report = verify(GramStore.open(store.url), nobody, samples=2)
+    assert (report.findings, report.missing, report.anew) == ((), 0, 8)
+    assert report.chunks == 6 * (9 + 6)
+    assert run(info.spec).results
+    assert len(grow(store, "train", Path(spec.data.train).with_name("more.npz"))) > 0
+    assert verify(GramStore.open(store.url), nobody, samples=1).findings == ()
+
+
+@pytest.mark.parametrize(
+    ("groups", "kernels", "words"),
+    [
+        (["C4"], [], "gram.groups: 'C4' is named twice"),
+        ([], ["ntk"], "gram.kernels: 'ntk' is named twice"),
+        (["E8"], [], "gram.groups.*'E8' is not allowed"),
+        ([], ["gp"], "gram.kernels.*'gp' is not allowed"),
+    ],
+)
+def test_groups_and_kernels_that_are_there_or_do_not_exist_are_refused(
+    groups: list[str], kernels: list[KernelName], words: str, spec: JobSpec, create: Callable[[JobSpec], GramStore]
+) -> None:
+    store = create(spec)
+    before = store.info
+    with pytest.raises(SpecError, match=words):
+        extend_matrices(store, spec, groups, kernels)
+    assert GramStore.open(store.url).info == before
+
+
+def test_an_interrupted_addition_of_a_group_leaves_the_run(spec: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = run(spec).store
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GramStore, "_change", die)
+        with pytest.raises(KeyboardInterrupt):
+            extend_matrices(store, spec, ["D4"], [])
+    assert GramStore.open(store.url).info.spec.gram.groups == ("C1", "C4")
+    assert run(spec).results
+    finish(store, extend_matrices(store, spec, ["D4"], []), nobody)
+    assert store.has_solution("D4", "ntk")
 
 
 def test_images_that_do_not_fit_are_refused_and_change_nothing(spec: JobSpec, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from equigram.plan import (
     matrix_bytes,
     worker_bytes,
 )
-from equigram.spec import JobSpec
+from equigram.spec import JobSpec, Pass
 from equigram.store import GramStore
 
 tilings = st.builds(Tiling, train=st.integers(1, 60), test=st.integers(0, 40), edge=st.integers(1, 70))
@@ -151,7 +151,7 @@ def test_slow_pairs_make_small_tiles_and_more_images_larger_ones() -> None:
 
 
 def test_the_predicted_time_is_shared_among_the_workers() -> None:
-    plan = Plan(Tiling(4, 0, 2), 3, 10, 2, "float32", 5, 5, 0.5, 0, 0, 0)
+    plan = Plan(Tiling(4, 0, 2), {Pass(("C1",), ("ntk",)): 0.5}, 3, 10, 2, "float32", 5, 5, 5.0, 0, 0, 0)
     assert plan.seconds == 1.0
 
 

@@ -76,10 +76,10 @@ def test_layers_of_any_kind_make_a_network(tmp_path: Path) -> None:
     assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
 
 
-def test_a_group_off_the_grid_stands_alone(tmp_path: Path) -> None:
-    assert load(tmp_path, "gram: {groups: C8}\n").gram.groups == ("C8",)
-    message = refused(job(tmp_path, SMALLEST + "gram: {groups: [C1, C8]}\n"))
-    assert "C8 does not map pixels to pixels and shares no pass with others; make a run of its own" in message
+def test_groups_off_the_grid_take_passes_of_their_own(tmp_path: Path) -> None:
+    gram = load(tmp_path, "gram: {groups: [C8, C1, D3, D4], kernels: ntk}\n").gram
+    assert [one.groups for one in gram.passes] == [("C1", "D4"), ("C8",), ("D3",)]
+    assert sorted(matrix for one in gram.passes for matrix in one.matrices) == sorted(gram.matrices)
 
 
 def test_a_job_cannot_hold_a_python_function() -> None:
@@ -285,10 +285,6 @@ def test_an_unknown_field_is_refused_with_a_suggestion(tmp_path: Path, more: str
         ("network: {activation: rleu}", "network.activation: 'rleu' is not allowed; choose relu, leaky_relu(a), abs,"),
         ("network: {w_std: yes}", "network.w_std: True is not allowed; it must be a number above 0 and up to 1000000"),
         ("network: {head: [relu, tanh]}", "network.head[1]: 'tanh' is not allowed; choose relu, leaky_relu(a), abs,"),
-        (
-            "gram: {groups: [C1, C8]}",
-            "gram: groups = ['C1', 'C8']: C8 does not map pixels to pixels and shares no pass ",
-        ),
         ("gram: {groups: []}", "gram.groups: the list is empty; name at least one"),
         ("gram: {groups: [C1, C1]}", "gram.groups: 'C1' is named twice; name each once"),
         (
@@ -369,11 +365,12 @@ def test_every_wrong_field_is_named_in_a_line_of_its_own(tmp_path: Path) -> None
     [
         ({}, "cpu"),
         ({"resources": {"gpus_per_worker": 0.5}}, "xla"),
-        ({"gram": {"groups": ["C8"]}}, "general"),
+        ({"gram": {"groups": ["C4", "C8"]}}, "cpu"),
         ({"gram": {"groups": ["C8"]}, "resources": {"gpus_per_worker": 1}}, "general"),
         ({"network": {"layers": [{"kind": "conv"}, {"kind": "avg_pool", "size": 2}]}}, "general"),
         ({"gram": {"engine": "reference"}}, "reference"),
     ],
 )
 def test_the_engine_depends_on_the_job_alone(sections: dict[str, Any], engine: str) -> None:
-    assert JobSpec.parse({"store": "runs/x", "data": {"train": "x.npz"}, **sections}).engine == engine
+    spec = JobSpec.parse({"store": "runs/x", "data": {"train": "x.npz"}, **sections})
+    assert spec.engine_for(spec.gram.passes[0].groups) == engine

@@ -422,7 +422,7 @@ def test_the_format_of_another_version_is_refused(store: GramStore) -> None:
     document["attributes"]["equigram"] |= {"format": 7, "versions": {"equigram": "9.1"}}
     path.write_text(json.dumps(document))
     with pytest.raises(
-        StoreMismatchError, match=r"store format 7, this version of equigram reads 2; use equigram 9\.1"
+        StoreMismatchError, match=r"store format 7, this version of equigram reads 3; use equigram 9\.1"
     ):
         GramStore.open(store.url)
 

@@ -241,10 +241,11 @@ def test_bits_depend_neither_on_the_other_images_nor_on_threads(group: str, padd
 
 
 LONG_CALL = """
-import _thread, threading, time
+import _thread, signal, threading, time
 import numpy as np
 from equikernel import GroupCNN
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have been ignored by what started the tests
 net = GroupCNN(group="D4", depth={depth})
 net.kernel(np.ones((1, 8, 8, 3)))
 begun = threading.Timer(1.0, _thread.interrupt_main)

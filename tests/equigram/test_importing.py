@@ -1,0 +1,141 @@
+"""Matrices that were computed elsewhere: taken where they are right, and refused with both values where they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from equigram.errors import DataError
+from equigram.events import Event, TileFinished, nobody
+from equigram.export import export_run
+from equigram.importing import ELSEWHERE, import_matrices
+from equigram.plan import Tile
+from equigram.run import finish, run
+from equigram.spec import JobSpec
+from equigram.store import GramStore
+from equigram.verify import verify
+
+Job = Callable[..., JobSpec]
+Create = Callable[[JobSpec], GramStore]
+
+
+@pytest.fixture
+def spec(job: Job) -> JobSpec:
+    """10 training and 5 test images, tiles of 4, two passes."""
+    return job(data={"size": 4}, gram={"groups": ["C1", "C4", "C3"], "engine": "reference"})
+
+
+@pytest.fixture
+def elsewhere(spec: JobSpec, tmp_path: Path) -> GramStore:
+    """A finished run of the same job."""
+    return run(spec.model_copy(update={"store": str(tmp_path / "elsewhere")})).store
+
+
+@pytest.mark.parametrize("kind", ["npz", "zarr"])
+def test_what_export_writes_is_taken_as_it_is(
+    kind: str, spec: JobSpec, elsewhere: GramStore, create: Create, tmp_path: Path
+) -> None:
+    source = str(tmp_path / f"out.{kind}")
+    export_run(elsewhere, source)
+    store = create(spec)
+    assert import_matrices(store, source, nobody, samples=2) == 2 * len(store.info.tiling)
+    for part in store.parts:
+        for group, kernel in store.matrices:
+            assert_array_equal(store.matrix(part, group, kernel), elsewhere.matrix(part, group, kernel))
+    assert GramStore.open(store.url).info.processors == (ELSEWHERE,)
+    report = verify(GramStore.open(store.url), nobody, samples=3)
+    assert (report.findings, report.missing, report.to_the_bit) == ((), 0, False)
+    assert import_matrices(store, source, nobody, samples=2) == 0
+    assert finish(store, spec, nobody).results
+
+
+def matrices(store: GramStore) -> dict[str, Any]:
+    """All of a run in float64."""
+    every = [(part, *names) for part in store.parts for names in store.matrices]
+    return {"/".join(one): store.matrix(*one).astype(np.float64) for one in every}
+
+
+def saved(tmp_path: Path, arrays: dict[str, Any]) -> str:
+    np.savez(tmp_path / "made.npz", **arrays)  # type: ignore[arg-type]
+    return str(tmp_path / "made.npz")
+
+
+def test_one_triangle_is_enough_and_what_is_missing_is_computed(
+    spec: JobSpec, elsewhere: GramStore, create: Create, tmp_path: Path
+) -> None:
+    arrays = matrices(elsewhere)
+    for name, values in arrays.items():
+        if name.startswith("gram/C3"):
+            values[np.triu_indices(10, 1)] = np.nan
+    arrays["gram/C4/ntk"][9, 9] = np.nan
+    del arrays["cross/C3/nngp"]
+    store = create(spec)
+    assert import_matrices(store, saved(tmp_path, arrays), nobody, samples=1) == (12 - 1) + 6
+    events: list[Event] = []
+    finish(store, spec, events.append)
+    computed = {event.tile for event in events if isinstance(event, TileFinished)}
+    assert computed == {Tile("gram", 2, 2), *(Tile("cross", row, col) for row in range(2) for col in range(3))}
+    for name, values in matrices(elsewhere).items():
+        assert_array_equal(matrices(store)[name], values)
+
+
+def wrong(name: str, place: tuple[int, int], factor: float) -> Callable[[dict[str, Any]], None]:
+    def change(arrays: dict[str, Any]) -> None:
+        arrays[name][place] *= factor
+
+    return change
+
+
+def another_shape(arrays: dict[str, Any]) -> None:
+    arrays["cross/C1/ntk"] = arrays["cross/C1/ntk"][:4]
+
+
+def another_network(arrays: dict[str, Any]) -> None:
+    for name, values in arrays.items():
+        if name.endswith("C4/ntk"):
+            values *= 1.0001
+
+
+def other_images(arrays: dict[str, Any]) -> None:
+    arrays["names/train"] = np.array(["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (wrong("gram/C1/ntk", (1, 7), 1.1), r"gram/C1/ntk is not symmetric: entry 1, 7 is \S+, and \S+ the other way"),
+        (another_shape, r"cross/C1/ntk in .* has the shape \(4, 10\), and the run in .* needs \(5, 10\)"),
+        (
+            another_network,
+            r"of the C4 ntk of tile .* is \S+ in .* and \S+ computed here \(\S+ of the diagonal apart, 5e-06",
+        ),
+        (other_images, r"other images, or in another order: train image 0 is 'a' there and 'x_train\[\d\]' in"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_both_values_and_nothing_is_stored(
+    change: Callable[[dict[str, Any]], None],
+    words: str,
+    spec: JobSpec,
+    elsewhere: GramStore,
+    create: Create,
+    tmp_path: Path,
+) -> None:
+    arrays = matrices(elsewhere)
+    change(arrays)
+    store = create(spec)
+    with pytest.raises(DataError, match=f"{words}.*; nothing was imported"):
+        import_matrices(store, saved(tmp_path, arrays), nobody, samples=20)
+    assert len(store.finished_tiles()) == 0
+    assert GramStore.open(store.url).info.processors == ()
+
+
+@pytest.mark.parametrize("name", ["nothing.npz", "nothing.zarr", "text.npz"])
+def test_what_cannot_be_read_is_refused(name: str, spec: JobSpec, create: Create, tmp_path: Path) -> None:
+    (tmp_path / "text.npz").write_text("not an array")
+    with pytest.raises(DataError, match=rf"{name} cannot be read as an \.npz file or a zarr group: \S"):
+        import_matrices(create(spec), str(tmp_path / name), nobody, samples=1)
