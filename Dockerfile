@@ -30,7 +30,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY service service
 COPY workers workers
 RUN pip install --no-cache-dir --no-deps .
-COPY deploy/ask_for.py deploy/healthcheck.py ./
+COPY deploy/healthcheck.py ./
 
 # Not NVIDIA_VISIBLE_DEVICES, which would show every GPU of a machine to containers that asked for none.
 ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility \

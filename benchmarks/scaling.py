@@ -40,6 +40,9 @@ EDGE = 256
 MEMORY = 2**27
 IN_FLIGHT = 2
 
+SETTLE = 8.0
+"""Seconds that the agents of a new cluster take to start, on the same cores: nothing is timed before."""
+
 
 @dataclass
 class Images:
@@ -141,6 +144,7 @@ def driven(store: GramStore, workers: int, seconds: float, warm: int = 50) -> Ru
         reports = Dispatcher(store.info.tiling.strips(), executor, nobody, 600).run()
         for _ in range(warm):
             next(reports)
+        time.sleep(SETTLE)
         began, processor = time.perf_counter(), time.process_time()
         tiles = sum(1 for _ in reports)
         return Run(tiles, time.perf_counter() - began, time.process_time() - processor)
@@ -169,6 +173,7 @@ def bare(folder: Path, blocks: int, workers: int, warm: int = 50) -> float:
             actor = running.pop(call)
             done += 1
             if done == warm:
+                time.sleep(SETTLE)
                 began = time.perf_counter()
             following = next(tiles, None)
             if following is not None:
@@ -235,13 +240,14 @@ def resume(folder: Path, blocks: int) -> None:
 def main() -> None:
     """Measure, simulate, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=40, help="blocks of images of the run that is timed")
+    parser.add_argument("--blocks", type=int, default=60, help="blocks of images of the run that is timed")
     parser.add_argument("--resume-blocks", type=int, default=1000, help="blocks of the store that is resumed")
     parser.add_argument("--parts", default="1234", help="which of the four parts to do")
     options = parser.parse_args()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     driver = write = 0.0
-    with tempfile.TemporaryDirectory() as name:
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # the driver is measured, and not a disk
+    with tempfile.TemporaryDirectory(dir=memory) as name:
         folder = Path(name)
         if {"1", "2", "3"} & set(options.parts):
             workers = 2

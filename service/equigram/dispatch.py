@@ -160,9 +160,17 @@ class Dispatcher:
       executor: where.
       listener: told of everything.
       hung_after: seconds without a sign after which a worker that has a tile is replaced.
+      wait: seconds without a single worker after which the run stops.
     """
 
-    def __init__(self, strips: Iterable[list[Tile]], executor: Executor, listener: Listener, hung_after: float) -> None:
+    def __init__(
+        self,
+        strips: Iterable[list[Tile]],
+        executor: Executor,
+        listener: Listener,
+        hung_after: float,
+        wait: float | None = None,
+    ) -> None:
         self._strips = iter(strips)
         self._exhausted = False
         self._next: deque[deque[Tile]] = deque()
@@ -172,6 +180,7 @@ class Dispatcher:
         self._executor = executor
         self._tell = listener
         self._hung_after = hung_after
+        self._wait = CAPACITY_SECONDS if wait is None else wait
         self._workers: dict[int, _Worker] = {}
         self._open: dict[_Worker, None] = {}
         """The workers that hold fewer tiles than they may, as an ordered set."""
@@ -180,6 +189,8 @@ class Dispatcher:
         self._failures: dict[Tile, int] = {}
         self._again: list[tuple[float, Tile]] = []
         """Tiles that are tried again, and when: a heap."""
+        self._starting = 0
+        """Workers that are not ready yet."""
         self._failed_starts = 0
         self._finished, self._seconds = 0, 0.0
         self._target = 0
@@ -208,12 +219,13 @@ class Dispatcher:
                     report = self._hear(answer, self._executor.now())
                     if report is not None:
                         yield report
-                if any(worker.ready for worker in self._workers.values()):
+                if len(self._workers) > self._starting:
                     room = self._executor.now()
-                elif self._executor.now() - room > CAPACITY_SECONDS:
+                elif self._executor.now() - room > self._wait:
                     raise ClusterError(
-                        f"none of {len(self._workers)} workers could start within {CAPACITY_SECONDS:.0f} s: the "
-                        "cluster has no room left, see `ray status`. Finished tiles are kept: run again when it has"
+                        f"none of {len(self._workers)} workers could start within {self._wait:.0f} s: the cluster has "
+                        "no room left, see `ray status`. Finished tiles are kept: run again when it has, or set "
+                        "resources.wait to wait longer"
                     )
         finally:
             for worker in self._workers.values():
@@ -232,10 +244,10 @@ class Dispatcher:
                 self._waiting += len(strip)
 
     def _start_workers(self, now: float) -> None:
-        starting = sum(not worker.ready for worker in self._workers.values())
-        wanted = min(self._target - len(self._workers), self._waiting + len(self._again) - starting)
+        wanted = min(self._target - len(self._workers), self._waiting + len(self._again) - self._starting)
         for _ in range(wanted):
             number = self._executor.start()
+            self._starting += 1
             self._workers[number] = _Worker(number, now)
 
     def _hand_out(self, now: float) -> None:
@@ -256,7 +268,8 @@ class Dispatcher:
         """The next tile for a worker, if it should have one."""
         if self._again and self._again[0][0] <= now:  # alone, so that it is known what a worker died of
             return None if worker.tiles else heapq.heappop(self._again)[1]
-        scarce = self._exhausted and self._waiting < len(self._workers)  # the last ones go to who is free first
+        ready = len(self._workers) - self._starting
+        scarce = self._exhausted and self._waiting < ready  # the last ones go to who is free first
         if not self._waiting or (worker.tiles and scarce) or any(tile in self._failures for tile in worker.tiles):
             return None
         if not worker.strip and self._next:
@@ -303,6 +316,7 @@ class Dispatcher:
         match answer:
             case Started(number, place, processor):
                 worker.ready = True
+                self._starting -= 1
                 self._failed_starts = 0
                 self._open[worker] = None
                 self._tell(WorkerStarted(number, place, processor))
@@ -358,6 +372,7 @@ class Dispatcher:
           hung: it is not gone, but does not react.
         """
         del self._workers[worker.number]
+        self._starting -= not worker.ready
         self._open.pop(worker, None)
         self._executor.stop(worker.number, hung=hung)
         self._tell(WorkerLost(worker.number, reason, len(worker.tiles)))

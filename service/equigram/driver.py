@@ -14,23 +14,23 @@ import sys
 import tempfile
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from equigram.dispatch import TILES_IN_FLIGHT, Died, Done, Failed, Started, sentence
 from equigram.errors import ClusterError, ResourceError
+from equigram.plan import Tile
 from equigram.storage import configure
 from equikernel.memory import format_bytes
-from equikernel.worker import tile_sides
+from equikernel.worker import CACHED_BLOCKS, TileReport, tile_sides
 
 if TYPE_CHECKING:
     from equigram.dispatch import Answer
-    from equigram.plan import Tile
+    from equigram.plan import Part
     from equigram.spec import JobSpec, ResourceSpec
     from equigram.store import GramStore
-    from equikernel.worker import TileReport
 
 CONNECT_SECONDS = 5.0
 """How long the machine at a cluster's address may take to accept a connection."""
@@ -165,20 +165,34 @@ def check_address(resources: ResourceSpec) -> None:
 
 
 def fitting_workers(resources: ResourceSpec, memory: int) -> int:
-    """How many workers of ``memory`` bytes the connected cluster holds now, and are wanted at most; 0 if none fits."""
+    """How many workers of ``memory`` bytes the connected cluster holds now."""
     needs = _needs(resources, memory)
-    fit = sum(
+    return sum(
         min(int(node["Resources"].get(name, 0) // need) for name, need in needs.items() if need)
         for node in _nodes(resources)
     )
-    return fit if resources.workers == "auto" else min(resources.workers, fit)
+
+
+def target_workers(resources: ResourceSpec, memory: int) -> int:
+    """How many workers of ``memory`` bytes the connected cluster should be asked for now.
+
+    A cluster that may grow is asked for as many as the job names, or for one more than none: actors that find no room
+    are what Ray's autoscaler starts nodes for. A local cluster is asked for no more than it holds.
+    """
+    fit = fitting_workers(resources, memory)
+    if resources.workers == "auto":
+        return max(fit, 1)
+    return min(resources.workers, fit) if resources.address is None else resources.workers
 
 
 def check_room(resources: ResourceSpec, memory: int) -> None:
-    """Raise :class:`ResourceError` if not a single worker of ``memory`` bytes fits on a node of the cluster."""
+    """Raise :class:`ResourceError` if not a single worker of ``memory`` bytes fits on a node of the cluster.
+
+    Not where the job says that such a node may come, with ``resources.wait``.
+    """
     import ray
 
-    if fitting_workers(resources, memory):
+    if resources.wait or fitting_workers(resources, memory):
         return
     nodes, labels = _nodes(resources), resources.node_labels or {}
     if not nodes:
@@ -190,7 +204,8 @@ def check_room(resources: ResourceSpec, memory: int) -> None:
     raise ResourceError(
         f"a worker with resources.cpus_per_worker = {resources.cpus_per_worker}, resources.gpus_per_worker = "
         f"{resources.gpus_per_worker:g} and {format_bytes(memory)} of memory fits on no node of the Ray cluster; the "
-        f"largest have {most['CPU']:g} CPUs, {most['GPU']:g} GPUs and {format_bytes(most['memory'])}; ask for less"
+        f"largest have {most['CPU']:g} CPUs, {most['GPU']:g} GPUs and {format_bytes(most['memory'])}; ask for less, or "
+        "set resources.wait if the cluster starts larger ones when they are asked for"
     )
 
 
@@ -206,6 +221,21 @@ def _nodes(resources: ResourceSpec) -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and asked <= (node.get("Labels") or {}).items()]
 
 
+def _check_local_cluster() -> None:
+    """Raise :class:`ClusterError` if a process of the cluster that this one has started is gone.
+
+    Ray itself notices after a minute, and then waits for its node for ever.
+    """
+    from ray._private import worker
+
+    node = worker._global_node
+    dead = [kind for kind, _ in node.dead_processes() if kind in ("raylet", "gcs_server")] if node is not None else []
+    if dead:
+        raise ClusterError(
+            f"the local Ray cluster is gone: its {dead[0]} process has died; finished tiles are kept: run again"
+        )
+
+
 def _kill_process(process: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, signal.SIGKILL)
@@ -214,11 +244,12 @@ def _kill_process(process: int) -> None:
 class TileActor:
     """A tile worker as a Ray actor; it reads the images that come with a tile."""
 
-    def __init__(self, storage_options: Any, *arguments: Any) -> None:
+    def __init__(self, storage_options: Any, store: GramStore, *arguments: Any) -> None:
         from equikernel.worker import TileWorker
 
         configure(storage_options)
-        self._worker = TileWorker(*arguments)
+        self._store = store
+        self._worker = TileWorker(store, *arguments)
 
     def ready(self) -> tuple[str, int, str, str]:
         """The node and process of this worker, what to call its place, and its processor: answers when it started."""
@@ -227,14 +258,23 @@ class TileActor:
         node, process = ray.get_runtime_context().get_node_id(), os.getpid()
         return node, process, f"{ray.util.get_node_ip_address()}, process {process}", self._worker.processor
 
-    def compute(self, tile: Tile, blocks: dict[tuple[str, int], list[Any]]) -> TileReport:
-        """Compute a tile and store it; ``blocks`` are its images, in the object store."""
+    def compute(self, tile: tuple[Part, int, int, *tuple[Any, ...]]) -> tuple[int, float]:
+        """Compute a tile and store it; its pairs and seconds: plain values are what Ray passes on fastest.
+
+        Args:
+          tile: part, row and column; perhaps split, index and reference of images of it that are in the object store.
+        """
         import ray
 
-        def read(split: str, index: int) -> Any:
-            return ray.get(blocks[split, index][0])
+        part, row, col, *more = tile
+        blocks = {(split, index): images for split, index, images in zip(*[iter(more)] * 3, strict=True)}
 
-        return self._worker.compute(tile, read if blocks else None)
+        def read(split: Any, index: int) -> Any:
+            images = blocks.get((split, index))
+            return self._store.block(split, index) if images is None else ray.get(images)
+
+        report = self._worker.compute(Tile(part, row, col), read)
+        return report.pairs, report.seconds
 
 
 class OnRay:
@@ -265,8 +305,10 @@ class OnRay:
         self._groups = groups
         self._memory = memory
         self._actors: dict[int, Any] = {}
-        self._places: dict[int, tuple[str, int]] = {}
-        """Node and process of each worker."""
+        self._places: dict[int, tuple[str, int, str]] = {}
+        """Node, process and kind of processor of each worker."""
+        self._had: defaultdict[int, OrderedDict[tuple[str, int], None]] = defaultdict(OrderedDict)
+        """The blocks that each worker has used last, and has still."""
         self._started = 0
         self._said: queue.SimpleQueue[tuple[int, Tile | None, Any]] = queue.SimpleQueue()
         self._blocks: OrderedDict[tuple[str, int], Any] = OrderedDict()
@@ -284,7 +326,9 @@ class OnRay:
 
     def capacity(self) -> int:
         """How many workers there should be now."""
-        return fitting_workers(self._spec.resources, self._memory)
+        if self._spec.resources.address is None:
+            _check_local_cluster()
+        return target_workers(self._spec.resources, self._memory)
 
     def start(self) -> int:
         """Ask Ray for an actor."""
@@ -316,8 +360,9 @@ class OnRay:
 
     def submit(self, worker: int, tile: Tile) -> None:
         """Call an actor."""
-        blocks = {side: [reference] for side in tile_sides(tile) if (reference := self._block(*side)) is not None}
-        self._listen(worker, tile, self._actors[worker].compute.remote(tile, blocks))
+        new = [side for side in tile_sides(tile) if side not in self._had[worker]]
+        blocks = [value for side in new if (images := self._block(*side)) is not None for value in (*side, images)]
+        self._listen(worker, tile, self._actors[worker].compute.remote((tile.part, tile.row, tile.col, *blocks)))
 
     def _block(self, split: Any, index: int) -> Any:
         """The images of a block in the object store; ``None`` where there is no room for it."""
@@ -344,7 +389,7 @@ class OnRay:
         with contextlib.suppress(Exception):  # it, or the cluster, may be gone
             ray.kill(self._actors[worker])
             if hung and worker in self._places:
-                node, process = self._places[worker]
+                node, process, _ = self._places[worker]
                 there = NodeAffinitySchedulingStrategy(node, soft=False)
                 ray.remote(_kill_process).options(num_cpus=0, scheduling_strategy=there).remote(process)
 
@@ -363,10 +408,17 @@ class OnRay:
         error = future.exception()
         if error is None and tile is None:
             node, process, place, processor = future.result()
-            self._places[worker] = node, process
+            self._places[worker] = node, process, processor
             return Started(worker, place, processor)
         if error is None and tile is not None:
-            return Done(worker, tile, future.result())
+            had = self._had[worker]
+            for side in tile_sides(tile):
+                had[side] = None
+                had.move_to_end(side)
+            while len(had) > CACHED_BLOCKS:
+                had.popitem(last=False)
+            pairs, seconds = future.result()
+            return Done(worker, tile, TileReport(tile, pairs, seconds, self._places[worker][2]))
         if tile is None or isinstance(error, (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)):
             return Died(worker, sentence(error.__cause__ or error), node=self._node_is_gone(worker, error))
         return Failed(worker, tile, getattr(error, "cause", error))
@@ -377,7 +429,7 @@ class OnRay:
 
         if isinstance(error, NodeDiedError) or getattr(error, "preempted", False):
             return True
-        node, _ = self._places.get(worker, (None, 0))
+        node = self._places[worker][0] if worker in self._places else None
         return node is not None and not any(one["Alive"] for one in ray.nodes() if one["NodeID"] == node)
 
     def now(self) -> float:

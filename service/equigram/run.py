@@ -434,7 +434,7 @@ def _compute_pass(
     everyone(ComputationStarted(len(tiling), missing, total, missing_pairs, workers, socket.gethostname(), os.getpid()))
     tiles, pairs, failure = 0, 0, "it was interrupted"
     try:
-        dispatcher = Dispatcher(tiling.strips(finished), executor, everyone, resources.hung_after)
+        dispatcher = Dispatcher(tiling.strips(finished), executor, everyone, resources.hung_after, resources.wait)
         with contextlib.closing(dispatcher.run()) as reports:
             for report in reports:
                 tiles, pairs = tiles + 1, pairs + report.pairs

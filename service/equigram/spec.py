@@ -154,13 +154,17 @@ class ResourceSpec(_Section):
 
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=100_000, strict=True)] = "auto"
     """Workers, as Ray actors. ``auto`` is as many as the cluster's CPUs (and GPUs, if asked for) hold at any time, or
-    none for what this process can compute before a local cluster has started; 0 is always none."""
+    none for what this process can compute before a local cluster has started; 0 is always none. A number is also what
+    a cluster that grows is asked for."""
     cpus_per_worker: int = Field(default=1, ge=1, le=1024, strict=True)
     """CPU cores, and threads, of one worker."""
     gpus_per_worker: float = Field(default=0, ge=0, le=64, strict=True)
     """GPUs of one worker; a fraction shares one."""
     node_labels: Annotated[dict[str, str], AfterValidator(_plain_labels), "a section of labels"] | None = None
     """Ray labels of the nodes that may compute, ``{ray.io/accelerator-type: H100}``; without it all may."""
+    wait: Annotated[float, Field(ge=0, le=1e6, strict=True)] | None = None
+    """Seconds to wait for room for a first worker, also where no node is large enough yet: for clusters that start
+    nodes when they are asked to. Without it 120 where nodes are only busy, and none where none is large enough."""
     hung_after: float = Field(default=600, ge=1, le=1e6, strict=True)
     """Seconds without a finished tile after which a worker is taken for hung and replaced."""
     address: Annotated[str, AfterValidator(_ray_address), "host:port, ray://host:port or auto"] | None = None

@@ -27,6 +27,7 @@ import json
 import os
 import platform
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -47,7 +48,7 @@ from equigram.errors import (
     StoreMismatchError,
     StoreNotFoundError,
 )
-from equigram.plan import Part, SplitName, Tile, TileSet, Tiling, chunk_bytes, is_diagonal, row_split, tile_of
+from equigram.plan import Part, SplitName, Tile, TileSet, Tiling, chunk_bytes, row_split, tile_of
 from equigram.spec import GramSpec, JobSpec, KernelName, Pass
 from equikernel.errors import EquikernelError, NonFiniteKernelError
 
@@ -457,8 +458,7 @@ class GramStore:
 
     def write_values(self, tile: Tile, blocks: Mapping[tuple[str, str], NDArray[Any]]) -> None:
         """Store a tile, and its transpose, of the matrices of some groups and kernels; raises as :meth:`write_tile`."""
-        dtype, tiling = self.info.spec.gram.dtype, self.info.tiling
-        rows, cols = (slice(side.start, side.stop) for side in (tiling.rows(tile), tiling.cols(tile)))
+        dtype = self.info.spec.gram.dtype
         for (group, kernel), block in blocks.items():
             with np.errstate(over="ignore"):
                 values = np.asarray(block, dtype)
@@ -468,10 +468,43 @@ class GramStore:
                     "lower w_std or depth, or use gram.dtype: float64"
                 )
             with self._storage(f"write tile {tile}"):
-                matrix = self._matrix(tile.part, group, kernel)
-                matrix[rows, cols] = values
-                if tile.part == "gram" and not is_diagonal(tile):
-                    matrix[cols, rows] = values.T
+                for (row, col), chunk in zip(self.info.tiling.chunks(tile), (values, values.T), strict=False):
+                    self._put(f"{tile.part}/{group}/{kernel}/c/{row}/{col}", self._encoded(chunk))
+
+    def _encoded(self, values: NDArray[Any]) -> bytes:
+        """A chunk as zarr stores it: little-endian, a partial one filled up with NaN, then its CRC-32C."""
+        import google_crc32c
+
+        edge = self.info.tile
+        if values.shape != (edge, edge):
+            whole = np.full((edge, edge), np.nan, values.dtype)
+            whole[: values.shape[0], : values.shape[1]] = values
+            values = whole
+        content = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+        checksum: int = google_crc32c.value(content)
+        return content + checksum.to_bytes(4, "little")
+
+    def _put(self, name: str, content: bytes) -> None:
+        """Write a file as a whole: under another name, and renamed, or as one object. No torn one is ever visible.
+
+        Several times faster than through zarr, which takes some milliseconds for each chunk.
+        """
+        fs, path = self._place
+        if not _is_local(fs):
+            self._call("pipe_file", f"{path}/{name}", content)
+            return
+        target = Path(path, name)
+        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+        try:
+            try:
+                partial.write_bytes(content)
+            except FileNotFoundError:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                partial.write_bytes(content)
+            partial.replace(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
     def finished_tiles(self) -> TileSet:
         """The tiles whose chunks are all there, in full size, from one listing per matrix."""
@@ -580,7 +613,7 @@ class GramStore:
         """The values of rows and columns of a matrix, and what is wrong with them, if anything."""
         with self._storage(f"read {part}/{group}/{kernel}"):
             try:
-                matrix = self._matrix(part, group, kernel)
+                matrix = self._array(part, group, kernel)
                 values = np.asarray(matrix[rows.start : rows.stop, cols.start : cols.stop])
             except ValueError as error:  # zarr raises it when a checksum does not match
                 return np.empty((0, 0)), str(error)
@@ -701,7 +734,8 @@ class GramStore:
         """What is computed together, each with a store that holds nothing else."""
         return [(one, type(self)(self.url, one)) for one in self.info.passes]
 
-    def _matrix(self, *name: str) -> Any:
+    def _array(self, *name: str) -> Any:
+        """The zarr array of a name in parts, opened once."""
         if name not in self._opened:
             self._opened[name] = self._root["/".join(name)]
         return self._opened[name]
@@ -713,7 +747,7 @@ class GramStore:
     def _read_array(self, name: str, rows: range | None = None) -> NDArray[Any]:
         """An array, or some of its rows, a chunk at a time."""
         with self._storage(f"read {name}"):
-            array: Any = self._root[name]
+            array: Any = self._array(name)
             rows = range(array.shape[0]) if rows is None else rows
             values = np.empty((len(rows), *array.shape[1:]), array.dtype)
             for start in range(rows.start, rows.stop, array.chunks[0]):

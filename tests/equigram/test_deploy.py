@@ -546,15 +546,6 @@ def test_the_entry_points_of_compose_compute_a_job_in_the_bucket(nodes: dict[str
     assert_complete(given["store"])
 
 
-@pytest.mark.soak
-@pytest.mark.timeout(240)
-def test_the_autoscaler_is_asked_for_machines_until_it_is_asked_for_none(nodes: dict[str, str]) -> None:
-    for count in (4, 0):
-        subprocess.run(["python", DEPLOY / "ask_for.py", str(count), "GPU"], env=nodes, check=True, timeout=60)
-        asked = "'GPU': 1" if count else "From request_resources: (none)"
-        done_by(["ray", "status"], nodes, lambda said: asked in " ".join(said.split()))  # noqa: B023
-
-
 def test_the_script_for_slurm_is_bash_and_asks_for_what_it_relies_on() -> None:
     subprocess.run(["bash", "-n", DEPLOY / "slurm.sh"], check=True, timeout=30)
     if shutil.which("shellcheck"):

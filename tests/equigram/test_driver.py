@@ -1,6 +1,7 @@
 """Tiles on Ray: the same bits whoever computes them and whatever dies, and one sentence where it cannot work."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,13 +23,14 @@ from numpy.testing import assert_array_equal
 import equigram.dispatch
 import equigram.driver
 from equigram.dispatch import TILES_IN_FLIGHT, Dispatcher, Executor
-from equigram.driver import OnRay, check_address, check_room, fitting_workers
+from equigram.driver import OnRay, check_address, check_room, fitting_workers, target_workers
 from equigram.errors import ClusterError, ResourceError, StoreError, TileFailedError
-from equigram.events import Event, Listener, TileCopied, TileFailed, WorkerLost
+from equigram.events import Event, Listener, TileCopied, TileFailed, WorkerLost, nobody
 from equigram.local import InProcess
 from equigram.plan import Part, Tile
 from equigram.spec import JobSpec, ResourceSpec
 from equigram.store import GramStore
+from equigram.verify import verify
 from equikernel import EquikernelError, worker
 from equikernel.kernel import Kernel, available_cores
 from equikernel.network import Architecture
@@ -328,8 +331,11 @@ def test_as_many_workers_as_the_cluster_holds(cluster: None) -> None:
     cores = available_cores()
     assert fitting_workers(ResourceSpec(), MEMORY) == cores
     assert fitting_workers(ResourceSpec(cpus_per_worker=cores), MEMORY) == 1
-    assert fitting_workers(ResourceSpec(workers=1), MEMORY) == 1
-    assert fitting_workers(ResourceSpec(workers=10_000), MEMORY) == cores
+    assert target_workers(ResourceSpec(), MEMORY) == cores
+    assert target_workers(ResourceSpec(workers=1), MEMORY) == 1
+    assert target_workers(ResourceSpec(workers=10_000), MEMORY) == cores
+    assert target_workers(ResourceSpec(workers=10_000, address="auto"), MEMORY) == 10_000
+    assert target_workers(ResourceSpec(gpus_per_worker=64, address="auto"), MEMORY) == 1
     check_room(ResourceSpec(), MEMORY)
 
 
@@ -356,6 +362,7 @@ def test_a_worker_that_fits_on_no_node_is_refused_with_both_numbers(
     assert fitting_workers(resources, memory) == 0
     with pytest.raises(ResourceError, match=message):
         check_room(resources, memory)
+    check_room(resources.model_copy(update={"wait": 60}), memory)
 
 
 def test_more_cores_than_this_machine_has_are_refused_before_a_cluster_is_started() -> None:
@@ -429,28 +436,44 @@ class Cluster:
                     found.add(int(place.name))
         return found
 
-    def start_run(self, folder: Path) -> subprocess.Popen[str]:
-        """Compute the store ``run`` in ``folder``; prints the tiles, then the number of workers."""
+    def start_run(self, folder: Path, slow: float = 0.0, **resources: object) -> subprocess.Popen[str]:
+        """Compute the store ``run`` in ``folder``, each tile in ``slow`` seconds at least.
+
+        Prints the tiles, the workers that start and end, and at last the number of workers.
+        """
         return subprocess.Popen(
-            [sys.executable, "-c", ON_A_CLUSTER, self.address],
+            [sys.executable, "-c", ON_A_CLUSTER, json.dumps({"address": self.address, **resources}), str(slow)],
             env=self.environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
 
 ON_A_CLUSTER = """
-import sys
+import json, sys, time
 from equigram.dispatch import Dispatcher
-from equigram.driver import OnRay, check_address, fitting_workers, ray_session
+from equigram.driver import OnRay, check_address, check_room, ray_session
 from equigram.spec import JobSpec
 from equigram.store import GramStore
 
-store = GramStore("run")
+slow = float(sys.argv[2])
+
+class Slow(GramStore):
+    def write_tile(self, *arguments):
+        time.sleep(slow)
+        super().write_tile(*arguments)
+
+def tell(event):
+    if slow and type(event).__name__.startswith("Worker"):
+        print(type(event).__name__, flush=True)
+
+store = Slow("run")
 fields = store.info.spec.model_dump()
-spec = JobSpec.parse({**fields, "resources": {"address": sys.argv[1]}})
+spec = JobSpec.parse({**fields, "resources": json.loads(sys.argv[1])})
 check_address(spec.resources)
 with ray_session(spec.resources):
+    check_room(spec.resources, 2**28)
     executor = OnRay(store, spec, spec.gram.groups, 2**28)
-    for report in Dispatcher(store.info.tiling.strips(), executor, lambda event: None, 600).run():
+    strips, resources = store.info.tiling.strips(), spec.resources
+    for report in Dispatcher(strips, executor, tell, resources.hung_after, resources.wait).run():
         print(report.tile, flush=True)
     print(executor.capacity())
 """
@@ -485,6 +508,44 @@ def test_a_cluster_that_is_there_already_is_used(existing: Cluster, job: Job, cr
 def test_a_cluster_with_another_token_is_refused(existing: Cluster) -> None:
     with pytest.raises(ClusterError, match=r"refuses the token of this process; set RAY_AUTH_MODE=token, and the"):
         check_address(ResourceSpec(address=existing.address))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_nodes_with_gpus_are_waited_for_used_when_they_join_and_not_missed_when_they_leave(
+    existing: Cluster, job: Job, create: Create, tmp_path: Path
+) -> None:
+    store = create(job(gram={"groups": ["C1"], "tile": 1, "engine": "xla"}, network={"depth": 1}, data={"size": 4}))
+    head = existing.processes("raylet/raylet")
+    node = (f"--address={existing.address}", "--num-gpus=1", "--num-cpus=2", "--labels=zone=moon")
+    options: dict[str, Any] = {"gpus_per_worker": 0.5, "node_labels": {"zone": "moon"}}
+    with existing.start_run(tmp_path, **options) as refused:
+        assert "none of the 1 nodes of the Ray cluster has the labels" in refused.communicate(timeout=60)[1]
+    with existing.start_run(tmp_path, slow=1.0, wait=100, **options) as run:
+        assert run.stdout is not None
+        time.sleep(2)
+        assert run.poll() is None
+        existing.start_node(*node)
+        told = [run.stdout.readline().strip() for _ in range(4)]
+        assert "WorkerStarted" in told  # of the two that share the GPU
+        first = existing.processes("raylet/raylet") - head
+        existing.start_node(*node)
+        while told.count("WorkerStarted") < 3:
+            assert told[-1], "the run ended before the second node was used"
+            told.append(run.stdout.readline().strip())
+        for process in first:
+            os.kill(process, signal.SIGKILL)
+        out, err = run.communicate(timeout=200)
+    for process in existing.processes("raylet/raylet") - head:
+        os.kill(process, signal.SIGKILL)
+    assert (run.returncode, err) == (0, "")
+    *told, _ = [*told, *out.splitlines()]
+    count = Counter(told)
+    assert count.pop("WorkerStarted") >= 3
+    assert 2 <= count.pop("WorkerLost") <= 4  # Ray may place new ones on the dead node before it has noticed
+    assert count == Counter(map(str, store.info.tiling.tiles()))
+    report = verify(GramStore.open(store.url), nobody, samples=3)
+    assert (report.findings, report.missing) == ((), 0)
 
 
 @pytest.mark.soak
