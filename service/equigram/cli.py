@@ -607,6 +607,12 @@ def _print_plan(
     missing = f": {plan.missing:,} missing" if begun else ""
     times = f", in each of {len(plan.costs)} passes" if len(plan.costs) > 1 else ""
     cores = resources.cpus_per_worker
+    cost = []
+    if price is not None:
+        gpus = resources.gpus_per_worker
+        kind, units = ("GPU", gpus) if gpus else ("CPU", float(cores))
+        hours = plan.work * units / 3600
+        cost = [("cost", f"{hours * price / 1000:,.2f} for {hours:,.3g} {kind}-hours at {price:,g} per 1,000")]
     costs = " + ".join(f"{cost * 1e3:.3g}" for cost in plan.costs.values())
     _print_facts(
         ("store", f"{spec.store} ({'begun' if begun else 'new'}), {format_bytes(plan.store_bytes)} when finished"),
@@ -628,12 +634,8 @@ def _print_plan(
         ),
         ("a pair", f"{costs} ms on one worker, measured on this machine"),
         ("time", f"about {duration(max(plan.seconds, 0.1))}" if plan.missing else "nothing is left to compute"),
+        *cost,
     )
-    if price is not None:
-        gpus = resources.gpus_per_worker
-        kind, units = ("GPU", gpus) if gpus else ("CPU", float(cores))
-        hours = plan.work * units / 3600
-        _print_facts(("cost", f"{hours * price / 1000:,.2f} for {hours:,.3g} {kind}-hours at {price:,g} per 1,000"))
 
 
 def _print_results(results: Sequence[Result], dtype: str) -> None:

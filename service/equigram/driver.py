@@ -80,7 +80,9 @@ def ray_session(resources: ResourceSpec) -> Iterator[None]:
         except Exception as error:
             reason = sentence(error.__cause__ or error)
             if resources.address is None:
-                raise ClusterError(f"a local Ray cluster does not start: {reason}") from error
+                raise ClusterError(
+                    f"a local Ray cluster does not start: {reason}; finished tiles are kept: run again"
+                ) from error
             raise ClusterError(
                 f"no connection to the Ray cluster at resources.address = {resources.address!r}: {reason}; run on a "
                 "machine of that cluster, or leave the address out to start a local one"

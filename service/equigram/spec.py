@@ -131,6 +131,9 @@ class GramSpec(_Section):
     """Precision of the engine and of the stored matrices."""
     tile: Literal["auto"] | Annotated[int, Field(ge=1, le=65536, strict=True)] = "auto"
     """Edge of a tile in images; ``auto`` chooses it from the measured cost of a pair."""
+    compression: Literal["none", "zstd"] = "none"
+    """``zstd`` (with shuffled bytes) makes chunks of float32 about a fifth smaller. Then a chunk that was cut short
+    shows when it is read, and not in a listing."""
     engine: EngineName = "auto"
     """How the kernels are computed: ``cpu`` is fast and exact, ``xla`` the same in JAX, ``general`` does any network,
     ``reference`` is the slow literal recursion; ``auto`` takes ``general`` where the others cannot, else ``xla`` for

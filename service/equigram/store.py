@@ -70,6 +70,9 @@ ANSWER_SECONDS = 60.0
 ROW_LISTING = 500
 """Chunks in a row of a matrix from which on object storage is listed row by row."""
 
+_ZSTD: dict[str, Any] = {"cname": "zstd", "clevel": 3, "shuffle": 1}
+"""Blosc as chunks are compressed with: shuffled by bytes, zstd."""
+
 PROBE = ".equigram-write-test"
 """Written and deleted to find out whether object storage may be written."""
 
@@ -195,7 +198,7 @@ class GramStore:
                 store._add_split(root, name, split, tile)
             tiling = Tiling(attributes["train"], attributes["test"], tile)
             for one in spec.gram.passes:
-                _add_matrices(root, one, tiling, spec.gram.dtype)
+                _add_matrices(root, one, tiling, spec.gram)
             root.create_group("history")
             root.attrs["equigram"] = {**attributes, "state": "ready"}
         return cls(spec.store)
@@ -240,7 +243,7 @@ class GramStore:
                 _append(names, end, text)
             tiling = Tiling(counts["train"], counts["test"], info.tile)
             for one in info.passes:
-                _add_matrices(self._root, one, tiling, info.spec.gram.dtype)
+                _add_matrices(self._root, one, tiling, info.spec.gram)
             if "solution" in self._root:
                 self._call("rm", f"{self._place[1]}/solution", recursive=True)
         self._change(
@@ -271,7 +274,7 @@ class GramStore:
         passes = [one for part in parts for one in GramSpec.model_validate(gram.model_dump() | part).passes]
         with self._storage("add matrices to the run store"):
             for one in passes:
-                _add_matrices(self._root, one, self.info.tiling, gram.dtype)
+                _add_matrices(self._root, one, self.info.tiling, gram)
         self._change(
             "add matrices to the run store",
             lambda attributes: {
@@ -379,9 +382,13 @@ class GramStore:
             if stored != asked
         ]
         if differences:
+            asked, stored = spec.gram, self.info.spec.gram
+            more = [f"--group {group}" for group in asked.groups if group not in stored.groups]
+            more += [f"--kernel {kernel}" for kernel in asked.kernels if kernel not in stored.kernels]
+            adds = f", or add what is new with `equigram extend {self.url} {' '.join(more)}`" if more else ""
             raise StoreMismatchError(
                 f"{self.url} belongs to another job: {'; '.join(differences)}. "
-                "Give this job another `store`, or restore those fields"
+                f"Give this job another `store`, or restore those fields{adds}"
             )
 
     def remember(self, spec: JobSpec) -> None:
@@ -472,15 +479,18 @@ class GramStore:
                     self._put(f"{tile.part}/{group}/{kernel}/c/{row}/{col}", self._encoded(chunk))
 
     def _encoded(self, values: NDArray[Any]) -> bytes:
-        """A chunk as zarr stores it: little-endian, a partial one filled up with NaN, then its CRC-32C."""
+        """A chunk as zarr stores it: little-endian, filled up with NaN, perhaps compressed, and its CRC-32C."""
         import google_crc32c
+        import numcodecs
 
         edge = self.info.tile
         if values.shape != (edge, edge):
             whole = np.full((edge, edge), np.nan, values.dtype)
             whole[: values.shape[0], : values.shape[1]] = values
             values = whole
-        content = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+        values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+        compress = self.info.spec.gram.compression == "zstd"
+        content = bytes(numcodecs.Blosc(**_ZSTD).encode(values)) if compress else values.tobytes()
         checksum: int = google_crc32c.value(content)
         return content + checksum.to_bytes(4, "little")
 
@@ -763,12 +773,15 @@ class GramStore:
         return values
 
     def _whole_chunks(self, part: Part, group: str, kernel: str) -> NDArray[np.bool_]:
-        """Which chunks ``(row, col)`` of a matrix are there in full size."""
-        return np.equal(self.chunk_sizes(part, group, kernel), self.chunk_bytes)
+        """Which chunks ``(row, col)`` of a matrix are there, as far as their sizes tell."""
+        sizes = self.chunk_sizes(part, group, kernel)
+        return sizes > 0 if self.chunk_bytes is None else sizes == self.chunk_bytes
 
     @property
-    def chunk_bytes(self) -> int:
-        """Bytes of every chunk of a matrix."""
+    def chunk_bytes(self) -> int | None:
+        """Bytes of every chunk of a matrix; ``None`` where they are compressed."""
+        if self.info.spec.gram.compression != "none":
+            return None
         return chunk_bytes(self.info.tile, np.dtype(self.info.spec.gram.dtype).itemsize)
 
     def chunk_sizes(self, part: Part, group: str, kernel: str) -> NDArray[np.int64]:
@@ -925,27 +938,28 @@ def _holds_fill_value(array: Any, values: NDArray[Any]) -> bool:
     return bool((np.isnan(values) if values.dtype.kind == "f" else values == array.fill_value).any())
 
 
-def _add_matrices(root: zarr.Group, one: Pass, tiling: Tiling, dtype: str) -> None:
+def _add_matrices(root: zarr.Group, one: Pass, tiling: Tiling, gram: GramSpec) -> None:
     """Make the matrices of a pass, without tiles; those that are there keep them and grow to their new size."""
     parts: tuple[Part, ...] = ("gram", "cross") if tiling.test else ("gram",)
     for part in parts:
         for group, kernel in one.matrices:
-            _add_matrix(root, f"{part}/{group}/{kernel}", tiling.shape(part), tiling.edge, dtype)
+            _add_matrix(root, f"{part}/{group}/{kernel}", tiling.shape(part), tiling.edge, gram)
 
 
-def _add_matrix(root: zarr.Group, name: str, shape: tuple[int, int], tile: int, dtype: str) -> None:
-    from zarr.codecs import Crc32cCodec
+def _add_matrix(root: zarr.Group, name: str, shape: tuple[int, int], tile: int, gram: GramSpec) -> None:
+    from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
 
     if name in root:
         matrix: Any = root[name]
         matrix.resize(shape)
         return
+    zstd = [] if gram.compression == "none" else [BloscCodec(**{**_ZSTD, "shuffle": BloscShuffle.shuffle})]
     root.create_array(
         name,
         shape=shape,
-        dtype=dtype,
+        dtype=gram.dtype,
         chunks=(tile, tile),
-        compressors=[Crc32cCodec()],
+        compressors=[*zstd, Crc32cCodec()],
         fill_value=float("nan"),
         config={"write_empty_chunks": True},
     )

@@ -168,10 +168,11 @@ class _Verification:
             matrices = {names: store.chunk_sizes(part, *names) for names in store.matrices}
             present[part] = np.logical_and.reduce([sizes >= 0 for sizes in matrices.values()])
             for (group, kernel), sizes in matrices.items():
-                for row, col in np.argwhere((sizes >= 0) & (sizes != store.chunk_bytes)).tolist():
+                wrong = (sizes >= 0) & (sizes != store.chunk_bytes) if store.chunk_bytes else sizes == 0
+                for row, col in np.argwhere(wrong).tolist():
                     what = (
                         f"chunk {row}, {col} of {part}/{group}/{kernel} has {sizes[row, col]} bytes, not "
-                        f"{store.chunk_bytes}"
+                        f"{store.chunk_bytes or 'more'}"
                     )
                     self._found(tile_of(part, row, col), what)
         return list(TileSet(self._info.tiling, present))

@@ -27,7 +27,7 @@ from equigram.errors import SpecError
 EQUIGRAM = str(Path(sys.executable).with_name("equigram"))
 ENVIRONMENT = os.environ | {"COLUMNS": "80", "TERM": "xterm", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
 LIMIT = 120
-COMMANDS = ("run", "plan", "status", "verify", "export", "predict", "plot")
+COMMANDS = ("run", "plan", "status", "verify", "extend", "export", "import", "predict", "plot")
 FORKING = """
 import json, os, signal, sys
 import equigram.cli, equigram.figures, equigram.run, equikernel.engines.cpu, typer.rich_utils, zarr
@@ -308,6 +308,43 @@ def test_plan_of_a_new_job_says_what_it_will_cost_and_writes_nothing(place: Plac
     assert re.fullmatch(r"about \S+ s", facts["time"])
     assert max(map(len, done.out.splitlines())) <= 80
     assert place.files().keys() == before.keys() | {str(place / "job.yaml")}
+
+
+def test_plan_tells_what_the_hours_cost(place: Place) -> None:
+    spec = place.job(gram={"groups": ["C4", "C3"], "tile": 4}, data={"size": 4})
+    done = place.command("plan", spec, "--price", "1e9", folder=place.folder)
+    facts = {line[:10].strip(): line[10:] for line in done.out.splitlines()}
+    assert facts["engine"] == "cpu, general"
+    assert facts["tiles"] == "5 of 4 x 4 images, in each of 2 passes"
+    costs = [float(cost) for cost in facts["a pair"].split(" ms ")[0].split(" + ")]
+    match = re.fullmatch(r"([\d,.]+) for (\S+) CPU-hours at 1e\+09 per 1,000", facts["cost"])
+    assert match is not None
+    assert float(match[1].replace(",", "")) == pytest.approx(33 * sum(costs) / 3600e3 * 1e6, rel=0.02)
+
+
+def test_extend_and_import_by_command(copy: Place) -> None:
+    assert copy.command("extend", "run", folder=copy.folder).code == 2
+    refused = copy.command("extend", "run", "--test", "--group", "D4", folder=copy.folder)
+    assert refused.code == 2
+    assert "--test is about images, and none are named; add --data IMAGES" in refused.err
+    more = (copy / "job.yaml").read_text().replace("- C4", "- C4\n  - D4")
+    (copy / "more.yaml").write_text(more)
+    refused = copy.command("run", "more.yaml", folder=copy.folder)
+    assert "or add what is new with `equigram extend run --group D4`" in refused.err
+    done = copy.command("extend", "run", "--group", "D4", folder=copy.folder)
+    assert done.code == 0, done.err
+    assert copy.command("run", "more.yaml", folder=copy.folder).code == 0
+    assert re.search(r"^ D4 +ntk ", done.out, re.MULTILINE)
+    status = copy.command("status", "run", folder=copy.folder)
+    assert "tiles     24 of 24 done in 2 passes, 0 missing" in status.out
+    assert copy.command("export", "run", "all.npz", folder=copy.folder).code == 0
+    taken = copy.command("import", "job.yaml", "all.npz", folder=copy.folder)
+    assert taken.code == 2
+    assert "gram.groups is ['C1', 'C4', 'D4'] in the store and ['C1', 'C4'] in the job" in taken.err
+    job = (copy / "job.yaml").read_text().replace("store: run", "store: second")
+    (copy / "second.yaml").write_text(job)
+    taken = copy.command("import", "second.yaml", "all.npz", folder=copy.folder)
+    assert (taken.code, taken.out) == (0, "second: 12 tiles imported, 0 missing\nnext: equigram run second.yaml\n")
 
 
 def test_plan_of_a_run_that_is_done_says_so(run: Place) -> None:

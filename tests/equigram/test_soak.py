@@ -175,6 +175,7 @@ class Weather:
     def __init__(self, upstream: str, seed: int) -> None:
         host, _, port = upstream.removeprefix("http://").partition(":")
         self.rng, self.bad, self.faults, self.lock = random.Random(seed), 0.0, Counter[str](), threading.Lock()
+        self.down_until = 0.0
         weather = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -187,9 +188,14 @@ class Weather:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 with weather.lock:
                     bad = weather.rng.random() < weather.bad
-                    fault = weather.rng.choice(["500", "503", "slow", "hang up", "after the fact"]) if bad else ""
-                    if fault:
+                    kinds = ["500", "503", "slow", "hang up", "after the fact", "down"]
+                    fault = weather.rng.choices(kinds, [5, 5, 5, 5, 5, 1])[0] if bad else ""
+                    if time.monotonic() < weather.down_until:
+                        fault = "hang up"  # as if the server were killed and started again
+                    elif fault:
                         weather.faults[fault] += 1
+                    if fault == "down":
+                        weather.down_until, fault = time.monotonic() + 3, "hang up"
                 if fault in ("500", "503"):
                     self.reply(int(fault), b"", {})
                     return
@@ -254,3 +260,37 @@ def test_object_storage_that_fails_stalls_and_hangs_up(
             store.discard_tile(tile)
     sys.stdout.write(f"{weather.faults.total()} faults ({dict(weather.faults)}) in {runs} finished runs\n")
     weather.server.shutdown()
+
+
+def test_a_disk_that_fills(
+    soaked: Callable[..., JobSpec], undisturbed: GramStore, tmp_path: Path, environment: dict[str, str],
+    tmpfs: Callable[[str], Path],
+) -> None:  # fmt: skip
+    rng, disk = random.Random(2), tmpfs("size=8m")
+    spec = soaked(disk / "run")
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    stopped = rounds = 0
+    while stopped < max(FAULTS // 20, 2):
+        with start(tmp_path, environment) as driver:
+            while driver.poll() is None and not GramStore.exists(spec.store):
+                time.sleep(0.1)
+            time.sleep(rng.uniform(0, 8))
+            hog = disk / "hog"
+            with contextlib.suppress(OSError), hog.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(2**12))
+            _, words = driver.communicate(timeout=LIMIT)
+        assert "Traceback" not in words, words
+        if driver.returncode:
+            assert driver.returncode == 1, words
+            assert "No space left on device" in words, words
+            stopped += 1
+        hog.unlink()
+        run(spec.model_copy(update={"resources": spec.resources.model_copy(update={"workers": 0})}))
+        store = GramStore.open(spec.store)
+        compare(store, undisturbed)
+        assert not list(Path(spec.store).rglob("*.partial"))
+        rounds += 1
+        for tile in rng.sample(sorted(store.finished_tiles()), 120):
+            store.discard_tile(tile)
+    sys.stdout.write(f"the disk was full in {stopped} of {rounds} runs\n")

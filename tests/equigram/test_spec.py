@@ -264,7 +264,7 @@ def test_a_job_without_what_it_needs_is_refused(tmp_path: Path, text: str, words
         ),
         ("solve: {ridges: 1}", "solve.ridges: no such field; did you mean 'ridge'? Allowed here: ridge, kernels, trai"),
         ("solve: {store: b}", "solve.store: no such field; it belongs to the top level. Allowed here: ridge, kernels"),
-        ("gram: {1: 2}", "gram: 1 is not the name of a field. Allowed here: groups, kernels, dtype, tile, engine"),
+        ("gram: {1: 2}", "gram: 1 is not the name of a field. Allowed here: groups, kernels, dtype, tile, compression"),
     ],
 )
 def test_an_unknown_field_is_refused_with_a_suggestion(tmp_path: Path, more: str, words: str) -> None:

@@ -26,10 +26,12 @@ from equigram.errors import (
     StoreMismatchError,
     StoreNotFoundError,
 )
+from equigram.events import nobody
 from equigram.plan import Tile
 from equigram.solve.stage import solve_run
 from equigram.spec import JobSpec, SolveSpec
 from equigram.store import GramStore, free_space
+from equigram.verify import verify
 from equikernel import NonFiniteKernelError
 from equikernel.kernel import Kernel
 
@@ -116,6 +118,41 @@ def test_names_that_are_not_text_are_kept_printable(job: Job, create: Create, cl
     names = create(job(data={"train": class_folders})).names("train")
     assert len(names) == 12
     assert "a/a b\\udcff.png" in names
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_chunks_have_the_bytes_that_zarr_itself_writes(
+    job: Job, create: Create, compute: Compute, dtype: str, compression: str
+) -> None:
+    store = create(job(gram={"dtype": dtype, "compression": compression}))
+    compute(store)
+    chunks = {path: path.read_bytes() for path in Path(store.url).glob("[gc]r*/*/*/c/*/*")}
+    assert len(chunks) == 2 * (9 + 6)
+    for name in ("gram/C1/ntk", "gram/C1/nngp", "cross/C1/ntk", "cross/C1/nngp"):
+        array: Any = zarr.open_array(f"{store.url}/{name}", mode="r+")
+        array[...] = array[...]
+    assert {path: path.read_bytes() for path in chunks} == chunks
+
+
+def test_compressed_chunks_are_finished_whatever_their_size_and_damage_is_found(
+    job: Job, create: Create, compute: Compute
+) -> None:
+    store = create(job(gram={"compression": "zstd", "tile": 10}))
+    compute(store)
+    assert len(store.finished_tiles()) == len(store.info.tiling)
+    chunk = Path(store.url, "gram/C1/ntk/c/0/0")
+    content = chunk.read_bytes()
+    assert len(content) < 4 * 10 * 10 + 4
+    for damaged in (content[:-9], content[:20] + b"x" + content[21:], b""):
+        chunk.write_bytes(damaged)
+        with pytest.raises((DamagedTileError, IncompleteRunError)):
+            store.matrix("gram", "C1", "ntk")
+        found = verify(store, nobody, samples=0)
+        assert found.bad_tiles == [Tile("gram", 0, 0)]
+    store.discard_tile(Tile("gram", 0, 0))
+    compute(store, [Tile("gram", 0, 0)])
+    assert chunk.read_bytes() == content
 
 
 def test_both_triangles_hold_the_same_bits(finished: GramStore) -> None:
