@@ -71,9 +71,9 @@ starts. A list of one value may be written without brackets. Relative paths star
 given. A path or URL is a local path or any URL that [fsspec](https://filesystem-spec.readthedocs.io) knows, such as
 `s3://bucket/folder`.
 
-A store belongs to one job: `data`, `network` and `gram` cannot change once it exists, the other sections can. A run
-that goes on compares the names and sizes of all image files, and the content of up to 64 of them (of an .npy or .npz,
-all of it), with those the store was made of.
+A store belongs to one job: `data`, `network` and `gram` cannot change once it exists, the other sections can; images,
+groups and kernels are added with `equigram extend`. A run that goes on compares the names and sizes of all image files,
+and the content of up to 64 of them (of an .npy or .npz, all of it), with those the store was made of.
 
 The regression is `μ(x) = ȳ + Θ(x, X) (Θ(X, X) + λ s I)⁻¹ (Y - ȳ)`: `Y` are one-hot or real targets, `ȳ` their mean over
 the training images (so that a large ridge predicts the mean, not zero), `s` the mean diagonal of `Θ(X, X)`. The store
