@@ -388,6 +388,7 @@ class OnRay:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        self._had.pop(worker, None)
         with contextlib.suppress(Exception):  # it, or the cluster, may be gone
             ray.kill(self._actors[worker])
             if hung and worker in self._places:

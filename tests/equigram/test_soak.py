@@ -260,6 +260,7 @@ def test_object_storage_that_fails_stalls_and_hangs_up(
             store.discard_tile(tile)
     sys.stdout.write(f"{weather.faults.total()} faults ({dict(weather.faults)}) in {runs} finished runs\n")
     weather.server.shutdown()
+    weather.server.server_close()
 
 
 def test_a_disk_that_fills(
