@@ -41,6 +41,11 @@ ANSWER_SECONDS = 20.0
 LOCAL_OBJECT_STORE = 128 * 2**20
 """Bytes of shared memory of a local cluster, for blocks of images."""
 
+LAST_WORDS = (
+    "error: this process was killed, or ended by Ray, whose cluster is gone; finished tiles are kept: run again"
+)
+"""What is said for a process that cannot say it any more."""
+
 BLOCK_SHARE = 0.5
 """Part of the shared memory of the driver's node that blocks of images may take."""
 
@@ -72,6 +77,7 @@ def ray_session(resources: ResourceSpec) -> Iterator[None]:
             )
             options |= {"address": "local", "num_cpus": available_cores(), "include_dashboard": False}
             options |= {"object_store_memory": LOCAL_OBJECT_STORE, "_temp_dir": stack.enter_context(folder)}
+        stack.enter_context(_last_words())
         stack.enter_context(_quiet_ray())
         stack.callback(ray.shutdown)
         terminate = signal.getsignal(signal.SIGTERM)
@@ -90,6 +96,20 @@ def ray_session(resources: ResourceSpec) -> Iterator[None]:
         if callable(terminate) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)  # Ray would print a stack and end the process
         yield
+
+
+@contextlib.contextmanager
+def _last_words() -> Iterator[None]:
+    """Ray ends its driver without a word when the cluster is gone: then a process that outlives it says so."""
+    witness = subprocess.Popen(
+        ["sh", "-c", 'read -r ended || printf "\\n%s\\n" "$1" >&2', "sh", LAST_WORDS],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            witness.communicate(b"ended\n", timeout=ANSWER_SECONDS)
 
 
 @contextlib.contextmanager

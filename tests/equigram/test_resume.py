@@ -145,3 +145,25 @@ def test_an_interrupted_run_says_so_and_keeps_its_tiles(
     assert err.splitlines()[-1] == f"{said}; finished tiles are kept, and the same command goes on from there"
     assert not [noise for noise in ("Traceback", "***", "@ ") if noise in err]
     assert not list(Path(environment["RAY_TMPDIR"]).iterdir())
+
+
+def test_a_cluster_that_dies_ends_the_run_in_words(slow: JobSpec, tmp_path: Path, environment: dict[str, str]) -> None:
+    with start(tmp_path, environment) as process:
+        give_up = time.monotonic() + LIMIT
+        while not (GramStore.exists(slow.store) and len(GramStore(slow.store).finished_tiles()) >= 1):
+            assert time.monotonic() < give_up, "no tile is ever stored"
+            time.sleep(0.05)
+        nodes = []
+        for place in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # it has ended
+                command = place.read_text(errors="replace")
+                if environment["RAY_TMPDIR"] in command and "raylet/raylet" in command:
+                    nodes.append(int(place.parent.name))
+        for node in nodes:
+            os.kill(node, signal.SIGKILL)
+        out, err = process.communicate(timeout=LIMIT)
+    assert nodes
+    assert (process.returncode, out) == (1, "")
+    assert err.splitlines()[-1].startswith("error: ")
+    assert err.endswith("finished tiles are kept: run again\n")
+    assert "Traceback" not in err
