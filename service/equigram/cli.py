@@ -480,11 +480,12 @@ def import_(
     order in the store, NaN where a value is missing. Tiles that are complete there and missing in the store are taken,
     after some of them were computed here and found equal up to rounding; `equigram run` computes the rest.
     """
-    from equigram.importing import import_matrices
+    from equigram.importing import check_source, import_matrices
     from equigram.run import prepare
     from equigram.screen import Screen
 
     spec = _load(job, None)
+    check_source(source)  # before a store is made
     with Screen(err) as screen:
         store, _ = prepare(spec, screen)
         taken = import_matrices(store, source, screen, samples, seed)

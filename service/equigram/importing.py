@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from equigram.data.sources import some
 from equigram.errors import DataError, EquigramError
 from equigram.events import Progress
 from equigram.plan import SplitName, Tile, is_diagonal, row_split
@@ -47,6 +48,11 @@ def import_matrices(store: GramStore, source: str, listener: Listener, samples: 
         computed here by more than rounding explains. Nothing was stored.
     """
     arrays = _open(source)
+    names = [f"{part}/{group}/{kernel}" for part in store.parts for group, kernel in store.matrices]
+    if not any(name in arrays for name in names):
+        raise DataError(
+            f"{source} holds none of the matrices {', '.join(names)}, but {some(sorted(arrays))}; give them these names"
+        )
     for matrix in store.parts:
         _check_names(store, arrays, row_split(matrix), source)
     rng = np.random.default_rng(seed)
@@ -66,13 +72,20 @@ def import_matrices(store: GramStore, source: str, listener: Listener, samples: 
     return total
 
 
-def _open(source: str) -> Arrays:
+def check_source(source: str) -> None:
+    """Raise :class:`DataError` unless ``source`` can be opened as an .npz file or a zarr group."""
+    _open(source, only_names=True)
+
+
+def _open(source: str, *, only_names: bool = False) -> Arrays:
     """The arrays of a source by name; those of a zarr are read when they are sliced."""
     import zarr
 
     try:
         if source.endswith(".npz"):
             with np.load(source) as file:
+                if only_names:
+                    return dict.fromkeys(file)
                 needed, available = sum(info.file_size for info in file.zip.infolist()), available_memory()
                 if needed > available:
                     raise DataError(

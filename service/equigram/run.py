@@ -535,6 +535,9 @@ def extend_matrices(store: GramStore, spec: JobSpec, groups: Sequence[str], kern
       ResourceError: the disk has no room for the matrices; nothing was changed.
     """
     info, gram = store.info, spec.gram
+    already = [name for name in (*groups, *kernels) if name in (*gram.groups, *gram.kernels)]
+    if already:
+        raise SpecError(f"{store.url} has {already[0]} already; `equigram run` computes what is missing")
     fields = spec.model_dump(mode="json")
     more = {"groups": [*gram.groups, *groups], "kernels": [*gram.kernels, *kernels]}
     larger = JobSpec.parse({**fields, "gram": {**fields["gram"], **more}}, source=store.url)

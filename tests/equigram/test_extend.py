@@ -143,8 +143,9 @@ def test_more_groups_and_kernels_leave_what_is_there(spec: JobSpec) -> None:
 @pytest.mark.parametrize(
     ("groups", "kernels", "words"),
     [
-        (["C4"], [], "gram.groups: 'C4' is named twice"),
-        ([], ["ntk"], "gram.kernels: 'ntk' is named twice"),
+        (["C4"], [], "has C4 already; `equigram run` computes what is missing"),
+        ([], ["ntk"], "has ntk already"),
+        (["D4", "D4"], [], "gram.groups: 'D4' is named twice"),
         (["E8"], [], "gram.groups.*'E8' is not allowed"),
         ([], ["gp"], "gram.kernels.*'gp' is not allowed"),
     ],

@@ -13,7 +13,7 @@ from numpy.testing import assert_array_equal
 from equigram.errors import DataError
 from equigram.events import Event, TileFinished, nobody
 from equigram.export import export_run
-from equigram.importing import ELSEWHERE, import_matrices
+from equigram.importing import ELSEWHERE, check_source, import_matrices
 from equigram.plan import Tile
 from equigram.run import finish, run
 from equigram.spec import JobSpec
@@ -135,7 +135,14 @@ def test_what_is_wrong_is_refused_with_both_values_and_nothing_is_stored(
 
 
 @pytest.mark.parametrize("name", ["nothing.npz", "nothing.zarr", "text.npz"])
-def test_what_cannot_be_read_is_refused(name: str, spec: JobSpec, create: Create, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("not an array")
     with pytest.raises(DataError, match=rf"{name} cannot be read as an \.npz file or a zarr group: \S"):
-        import_matrices(create(spec), str(tmp_path / name), nobody, samples=1)
+        check_source(str(tmp_path / name))
+
+
+def test_a_file_without_matrices_is_refused(spec: JobSpec, create: Create, tmp_path: Path) -> None:
+    source = saved(tmp_path, {"x": np.zeros(3)})
+    check_source(source)
+    with pytest.raises(DataError, match=r"holds none of the matrices gram/C1/nngp, gram/C1/ntk, .*, but x; give them"):
+        import_matrices(create(spec), source, nobody, samples=1)
