@@ -411,7 +411,7 @@ def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener, costs: di
         listener(Progress("pairs", done, total))
         for one, (part, tiles) in left.items():
             executor: Executor = _here(part, spec, one) if here else OnRay(part, spec, one.groups, memory[one])
-            for report in _compute_pass(part, tiles, executor, resources, listener):
+            for report in _compute_pass(store, tiles, executor, resources, listener):
                 done += report.pairs
                 listener(Progress("pairs", done, total))
 
