@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,7 @@ def ray_session(resources: ResourceSpec) -> Iterator[None]:
         stack.callback(ray.shutdown)
         terminate = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(**options)
+            _init(options)
         except Exception as error:
             reason = sentence(error.__cause__ or error)
             if resources.address is None:
@@ -96,6 +97,24 @@ def ray_session(resources: ResourceSpec) -> Iterator[None]:
         if callable(terminate) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)  # Ray would print a stack and end the process
         yield
+
+
+def _init(options: dict[str, Any]) -> None:
+    """``ray.init``; a second time for a local cluster, which a loaded machine may not start in the 30 s of Ray."""
+    import ray
+    from ray._private.node import Node
+
+    try:
+        ray.init(**options)
+    except Exception as error:
+        if options["address"] != "local":
+            raise
+        # Ray forgets the processes that it has started by then: only what raised the error knows them.
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if isinstance(node := frame.f_locals.get("self"), Node):
+                node.kill_all_processes(check_alive=False, wait=True)
+        ray.shutdown()
+        ray.init(**options)
 
 
 @contextlib.contextmanager

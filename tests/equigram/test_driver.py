@@ -505,6 +505,39 @@ def test_a_cluster_that_is_there_already_is_used(existing: Cluster, job: Job, cr
     assert_holds_the_kernels(store)
 
 
+STARTED_LATE = """
+import contextlib, os, pathlib
+from ray._private import services
+from equigram.driver import ray_session
+from equigram.spec import ResourceSpec
+
+def raylets():
+    count = 0
+    for path in pathlib.Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            status = path.read_text()
+            count += "Name:\\traylet\\n" in status and f"PPid:\\t{os.getpid()}\\n" in status
+    return count
+
+def late(*_):
+    services.get_node = original
+    print(raylets())
+    raise Exception("The current node timed out during startup.")
+
+original, services.get_node = services.get_node, late
+with ray_session(ResourceSpec()):
+    print(raylets())
+"""
+
+
+def test_a_local_cluster_that_starts_too_late_is_started_once_more_and_leaves_nothing_behind() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED_LATE], capture_output=True, text=True, check=False, timeout=150
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["1", "1"]
+
+
 def test_a_cluster_with_another_token_is_refused(existing: Cluster) -> None:
     with pytest.raises(ClusterError, match=r"refuses the token of this process; set RAY_AUTH_MODE=token, and the"):
         check_address(ResourceSpec(address=existing.address))
