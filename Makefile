@@ -23,7 +23,7 @@ test: $(STAMP)  ## every test but the soaks
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(STAMP)   ## hundreds of faults against real runs, an hour or so; SOAK_FAULTS=200
-	$(BIN)/python -m pytest -m soak -s
+	$(BIN)/python -m pytest -m soak -s -o faulthandler_timeout=0
 
 scaling: $(STAMP)  ## how many tiles a second the driver hands out, and how many workers that keeps busy
 	$(BIN)/python benchmarks/scaling.py

@@ -1,5 +1,6 @@
 """Small images, stores filled without a cluster, and one Ray cluster and one object storage for all tests."""
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -157,3 +158,15 @@ def tmpfs(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     yield mount
     if os.path.ismount(place):
         subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.fixture
+def fill_disk() -> Callable[[Path], None]:
+    """Fills the file system of a folder to the last byte, with a file ``ballast`` there."""
+
+    def fill(folder: Path) -> None:
+        with (folder / "ballast").open("ab", buffering=0) as ballast, contextlib.suppress(OSError):
+            while True:
+                ballast.write(bytes(512))
+
+    return fill

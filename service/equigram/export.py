@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -100,7 +102,11 @@ def export_run(
 def _write_npz(output: str, arrays: Iterator[tuple[str, NDArray[Any]]]) -> list[str]:
     contents = dict(arrays)  # before the file is made: what is missing or damaged leaves none
     with open(output, "xb") as file:  # noqa: PTH123
-        np.savez(file, **contents)  # type: ignore[arg-type]
+        try:
+            np.savez(file, **contents)  # type: ignore[arg-type]
+        except BaseException:
+            Path(output).unlink()
+            raise
     return list(contents)
 
 
@@ -108,16 +114,19 @@ def _write_zarr(output: str, arrays: Iterator[tuple[str, NDArray[Any]]]) -> list
     import fsspec
     import zarr
 
+    files, path = fsspec.core.url_to_fs(output)
+    if files.exists(path):
+        raise FileExistsError
     names = []
-    root = zarr.open_group(output, mode="w-")
     try:
+        root = zarr.open_group(output, mode="w-")
         for name, values in arrays:
             stored = np.frombuffer("\n".join(values).encode(), np.uint8) if values.dtype.kind == "U" else values
             root.create_array(name, data=stored, chunks=tuple(max(1, min(CHUNK, side)) for side in stored.shape))
             names.append(name)
     except BaseException:
-        files, path = fsspec.core.url_to_fs(output)
-        files.rm(path, recursive=True)
+        with contextlib.suppress(FileNotFoundError):
+            files.rm(path, recursive=True)
         raise
     return names
 

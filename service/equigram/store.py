@@ -28,7 +28,9 @@ import os
 import platform
 import shutil
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -69,6 +71,9 @@ ANSWER_SECONDS = 60.0
 
 ROW_LISTING = 500
 """Chunks in a row of a matrix from which on object storage is listed row by row."""
+
+READERS = 16
+"""Chunks that are read at a time where all of them are: object storage takes its time over each."""
 
 _ZSTD: dict[str, Any] = {"cname": "zstd", "clevel": 3, "shuffle": 1}
 """Blosc as chunks are compressed with: shuffled by bytes, zstd."""
@@ -550,13 +555,14 @@ class GramStore:
 
     def damaged_tiles(self) -> set[Tile]:
         """The tiles of which a stored chunk fails its checksum or holds values that are not finite; reads all."""
-        return {
-            tile_of(part, row, col)
+        chunks = [
+            (part, group, kernel, row, col)
             for part in self.parts
             for group, kernel in self.matrices
             for row, col in np.argwhere(self._whole_chunks(part, group, kernel)).tolist()
-            if self.read_chunk(part, group, kernel, row, col)[1]
-        }
+        ]
+        reads = zip(chunks, self.read_chunks(chunks), strict=True)
+        return {tile_of(part, row, col) for (part, _, _, row, col), (_, wrong) in reads if wrong}
 
     def discard_tile(self, tile: Tile) -> None:
         """Delete a tile, so that the next run computes it again."""
@@ -618,6 +624,20 @@ class GramStore:
         """The values of a chunk of a matrix, and what is wrong with them, if anything."""
         tile = Tile(part, row, col)
         return self._read_window(part, group, kernel, self.info.tiling.rows(tile), self.info.tiling.cols(tile))
+
+    def read_chunks(self, chunks: Iterable[tuple[Part, str, str, int, int]]) -> Iterator[tuple[NDArray[Any], str]]:
+        """What :meth:`read_chunk` says of each, in this order; several are read at a time, and a few ahead."""
+        pending: deque[Future[tuple[NDArray[Any], str]]] = deque()
+        with self._storage("read chunks"), ThreadPoolExecutor(READERS) as pool:
+            try:
+                for chunk in chunks:
+                    pending.append(pool.submit(self.read_chunk, *chunk))
+                    if len(pending) > READERS:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _read_window(self, part: Part, group: str, kernel: str, rows: range, cols: range) -> tuple[NDArray[Any], str]:
         """The values of rows and columns of a matrix, and what is wrong with them, if anything."""

@@ -218,13 +218,18 @@ class _Verification:
 
     def _check_values(self, tiles: list[Tile], diagonals: dict[tuple[str, str, str], Array]) -> None:
         """Every stored value: checksums, symmetry, the diagonal, and Cauchy-Schwarz."""
+        matrices, chunks = self._store.matrices, self._info.tiling.chunks
+        reads = self._store.read_chunks(
+            (tile.part, *names, *chunk) for tile in tiles for names in matrices for chunk in chunks(tile)
+        )
         for done, tile in enumerate(tiles):
             self._listener(Progress("checking tiles", done, len(tiles)))
-            for group, kernel in self._store.matrices:
-                self._chunks += len(self._info.tiling.chunks(tile))
-                values = self._read(tile, group, kernel)
+            for group, kernel in matrices:
+                read = [next(reads) for _ in chunks(tile)]
+                self._chunks += len(read)
+                values = self._whole(tile, group, kernel, read)
                 if values is None:
-                    break
+                    continue
                 name = f"{group} {kernel} of tile {tile}"
                 if is_diagonal(tile) and not np.array_equal(values, values.T):
                     self._found(tile, f"the {name} is not symmetric")
@@ -234,17 +239,21 @@ class _Verification:
 
     def _read(self, tile: Tile, group: str, kernel: str) -> Array | None:
         """The values of a tile, if all of its chunks are whole and its transpose is the same."""
-        read = []
-        for row, col in self._info.tiling.chunks(tile):
-            values, wrong = self._store.read_chunk(tile.part, group, kernel, row, col)
+        chunks = self._info.tiling.chunks(tile)
+        read = [self._store.read_chunk(tile.part, group, kernel, *chunk) for chunk in chunks]
+        return self._whole(tile, group, kernel, read)
+
+    def _whole(self, tile: Tile, group: str, kernel: str, read: list[tuple[Array, str]]) -> Array | None:
+        """The values of a tile from what was read of its chunks, as :meth:`_read`."""
+        for (row, col), (_, wrong) in zip(self._info.tiling.chunks(tile), read, strict=True):
             if wrong:
                 self._found(tile, f"chunk {row}, {col} of {tile.part}/{group}/{kernel} is damaged: {wrong}")
                 return None
-            read.append(values.astype(np.float64))
-        if len(read) == 2 and not np.array_equal(read[0], read[1].T):
+        values = [chunk.astype(np.float64) for chunk, _ in read]
+        if len(values) == 2 and not np.array_equal(values[0], values[1].T):
             self._found(tile, f"the {group} {kernel} of tile {tile} differs from its transpose")
             return None
-        return read[0]
+        return values[0]
 
     def _of_tile(
         self, diagonals: dict[tuple[str, str, str], Array], tile: Tile, group: str, kernel: str

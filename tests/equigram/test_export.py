@@ -112,8 +112,27 @@ def test_places_that_cannot_be_written_are_refused(store: GramStore, tmp_path: P
         export_run(store, str(tmp_path / name), train="0:2", test="0:0")
         with pytest.raises(SpecError, match=f"{name} exists already; choose another name, or delete it"):
             export_run(store, str(tmp_path / name))
+    (tmp_path / "mine.zarr").mkdir()
+    (tmp_path / "mine.zarr/notes.txt").touch()
+    with pytest.raises(SpecError, match=r"mine.zarr exists already"):
+        export_run(store, str(tmp_path / "mine.zarr"))
+    assert (tmp_path / "mine.zarr/notes.txt").exists()
     with pytest.raises(StoreError, match=r"cannot write the export: .*No such file or directory"):
         export_run(store, str(tmp_path / "nowhere/out.npz"))
+
+
+@pytest.mark.parametrize("kind", ["npz", "zarr"])
+def test_a_full_disk_is_told_and_no_half_of_an_export_stays(
+    store: GramStore, tmpfs: Callable[[str], Path], fill_disk: Callable[[Path], None], kind: str
+) -> None:
+    disk = tmpfs("size=1m")
+    fill_disk(disk)
+    output = disk / f"out.{kind}"
+    with pytest.raises(StoreError, match=r"out\..*: cannot write the export: .*No space left on device"):
+        export_run(store, str(output))
+    assert not output.exists()
+    (disk / "ballast").unlink()
+    assert len(export_run(store, str(output))) == 12
 
 
 def test_more_memory_than_there_is_is_refused(

@@ -1,6 +1,5 @@
 """A run from job to predictions: what it refuses before anything starts, what it goes on from, what it repairs."""
 
-import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -317,15 +316,10 @@ def test_a_run_that_does_not_fit_on_the_disk_is_refused_with_both_numbers(
 # What happens to a disk meanwhile
 
 
-def fill_disk(place: Path) -> None:
-    with (place / "ballast").open("ab", buffering=0) as ballast, contextlib.suppress(OSError):
-        while True:
-            ballast.write(bytes(512))
-
-
 def test_a_disk_that_fills_up_ends_the_run_and_costs_nothing_that_is_finished(
-    simple: Job, create: Create, tmpfs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    simple: Job, create: Create, tmpfs: Callable[[str], Path], fill_disk: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(equikernel.worker, "STORAGE_PAUSES", (0.0, 0.0))
     monkeypatch.setattr(equigram.dispatch, "pause", lambda failures: 0.0)
     place = tmpfs("size=4m")

@@ -1,6 +1,5 @@
 """The run store: what is in it, who may read it, what becomes of damage, and what it refuses."""
 
-import contextlib
 import json
 import pickle
 import shutil
@@ -62,12 +61,6 @@ def flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[5] ^= 1
     path.write_bytes(content)
-
-
-def fill_disk(place: Path) -> None:
-    with (place / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
-        while True:
-            ballast.write(bytes(4096))
 
 
 def files(root: Path) -> dict[Path, bytes]:
@@ -393,7 +386,7 @@ def test_a_finished_run_is_read_from_a_read_only_place(
 
 
 def test_a_full_disk_leaves_no_torn_chunk(
-    job: Job, create: Create, compute: Compute, tmpfs: Callable[[str], Path]
+    job: Job, create: Create, compute: Compute, tmpfs: Callable[[str], Path], fill_disk: Callable[[Path], None]
 ) -> None:
     place = tmpfs("size=2m")
     store = create(job(place / "run", gram={"tile": 4}))
