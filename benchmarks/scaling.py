@@ -32,7 +32,6 @@ from equigram.simulated import Simulated
 from equigram.spec import JobSpec
 from equigram.store import GramStore
 from equikernel.kernel import Kernel
-from equikernel.worker import processor_kind
 
 EDGE = 256
 """Images of a tile: 256 KiB a chunk in float32."""
@@ -108,7 +107,7 @@ def make_store(folder: Path, blocks: int, edge: int = EDGE) -> GramStore:
         }
     )
     dataset = load_dataset(spec.data, square=False)
-    return GramStore.create(spec, dataset, edge, fingerprint(spec.data), processor_kind())
+    return GramStore.create(spec, dataset, edge, fingerprint(spec.data))
 
 
 @dataclass

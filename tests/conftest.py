@@ -20,7 +20,7 @@ from equigram.plan import Tile
 from equigram.run import needs_square
 from equigram.spec import JobSpec, ResourceSpec
 from equigram.store import GramStore
-from equikernel.worker import TileWorker, processor_kind
+from equikernel.worker import TileWorker
 
 BUCKETS = itertools.count()
 
@@ -88,7 +88,7 @@ def create() -> Callable[[JobSpec], GramStore]:
     def make(spec: JobSpec) -> GramStore:
         dataset = load_dataset(spec.data, square=needs_square(spec))
         assert isinstance(spec.gram.tile, int)
-        return GramStore.create(spec, dataset, spec.gram.tile, fingerprint(spec.data), processor_kind())
+        return GramStore.create(spec, dataset, spec.gram.tile, fingerprint(spec.data))
 
     return make
 

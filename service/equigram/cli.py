@@ -230,7 +230,8 @@ def status(store: StoreArgument) -> None:
     times = f" in {len(passes)} passes" if len(passes) > 1 else ""
     _print_facts(
         ("store", store),
-        ("created", f"{info.created}, equigram {info.versions.get('equigram', '?')}, on {info.processor}"),
+        ("created", f"{info.created}, equigram {info.versions.get('equigram', '?')}"),
+        ("computed", f"on {', '.join(info.processors)}" if info.processors else "nothing yet"),
         ("images", f"{info.train:,} training, {info.test:,} test, {'x'.join(map(str, info.image_shape))}"),
         ("networks", _networks(info.spec)),
         ("tiles", f"{finished:,} of {tiles:,} done{times}, {missing:,} missing"),
@@ -603,6 +604,7 @@ def _print_plan(
     from equikernel.memory import available_memory, format_bytes
 
     tiling, resources = plan.tiling, spec.resources
+    where = "this machine" if resources.address is None else "the cluster"
     each = f"each {resources.cpus_per_worker} CPU, {resources.gpus_per_worker:g} GPU, {format_bytes(plan.worker_bytes)}"
     test = f" and {plan.matrices} of {tiling.test:,} x {tiling.train:,}" if tiling.test else ""
     missing = f": {plan.missing:,} missing" if begun else ""
@@ -633,7 +635,7 @@ def _print_plan(
             if spec.solve
             else "nothing",
         ),
-        ("a pair", f"{costs} ms on one worker, measured on this machine"),
+        ("a pair", f"{costs} ms on one worker, measured on {where}"),
         ("time", f"about {duration(max(plan.seconds, 0.1))}" if plan.missing else "nothing is left to compute"),
         *cost,
     )

@@ -16,11 +16,11 @@ import threading
 import time
 import traceback
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from equigram.dispatch import TILES_IN_FLIGHT, Died, Done, Failed, Started, sentence
+from equigram.dispatch import CAPACITY_SECONDS, TILES_IN_FLIGHT, Died, Done, Failed, Started, sentence
 from equigram.errors import ClusterError, ResourceError
 from equigram.plan import Tile
 from equigram.storage import configure
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from equigram.plan import Part
     from equigram.spec import JobSpec, ResourceSpec
     from equigram.store import GramStore
+
+T = TypeVar("T")
 
 CONNECT_SECONDS = 5.0
 """How long the machine at a cluster's address may take to accept a connection."""
@@ -250,6 +252,41 @@ def check_room(resources: ResourceSpec, memory: int) -> None:
     )
 
 
+def on_a_worker(resources: ResourceSpec, function: Callable[[], T]) -> T:
+    """What ``function`` returns where a worker would run, with its share of a node. Needs a :func:`ray_session`.
+
+    Raises:
+      ClusterError: there is no room for it in the time that a first worker would be waited for, or it dies there.
+      Exception: whatever it raises.
+    """
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+    task: Any = ray.remote(lambda: function()).options(**_share(resources))  # Ray takes no callables but functions
+    wait = CAPACITY_SECONDS if resources.wait is None else max(resources.wait, CAPACITY_SECONDS)
+    try:
+        returned: T = ray.get(task.remote(), timeout=wait)
+    except RayTaskError as error:
+        raise getattr(error, "cause", error) from None
+    except GetTimeoutError:
+        raise ClusterError(
+            f"the cost of a pair could not be measured within {wait:.0f} s: the cluster has no room left, see `ray "
+            "status`; try again when it has, or set resources.wait to wait longer"
+        ) from None
+    except RayError as error:
+        raise ClusterError(f"the cost of a pair could not be measured on the cluster: {sentence(error)}") from error
+    return returned
+
+
+def _share(resources: ResourceSpec) -> dict[str, Any]:
+    """What Ray gives to a worker, but for its memory."""
+    return {
+        "num_cpus": resources.cpus_per_worker,
+        "num_gpus": resources.gpus_per_worker,
+        "label_selector": resources.node_labels,
+    }
+
+
 def _needs(resources: ResourceSpec, memory: int) -> dict[str, float]:
     return {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker, "memory": memory}
 
@@ -377,12 +414,7 @@ class OnRay:
 
         gram, resources = self._spec.gram, self._spec.resources
         actor: Any = ray.remote(self._actor).options(
-            num_cpus=resources.cpus_per_worker,
-            num_gpus=resources.gpus_per_worker,
-            memory=self._memory,
-            label_selector=resources.node_labels,
-            max_restarts=0,
-            max_concurrency=TILES_IN_FLIGHT,
+            **_share(resources), memory=self._memory, max_restarts=0, max_concurrency=TILES_IN_FLIGHT
         )
         options = self._spec.storage_options
         handle = actor.remote(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import socket
@@ -19,7 +20,7 @@ import numpy as np
 from equigram.data import Survey, fingerprint, load_dataset, load_images, load_more, survey
 from equigram.data.sources import some
 from equigram.dispatch import Dispatcher
-from equigram.driver import OnRay, check_address, check_room, ray_session
+from equigram.driver import OnRay, check_address, check_room, on_a_worker, ray_session, target_workers
 from equigram.errors import DamagedTileError, DataError, DataNotFoundError, ResourceError, SpecError, StoreMismatchError
 from equigram.events import (
     ComputationEnded,
@@ -44,7 +45,7 @@ from equikernel.errors import EquikernelError, NetworkError
 from equikernel.groups import keeps_rectangles, union
 from equikernel.kernel import KernelFunction, available_cores
 from equikernel.memory import available_memory, format_bytes
-from equikernel.worker import CACHED_BLOCKS, TileReport, TileWorker, measure_pair_seconds, processor_kind
+from equikernel.worker import CACHED_BLOCKS, TileReport, TileWorker, measure_pair_seconds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,6 +59,9 @@ WORKER_BYTES = 350 * 2**20
 
 CLUSTER_SECONDS = 5.0
 """A local cluster takes about so long to start: what its workers compute in less is computed in this process."""
+
+ROUNDING = "float32 values agree to 5e-6, and perhaps not to the bit"
+"""What is said of tiles that come from different processors or versions."""
 
 MEASURED_SIDE = {"reference": 8, "general": 16}
 """Pixels per side of the images that the cost of a pair is measured with at most, by engine; 48 for the others."""
@@ -145,27 +149,17 @@ def open_store(spec: JobSpec, listener: Listener) -> GramStore:
                 f"the image files of this job have changed since {spec.store} was made on {info.created}: "
                 f"{'; '.join(changed)}. Restore them, or give the job another `store`"
             )
-    before = {"processor": info.processor} | {name: info.versions.get(name, "?") for name in SAME_SOFTWARE}
-    now = {"processor": _first_processor(spec)} | versions(SAME_SOFTWARE)
+    now = versions(SAME_SOFTWARE)
+    before = {name: info.versions.get(name, "?") for name in SAME_SOFTWARE}
     changed = [f"{what} {then}, now {now.get(what)}" for what, then in before.items() if then != now.get(what)]
     if changed:
-        listener(
-            Note(
-                f"the store was begun with {'; '.join(changed)}: float32 values agree to 5e-6, and perhaps not to the "
-                "bit"
-            )
-        )
+        listener(Note(f"the store was begun with {'; '.join(changed)}: {ROUNDING}"))
     return store
 
 
 def _short(fact: int | str | None) -> str:
     """A number of a fingerprint, or the beginning of a checksum."""
     return f"{fact:,}" if isinstance(fact, int) else str(fact)[:12]
-
-
-def _first_processor(spec: JobSpec) -> str:
-    """The kind of processor that computes the first pass of a job, if this machine does."""
-    return processor_kind(spec.engine_for(spec.gram.passes[0].groups))
 
 
 def create_store(spec: JobSpec, listener: Listener) -> tuple[GramStore, dict[Pass, float]]:
@@ -179,7 +173,7 @@ def create_store(spec: JobSpec, listener: Listener) -> tuple[GramStore, dict[Pas
     )
     for note in dataset.notes:
         listener(Note(note))
-    store = GramStore.create(spec, dataset, plan.tiling.edge, fingerprint(spec.data), _first_processor(spec))
+    store = GramStore.create(spec, dataset, plan.tiling.edge, fingerprint(spec.data))
     return store, plan.costs
 
 
@@ -276,7 +270,7 @@ def _check_free_space(spec: JobSpec, needed: int, what: str) -> None:
 
 
 def make_plan(spec: JobSpec, found: Survey, store: GramStore | None, listener: Listener) -> Plan:
-    """What the run costs, with the cost of a pair measured on this machine.
+    """What the run costs, with the cost of a pair measured on this machine, or by a worker of the job's cluster.
 
     Args:
       spec: the job.
@@ -285,31 +279,36 @@ def make_plan(spec: JobSpec, found: Survey, store: GramStore | None, listener: L
       listener: told that a measurement is going on.
 
     Raises:
-      ResourceError: a worker needs more memory than this machine has.
+      ResourceError: a worker needs more memory than this machine has, or fits on no node of the cluster.
+      ClusterError: the cluster does not answer, or has no room left.
     """
     gram, resources = spec.gram, spec.resources
     shape = (found.height, found.width, found.channels)
-    listener(
-        Note("measuring the cost of a pair on this machine (the first time on a machine, the kernels are compiled)")
-    )
     passes = gram.passes if store is None else store.info.passes
-    costs = {one: predicted_pair_seconds(spec, one.groups, shape) for one in passes}
-    workers = wanted_workers(resources)
-    if store is not None:
-        edge = store.info.tile
-    elif gram.tile == "auto":
-        edge = choose_edge(found.train, found.test, max(costs.values()), workers)
-    else:
-        edge = gram.tile
-    tiling = Tiling(found.train, found.test, edge)
+    measure = functools.partial(pair_costs, spec, passes, shape)
+    where = "this machine" if resources.address is None else "the cluster"
+    listener(Note(f"measuring the cost of a pair on {where} (the first time on a machine, the kernels are compiled)"))
+    with contextlib.nullcontext() if resources.address is None else ray_session(resources):
+        if resources.address is not None:
+            check_room(resources, WORKER_BYTES)
+        costs = measure() if resources.address is None else on_a_worker(resources, measure)
+        if store is not None:
+            edge = store.info.tile
+        elif gram.tile == "auto":
+            workers = wanted_workers(resources, WORKER_BYTES)
+            edge = choose_edge(found.train, found.test, max(costs.values()), workers)
+        else:
+            edge = gram.tile
+        tiling = Tiling(found.train, found.test, edge)
+        memory = max(worker_memory(spec, one.groups, tiling, shape) for one in passes)
+        check_worker_memory(spec, memory)
+        if resources.address is not None:
+            check_room(resources, memory)
+        workers = wanted_workers(resources, memory)
     done = {} if store is None else {one: part.finished_tiles() for one, part in store.passes()}
     missing = {one: len(tiling) - len(done.get(one, ())) for one in passes}
     missing_pairs = {one: tiling.total_pairs - (done[one].pairs if one in done else 0) for one in passes}
     work = sum(costs[one] * missing_pairs[one] for one in passes)
-    memory = max(worker_memory(spec, one.groups, tiling, shape) for one in passes)
-    check_worker_memory(spec, memory)
-    if resources.address is None:
-        workers = min(workers, available_memory() // memory)
     here = computes_here(resources, work / workers)
     matrices, itemsize = len(gram.matrices), np.dtype(gram.dtype).itemsize
     return Plan(
@@ -328,12 +327,13 @@ def make_plan(spec: JobSpec, found: Survey, store: GramStore | None, listener: L
     )
 
 
-def wanted_workers(resources: ResourceSpec) -> int:
-    """How many workers share the tiles, as far as that is known before a cluster is asked; 1 for this process."""
-    if resources.address is not None and resources.workers != "auto":
-        return resources.workers
+def wanted_workers(resources: ResourceSpec, memory: int) -> int:
+    """How many workers of ``memory`` bytes share the tiles, here or on the connected cluster; 1 for this process."""
+    if resources.address is not None:
+        return target_workers(resources, memory)
     fit = cores_in_workers(resources)
-    return fit if resources.workers == "auto" else max(1, min(resources.workers, fit))
+    asked = fit if resources.workers == "auto" else max(1, min(resources.workers, fit))
+    return max(1, min(asked, available_memory() // memory))
 
 
 def cores_in_workers(resources: ResourceSpec) -> int:
@@ -345,6 +345,11 @@ def computes_here(resources: ResourceSpec, seconds: float) -> bool:
     """Whether this process computes the tiles itself, which take ``seconds`` on the workers."""
     small = resources.workers == "auto" and resources.address is None and seconds < CLUSTER_SECONDS
     return small or resources.workers == 0
+
+
+def pair_costs(spec: JobSpec, passes: Iterable[Pass], shape: tuple[int, int, int]) -> dict[Pass, float]:
+    """Seconds that a pair of images ``(H, W, C)`` takes on one worker in each pass, measured where this is called."""
+    return {one: predicted_pair_seconds(spec, one.groups, shape) for one in passes}
 
 
 def predicted_pair_seconds(spec: JobSpec, groups: tuple[str, ...], shape: tuple[int, int, int]) -> float:
@@ -398,11 +403,12 @@ def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener, costs: di
     memory = {one: worker_memory(spec, one.groups, tiling, info.image_shape) for one in left}
     check_worker_memory(spec, max(memory.values()))
     store.check_writable()
-    work = 0.0
+    seconds = 0.0
     if resources.workers == "auto" and resources.address is None:
-        costs = costs or {one: predicted_pair_seconds(spec, one.groups, info.image_shape) for one in left}
+        costs = costs or pair_costs(spec, left, info.image_shape)
         work = sum(costs[one] * (tiling.total_pairs - tiles.pairs) for one, (_, tiles) in left.items())
-    here = computes_here(resources, work / wanted_workers(resources))
+        seconds = work / wanted_workers(resources, max(memory.values()))
+    here = computes_here(resources, seconds)
     with contextlib.ExitStack() as stack:
         if not here:
             stack.enter_context(ray_session(resources))
@@ -427,7 +433,7 @@ def _compute_pass(
 ) -> Iterator[TileReport]:
     """Compute the tiles of a pass that are not ``finished``, and report each; its events are kept in the store."""
     tiling = store.info.tiling
-    everyone = tell(listener, History(store, listener), _Kinds(store))
+    everyone = tell(listener, History(store, listener), _Kinds(store, listener))
     began, total = time.monotonic(), tiling.total_pairs
     missing, missing_pairs = len(tiling) - len(finished), total - finished.pairs
     workers = 0 if isinstance(executor, InProcess) else executor.capacity()
@@ -448,16 +454,20 @@ def _compute_pass(
 
 
 class _Kinds:
-    """Keeps the kinds of processors that compute, before they store a tile."""
+    """Keeps the kinds of processors that compute, before they store a tile, and tells where there are several."""
 
-    def __init__(self, store: GramStore) -> None:
-        self._store = store
+    def __init__(self, store: GramStore, listener: Listener) -> None:
+        self._store, self._listener = store, listener
         self._known: set[str] = set()
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, WorkerStarted) and event.processor not in self._known:
             self._known.add(event.processor)
             self._store.remember_worker(event.processor)
+            info = self._store.info
+            engines = {info.spec.engine_for(one.groups) for one in info.passes}
+            if len(info.processors) > 1 and len(engines) == 1:
+                self._listener(Note(f"tiles come from different processors, {', '.join(info.processors)}: {ROUNDING}"))
 
 
 def warn_of_another_driver(store: GramStore, listener: Listener) -> None:

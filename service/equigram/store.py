@@ -95,7 +95,6 @@ class RunInfo:
     classes: tuple[str, ...] | None
     preprocessing: Preprocessing
     fingerprint: dict[str, int | str]
-    processor: str
     processors: tuple[str, ...]
     created: str
     versions: dict[str, str]
@@ -160,9 +159,7 @@ class GramStore:
         return store
 
     @classmethod
-    def create(
-        cls, spec: JobSpec, dataset: Dataset, tile: int, fingerprint: dict[str, int | str], processor: str
-    ) -> Self:
+    def create(cls, spec: JobSpec, dataset: Dataset, tile: int, fingerprint: dict[str, int | str]) -> Self:
         """Write the images, labels and empty matrices of a new run; over the remains of an interrupted creation.
 
         Raises:
@@ -189,7 +186,6 @@ class GramStore:
                 name: hashlib.sha256(np.ascontiguousarray(split.images).data).hexdigest()
                 for name, split in splits.items()
             },
-            "processor": processor,
             "processors": [],
             "python": platform.python_version(),
             "versions": versions(),
@@ -367,7 +363,6 @@ class GramStore:
             classes=None if classes is None else tuple(classes),
             preprocessing=Preprocessing.from_json(attributes["preprocessing"]),
             fingerprint=attributes["fingerprint"],
-            processor=attributes["processor"],
             processors=tuple(attributes["processors"]),
             created=attributes["created"],
             versions=attributes["versions"],

@@ -23,6 +23,7 @@ from PIL import Image
 import equigram
 from equigram import GramStore, cli
 from equigram.errors import SpecError
+from equikernel.worker import processor_kind
 
 EQUIGRAM = str(Path(sys.executable).with_name("equigram"))
 ENVIRONMENT = os.environ | {"COLUMNS": "80", "TERM": "xterm", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
@@ -259,11 +260,12 @@ def _read(terminal: int) -> bytes:
 def test_status_of_a_finished_run_shows_its_results(finished: tuple[Path, Done], run: Place) -> None:
     done = run.command("status", "run", folder=run.folder)
     assert (done.code, done.err) == (0, "")
-    facts = dict(line.split(maxsplit=1) for line in done.out.splitlines()[:6])
+    facts = dict(line.split(maxsplit=1) for line in done.out.splitlines()[:7])
     assert facts["store"] == "run"
     assert facts["images"] == "18 training, 9 test, 8x8x1"
     assert facts["networks"] == "C1 C4 · nngp ntk · float32"
     assert facts["tiles"] == "12 of 12 done, 0 missing"
+    assert facts["computed"] == f"on {processor_kind()}"
     assert facts["pairs"] == "333 of 333 (100.0%)"
     results = finished[1].out.split("all done\n")[1].split("next:")[0]
     assert done.out.endswith(results)
@@ -276,8 +278,8 @@ def test_status_of_a_store_with_missing_tiles_maps_them(copy: Place) -> None:
     done = copy.command("status", "run", folder=copy.folder)
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
-    assert lines.pop(6).startswith("history   1 computation, last event 20")
-    assert lines[4:] == [
+    assert lines.pop(7).startswith("history   1 computation, last event 20")
+    assert lines[5:] == [
         "tiles     10 of 12 done, 2 missing",
         f"pairs     {333 - 64 - 2} of 333 (80.2%)",
         "",

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from numpy.testing import assert_array_equal
 
 import equigram.dispatch
 import equigram.driver
 from equigram.dispatch import TILES_IN_FLIGHT, Dispatcher, Executor
-from equigram.driver import OnRay, check_address, check_room, fitting_workers, target_workers
+from equigram.driver import OnRay, check_address, check_room, fitting_workers, on_a_worker, target_workers
 from equigram.errors import ClusterError, ResourceError, StoreError, TileFailedError
 from equigram.events import Event, Listener, TileCopied, TileFailed, WorkerLost, nobody
 from equigram.local import InProcess
@@ -536,6 +538,49 @@ def test_a_local_cluster_that_starts_too_late_is_started_once_more_and_leaves_no
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == ["1", "1"]
+
+
+def test_a_plan_measures_on_the_cluster(existing: Cluster, job: Job, tmp_path: Path) -> None:
+    spec = job(**PLAIN | {"resources": {"workers": "auto"}})
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+
+    def plan(*options: str) -> tuple[int, str]:
+        command = [str(Path(sys.executable).with_name("equigram")), "plan", "job.yaml", *options]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=existing.environment, capture_output=True, text=True, check=False, timeout=120
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    code, words = plan("--address", existing.address)
+    assert code == 0, words
+    assert "measured on the cluster" in words
+    assert re.search(r"workers +1, each 1 CPU", words), words
+    elsewhere = job(**PLAIN | {"resources": {"workers": "auto", "node_labels": {"zone": "mars"}}})
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(elsewhere.model_dump(mode="json")))
+    code, words = plan("--address", existing.address)
+    assert (code, "Traceback" in words) == (2, False), words
+    assert "has the labels resources.node_labels = {'zone': 'mars'}" in " ".join(words.split())
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_a_worker_is_asked_is_answered_there_and_its_errors_are_told_here() -> None:
+    here = os.getpid()
+    assert on_a_worker(ResourceSpec(), os.getpid) != here
+
+    def fail() -> None:
+        raise ResourceError("no such thing")
+
+    with pytest.raises(ResourceError, match="no such thing"):
+        on_a_worker(ResourceSpec(), fail)
+    with pytest.raises(ClusterError, match=r"the cost of a pair could not be measured on the cluster: .*died"):
+        on_a_worker(ResourceSpec(), lambda: os._exit(1))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_measurement_does_not_wait_for_room_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equigram.driver, "CAPACITY_SECONDS", 0.5)
+    with pytest.raises(ClusterError, match=r"could not be measured within 1 s: the cluster has no room left"):
+        on_a_worker(ResourceSpec(cpus_per_worker=1000, wait=1.0), os.getpid)
 
 
 def test_a_cluster_with_another_token_is_refused(existing: Cluster) -> None:

@@ -48,7 +48,7 @@ def make_run(folder: Path, labels: Any = None, *, test: int = 6, **sections: Any
         }
     )
     dataset = load_dataset(spec.data, square=True)
-    store = GramStore.create(spec, dataset, 8, fingerprint(spec.data), "any")
+    store = GramStore.create(spec, dataset, 8, fingerprint(spec.data))
     compute(store)
     if spec.solve is not None:
         solve_run(store, spec.solve, spec.solved_kernels, lambda done, total: None)

@@ -29,8 +29,10 @@ from equigram.events import ComputationStarted, Event, Note, Progress
 from equigram.plan import Tile, tile_of
 from equigram.run import make_plan, predict, run, stored_survey
 from equigram.spec import JobSpec
-from equigram.store import GramStore
+from equigram.store import GramStore, versions
 from equikernel import NetworkError
+from equikernel.kernel import available_cores
+from equikernel.worker import processor_kind
 
 Job = Callable[..., JobSpec]
 Create = Callable[[JobSpec], GramStore]
@@ -199,11 +201,20 @@ def test_images_that_are_gone_are_not_missed(begun: GramStore, simple: Job, npz:
     assert f"the image source {npz} is not there any more; the images in the store are used" in listener
 
 
-def test_another_kind_of_processor_is_told(finished: GramStore, simple: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(equigram.run, "processor_kind", lambda engine: "abacus")
+def test_another_kind_of_processor_is_told(begun: GramStore, simple: Job) -> None:
+    begun.remember_worker("abacus")
     listener = Listening()
     run(simple(), listener)
-    assert ", now abacus: float32 values agree to 5e-6, and perhaps not to the bit" in listener
+    words = f"tiles come from different processors, abacus, {processor_kind()}: float32 values agree to 5e-6, and"
+    assert words in listener
+
+
+def test_another_version_is_told(begun: GramStore, simple: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = {**versions(), "numba": "0.1"}
+    monkeypatch.setattr(equigram.run, "versions", lambda packages: now)
+    listener = Listening()
+    run(simple(), listener)
+    assert f"the store was begun with numba {versions()['numba']}, now 0.1: float32 values agree to 5e-6" in listener
 
 
 def test_all_damaged_tiles_are_computed_again_at_once(finished: GramStore, simple: Job) -> None:
@@ -292,7 +303,20 @@ def test_memory_bounds_the_workers_of_the_plan(simple: Job, monkeypatch: pytest.
     assert (small.workers, small.parallel) == (0, 6)
     monkeypatch.setattr(equigram.run, "available_memory", lambda: 800 * 2**20)
     assert make_plan(spec, found, None, Listening()).workers == 2
-    assert make_plan(simple(resources={"workers": 5, "address": "auto"}), found, None, Listening()).workers == 5
+
+
+@pytest.mark.usefixtures("cluster")
+def test_on_a_cluster_a_worker_measures_and_its_nodes_are_counted(simple: Job) -> None:
+    auto, five = (simple(resources={"workers": workers, "address": "auto"}) for workers in ("auto", 5))
+    found = survey(auto.data, square=False)
+    listener = Listening()
+    plan = make_plan(auto, found, None, listener)
+    assert "measuring the cost of a pair on the cluster" in listener
+    assert plan.workers == available_cores()
+    assert make_plan(five, found, None, Listening()).workers == 5
+    large = simple(resources={"workers": "auto", "address": "auto", "cpus_per_worker": 1000})
+    with pytest.raises(ResourceError, match=r"a worker with resources.cpus_per_worker = 1000.* fits on no node of"):
+        make_plan(large, found, None, Listening())
 
 
 def test_the_plan_of_a_store_counts_what_is_missing(simple: Job, begun: GramStore) -> None:
