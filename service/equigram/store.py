@@ -713,7 +713,7 @@ class GramStore:
         import fsspec
 
         try:
-            fs, path = fsspec.core.url_to_fs(self.url)
+            fs, path = fsspec.core.url_to_fs(self.url, **_file_system_options(self.url))
         except (ImportError, ValueError) as error:
             raise SpecError(f"{self.url}: cannot open this kind of URL: {error}") from None
         return fs, str(path).rstrip("/")
@@ -731,7 +731,7 @@ class GramStore:
         fs, path = self._place
         if _is_local(fs):
             return LocalStore(path)  # writes a temporary file and renames: no torn chunk is ever visible
-        return FsspecStore.from_url(self.url)
+        return FsspecStore.from_url(self.url, storage_options=_file_system_options(self.url))
 
     def _attributes(self) -> dict[str, Any] | None:
         """The attribute ``equigram`` of the root group; ``None`` where there is no run."""
@@ -881,6 +881,15 @@ def _modified(entry: Mapping[str, Any]) -> datetime:
     """When the file of a listing was last written; the epoch where the storage does not say."""
     when = entry.get("LastModified", entry.get("last_modified", entry.get("mtime", 0.0)))
     return when if isinstance(when, datetime) else datetime.fromtimestamp(float(when), UTC)
+
+
+def _file_system_options(url: str) -> dict[str, Any]:
+    """Options of the file system of a store, but for those that the user set."""
+    from fsspec.config import conf
+
+    # Else s3fs asks for the size of each object before it reads it.
+    options = {"max_concurrency": 1} if url.startswith(("s3://", "s3a://")) else {}
+    return options if "max_concurrency" not in conf.get("s3", {}) else {}
 
 
 def _nearest(place: Path) -> Path:

@@ -1,5 +1,6 @@
 """A run from job to predictions: what it refuses before anything starts, what it goes on from, what it repairs."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from equigram.errors import (
     StoreMismatchError,
     TileFailedError,
 )
-from equigram.events import ComputationStarted, Event, Note, Progress
+from equigram.events import ComputationStarted, Event, Note, Progress, TileFinished
 from equigram.plan import Tile, tile_of
 from equigram.run import make_plan, predict, run, stored_survey
 from equigram.spec import JobSpec
@@ -199,6 +200,46 @@ def test_images_that_are_gone_are_not_missed(begun: GramStore, simple: Job, npz:
     listener = Listening()
     assert run(simple(), listener).results
     assert f"the image source {npz} is not there any more; the images in the store are used" in listener
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts what is asked of S3 in this process, by operation."""
+    import s3fs
+
+    asked: Counter[str] = Counter()
+    call = s3fs.S3FileSystem._call_s3
+
+    async def counting(self: Any, method: str, *arguments: Any, **options: Any) -> Any:
+        asked[method] += 1
+        return await call(self, method, *arguments, **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counting)
+    return asked
+
+
+def test_a_resume_from_object_storage_asks_for_pages_of_listings_and_not_for_chunks(
+    job: Job, create: Create, bucket: str, tmp_path: Path, requests: Counter[str]
+) -> None:
+    asked = []
+    for blocks in (10, 40):
+        np.savez(tmp_path / "x.npz", x_train=np.random.default_rng(0).normal(size=(blocks, 2, 2, 1)))
+        gram = {"tile": 1, "kernels": ["ntk"], "engine": "reference"}
+        data = {"train": tmp_path / "x.npz", "normalize": "none"}
+        spec = job(f"{bucket}/{blocks}", data=data, gram=gram, solve=None)
+        store = create(spec)
+        chunk = bytes(store.chunk_bytes or 0)
+        names = [f"{spec.store}/gram/C1/ntk/c/{row}/{col}" for row in range(blocks) for col in range(blocks)]
+        fsspec.filesystem("s3").pipe({name: chunk for name in names if not name.endswith("/c/3/5")})
+        requests.clear()
+        events: list[Event] = []
+        run(spec, events.append)
+        assert [event.tile for event in events if isinstance(event, TileFinished)] == [Tile("gram", 3, 5)]
+        asked.append(Counter(requests))
+    few, many = asked
+    pages = -(-(40**2 - 1) // 1000)
+    assert many - few == Counter(list_objects_v2=pages - 1)
+    assert few.total() < 60, few
 
 
 def test_another_kind_of_processor_is_told(begun: GramStore, simple: Job) -> None:
