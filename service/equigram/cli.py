@@ -354,25 +354,40 @@ def verify(
         ("diagonal", f"{report.images:,} images computed with themselves, {how} required"),
         ("minors", f"{report.minors:,} sampled"),
         ("anew", f"{report.anew:,} tiles computed, {how} required"),
-        ("missing", f"{report.missing:,} tiles"),
-        ("wrong", f"{len(report.bad_tiles):,} tiles" if report.findings else "nothing"),
+        ("missing", _some(report.missing, "tile")),
+        ("wrong", _some(len(report.findings), "thing") if report.findings else "nothing"),
     )
     if not report.findings:
+        if report.missing:
+            out.print("next: equigram run JOB.yaml computes what is missing")
         return
-    beyond = any(finding.tile is None for finding in report.findings)
-    if repair and not beyond:
+    beyond = any(finding.beyond for finding in report.findings)
+    tiles, arrays = report.bad_tiles, report.bad_arrays
+    solved = any(finding.solved for finding in report.findings)
+    if repair and not beyond and (tiles or arrays):
         spec = _on_cluster(opened.info.spec, address)
         check_address(spec.resources)
         with Screen(err) as screen:
-            repair_tiles(opened, spec, report.bad_tiles, screen)
-        out.print(f"computed again: {len(report.bad_tiles):,} tiles; `equigram run JOB.yaml` solves with them")
-        return
+            repair_tiles(opened, spec, tiles, screen, arrays)
+        mended = [f"metadata written again: {', '.join(arrays)}"] if arrays else []
+        mended += [f"computed again: {_some(len(tiles), 'tile')}"] if tiles else []
+        more = "`equigram verify` looks at the tiles of those" if arrays else "`equigram run JOB.yaml` solves with them"
+        out.print(f"{'; '.join(mended)}; {more}", soft_wrap=True)
+        if not solved:
+            return
     if beyond:
-        remedy = "what no tile can mend is wrong; delete the store and run its job again"
-    else:
+        remedy = "no tile can mend that; delete the store and run its job again"
+    elif (tiles or arrays) and not repair:
         remedy = f"mend it with `equigram verify {shlex.quote(store)} --repair`"
+    else:
+        remedy = "`equigram run JOB.yaml` solves again"
     count = len(report.findings)
     raise StoreError(f"{store}: {count:,} {'thing is' if count == 1 else 'things are'} wrong; {remedy}")
+
+
+def _some(count: int, what: str) -> str:
+    """A number of things."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 @_command

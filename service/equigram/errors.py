@@ -51,6 +51,10 @@ class StoreMismatchError(StoreError, ValueError):
     exit_code = 2
 
 
+class StoreExistsError(StoreMismatchError):
+    """A run is stored where a new one was to be made."""
+
+
 class IncompleteRunError(StoreError):
     """What is asked for needs tiles, or a solution, that are not computed yet."""
 

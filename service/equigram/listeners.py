@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import time
 from datetime import UTC, datetime
@@ -100,6 +101,12 @@ class History:
             return
         self._parts += 1
         self._lines = []
+
+
+def driver_of(name: str) -> tuple[str, int] | None:
+    """Host and process of the driver that wrote a file of the history; ``None`` where somebody else did."""
+    match = re.fullmatch(r"[0-9TZ.]+-(.+)-(\d+)-\d+", name)
+    return (match[1], int(match[2])) if match else None
 
 
 class Metrics:

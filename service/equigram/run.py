@@ -12,16 +12,24 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from equigram.data import Survey, fingerprint, load_dataset, load_images, load_more, survey
+from equigram.claim import alive
+from equigram.data import Split, Survey, fingerprint, load_dataset, load_images, load_more, survey
 from equigram.data.sources import some
 from equigram.dispatch import Dispatcher
 from equigram.driver import OnRay, check_address, check_room, on_a_worker, ray_session, target_workers
-from equigram.errors import DamagedTileError, DataError, DataNotFoundError, ResourceError, SpecError, StoreMismatchError
+from equigram.errors import (
+    DamagedTileError,
+    DataError,
+    DataNotFoundError,
+    ResourceError,
+    SpecError,
+    StoreExistsError,
+    StoreMismatchError,
+)
 from equigram.events import (
     ComputationEnded,
     ComputationStarted,
@@ -33,7 +41,7 @@ from equigram.events import (
     nobody,
     tell,
 )
-from equigram.listeners import FLUSH_SECONDS, History
+from equigram.listeners import FLUSH_SECONDS, History, driver_of
 from equigram.local import InProcess
 from equigram.plan import Plan, SplitName, Tile, TileSet, Tiling, choose_edge, image_bytes, matrix_bytes, worker_bytes
 from equigram.solve.regression import memory_needed
@@ -62,6 +70,9 @@ CLUSTER_SECONDS = 5.0
 
 ROUNDING = "float32 values agree to 5e-6, and perhaps not to the bit"
 """What is said of tiles that come from different processors or versions."""
+
+CHECKED_AT_ONCE = 1024
+"""Images whose kernels with themselves are tried at once, before anything is stored."""
 
 MEASURED_SIDE = {"reference": 8, "general": 16}
 """Pixels per side of the images that the cost of a pair is measured with at most, by engine; 48 for the others."""
@@ -101,12 +112,15 @@ def prepare(spec: JobSpec, listener: Listener = nobody) -> tuple[GramStore, dict
     """
     configure(spec.storage_options)
     check_address(spec.resources)
-    if GramStore.exists(spec.store):
-        store = open_store(spec, listener)
-        check_solver(spec, stored_survey(store))
-        store.remember(spec)
-        return store, None
-    return create_store(spec, listener)
+    if not GramStore.exists(spec.store):
+        try:
+            return create_store(spec, listener)
+        except StoreExistsError:
+            listener(Note(f"another driver has made {spec.store} in the meantime; this one goes on from it"))
+    store = open_store(spec, listener)
+    check_solver(spec, stored_survey(store))
+    store.remember(spec)
+    return store, None
 
 
 def finish(store: GramStore, spec: JobSpec, listener: Listener, costs: dict[Pass, float] | None = None) -> Finished:
@@ -173,8 +187,35 @@ def create_store(spec: JobSpec, listener: Listener) -> tuple[GramStore, dict[Pas
     )
     for note in dataset.notes:
         listener(Note(note))
+    check_kernels(spec, spec.gram.passes, dataset.train, "training", listener)
+    if dataset.test is not None:
+        check_kernels(spec, spec.gram.passes, dataset.test, "test", listener)
     store = GramStore.create(spec, dataset, plan.tiling.edge, fingerprint(spec.data))
     return store, plan.costs
+
+
+def check_kernels(spec: JobSpec, passes: Iterable[Pass], split: Split, which: str, listener: Listener) -> None:
+    """Raise unless every image has a kernel with itself in each pass, and so, by Cauchy-Schwarz, with every other.
+
+    Raises:
+      EquikernelError: of the same class as the kernel's own, naming the first image that has none.
+    """
+    for one in passes:
+        function = KernelFunction(spec.network, one.groups, spec.engine_for(one.groups), spec.gram.dtype)
+        for start in range(0, len(split.images), CHECKED_AT_ONCE):
+            listener(Progress("checking images", start, len(split.images)))
+            images = split.images[start : start + CHECKED_AT_ONCE]
+            try:
+                function.prepare(images)
+            except EquikernelError as error:
+                for index, image in enumerate(images, start):
+                    try:
+                        function.prepare(image[None], "the image")
+                    except EquikernelError as reason:
+                        name = f"{which} image {index} ({split.names[index]})"
+                        raise type(reason)(f"{name}: {reason}; nothing was stored") from None
+                raise error from None
+        listener(Progress("checking images", len(split.images), len(split.images)))
 
 
 def look_at_images(spec: JobSpec) -> Survey:
@@ -186,7 +227,14 @@ def look_at_images(spec: JobSpec) -> Survey:
       ResourceError: the solver could not hold the matrices.
       SpecError, StoreMismatchError: the store cannot be where the job wants it.
     """
-    GramStore(spec.store).check_free()
+    store = GramStore(spec.store)
+    if store.in_this_process and spec.resources.workers != 0:
+        raise SpecError(
+            f"{spec.store} lies in the memory of this process, where the workers, which are other processes, cannot "
+            "write; set `store` to a folder or a URL that all workers reach, or resources.workers to 0"
+        )
+    store.check_free()
+    store.check_place()
     found = survey(spec.data, square=needs_square(spec))
     spec.network.check_images(found.height, found.width, *spec.gram.groups)
     check_solver(spec, found)
@@ -473,12 +521,13 @@ class _Kinds:
 def warn_of_another_driver(store: GramStore, listener: Listener) -> None:
     """Tell of a driver that seems to be computing the same store, according to the history: waste, but no harm."""
     recent = datetime.now(UTC) - timedelta(seconds=2.5 * FLUSH_SECONDS)
-    files = [name for name, written in store.history_files().items() if written > recent]
-    for driver, name in {name.rpartition("-")[0]: name for name in files}.items():
-        host, process = driver.partition("-")[2].rsplit("-", 1)
+    files = {name: driver_of(name) for name, written in store.history_files().items() if written > recent}
+    here = socket.gethostname()
+    for driver, name in {driver: name for name, driver in files.items() if driver is not None}.items():
+        host, process = driver
         ended = any(event.get("event") == ComputationEnded.__name__ for event in store.history([name]))
-        gone = host == socket.gethostname() and not Path(f"/proc/{process}").exists()
-        if not (ended or gone or (host, process) == (socket.gethostname(), str(os.getpid()))):
+        gone = host == here and not alive(process)
+        if not (ended or gone or driver == (here, os.getpid())):
             listener(
                 Note(
                     f"another driver (process {process} on {host}) was computing this store a moment ago; if it still "
@@ -520,6 +569,7 @@ def extend(
         info.test + (len(more.images) if split == "test" else 0),
         info.tile,
     )
+    check_kernels(spec, info.passes, more, "training" if split == "train" else "test", listener)
     check_solver(spec, dataclasses.replace(stored_survey(store), train=tiling.train, test=tiling.test))
     matrices, itemsize = len(spec.gram.matrices), np.dtype(spec.gram.dtype).itemsize
     needed = matrix_bytes(tiling, matrices, itemsize) - matrix_bytes(info.tiling, matrices, itemsize)
@@ -559,8 +609,12 @@ def extend_matrices(store: GramStore, spec: JobSpec, groups: Sequence[str], kern
     return larger
 
 
-def repair(store: GramStore, spec: JobSpec, tiles: Iterable[Tile], listener: Listener) -> None:
-    """Delete tiles, and compute all that are missing, on Ray."""
+def repair(
+    store: GramStore, spec: JobSpec, tiles: Iterable[Tile], listener: Listener, arrays: Sequence[str] = ()
+) -> None:
+    """Write the metadata of ``arrays`` anew, delete ``tiles``, and compute all that are missing."""
+    if arrays:
+        store.mend_layout(arrays)
     for tile in tiles:
         store.discard_tile(tile)
     compute_tiles(store, spec, listener)

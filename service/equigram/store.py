@@ -24,6 +24,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import operator
 import os
 import platform
 import shutil
@@ -39,6 +40,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from equigram.claim import NAME as CLAIM
+from equigram.claim import claim, lock
 from equigram.data import Dataset, Preprocessing, Split
 from equigram.errors import (
     DamagedArrayError,
@@ -47,6 +50,7 @@ from equigram.errors import (
     IncompleteRunError,
     SpecError,
     StoreError,
+    StoreExistsError,
     StoreMismatchError,
     StoreNotFoundError,
 )
@@ -60,7 +64,7 @@ if TYPE_CHECKING:
 
     from equikernel.kernel import Kernel
 
-FORMAT = 3
+FORMAT = 4
 PACKAGES = ("equigram", "numpy", "numba", "llvmlite", "zarr", "ray", "jax")
 
 SAME_SOFTWARE = ("equigram", "numpy", "numba", "llvmlite")
@@ -74,6 +78,8 @@ ROW_LISTING = 500
 
 READERS = 16
 """Chunks that are read at a time where all of them are: object storage takes its time over each."""
+
+SOLVE_AGAIN = "`equigram run JOB.yaml` solves again"
 
 _ZSTD: dict[str, Any] = {"cname": "zstd", "clevel": 3, "shuffle": 1}
 """Blosc as chunks are compressed with: shuffled by bytes, zstd."""
@@ -101,7 +107,8 @@ class RunInfo:
     all_versions: tuple[dict[str, str], ...]
     extensions: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
-    images_sha256: dict[str, str]
+    sha256: dict[str, str]
+    """Of the images, labels and names that there are, by the name of their array."""
 
     @property
     def tiling(self) -> Tiling:
@@ -123,6 +130,7 @@ class GramStore:
     def __init__(self, url: str, only: Pass | None = None) -> None:
         self.url = url
         self._only = only
+        self._is_alone = False
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, Pass | None]]:
         """A relative path becomes absolute: workers run in other folders."""
@@ -148,14 +156,7 @@ class GramStore:
           StoreMismatchError: another version of equigram made it, in a format that this one does not read.
         """
         store = cls(url)
-        written = store._attributes() or {}
-        if written.get("state") != "ready":
-            raise store._not_found()
-        if written.get("format") != FORMAT:
-            raise StoreMismatchError(
-                f"{url} has store format {written.get('format')!r}, this version of equigram reads {FORMAT}; "
-                f"use equigram {written.get('versions', {}).get('equigram', '?')}"
-            )
+        store.info  # noqa: B018
         return store
 
     @classmethod
@@ -164,10 +165,17 @@ class GramStore:
 
         Raises:
           StoreMismatchError: the place holds something that is not an unfinished creation of a run.
+          StoreExistsError: another process has made a run there meanwhile; it was waited for.
         """
         store = cls(spec.store)
         store.check_free()
         store.check_writable()
+        with store._alone():
+            store.check_free()
+            store._create(spec, dataset, tile, fingerprint)
+        return cls(spec.store)
+
+    def _create(self, spec: JobSpec, dataset: Dataset, tile: int, fingerprint: dict[str, int | str]) -> None:
         splits = {"train": dataset.train} | ({} if dataset.test is None else {"test": dataset.test})
         attributes: dict[str, Any] = {
             "format": FORMAT,
@@ -182,9 +190,10 @@ class GramStore:
             "classes": dataset.classes,
             "preprocessing": dataset.preprocessing.to_json(),
             "fingerprint": fingerprint,
-            "images_sha256": {
-                name: hashlib.sha256(np.ascontiguousarray(split.images).data).hexdigest()
+            "sha256": {
+                f"{kind}/{name}": _sha256(values)
                 for name, split in splits.items()
+                for kind, values in _arrays_of(split).items()
             },
             "processors": [],
             "python": platform.python_version(),
@@ -193,16 +202,15 @@ class GramStore:
             "extensions": [],
             "notes": dataset.notes,
         }
-        with store._storage("create the run store"):
-            root = store._claim(attributes)
+        with self._storage("create the run store"):
+            root = self._begin(attributes)
             for name, split in splits.items():
-                store._add_split(root, name, split, tile)
+                self._add_split(root, name, split, tile)
             tiling = Tiling(attributes["train"], attributes["test"], tile)
             for one in spec.gram.passes:
                 _add_matrices(root, one, tiling, spec.gram)
             root.create_group("history")
-            root.attrs["equigram"] = {**attributes, "state": "ready"}
-        return cls(spec.store)
+            _write_attributes(root, {**attributes, "state": "ready"})
 
     def extend(self, split: SplitName, more: Split, source: str) -> None:
         """Add images to a split; the tiles with them, and those of the block that they fill up, are missing then.
@@ -218,8 +226,14 @@ class GramStore:
         Raises:
           StoreMismatchError: it was added before.
         """
-        info = self.info
-        if (split, source) in [(one["split"], one["source"]) for one in info.extensions]:
+        with self._alone():
+            self.__dict__.pop("info", None)
+            self._extend(split, more, source)
+
+    def _extend(self, split: SplitName, more: Split, source: str) -> None:
+        info, new = self.info, _sha256(more.images)
+        known = [(one["split"], one["sha256"]) for one in info.extensions]
+        if (split, new) in [*known, (split, info.sha256.get(f"images/{split}"))]:
             raise StoreMismatchError(
                 f"{source} was added to {self.url} before; `equigram run` computes what is missing"
             )
@@ -231,32 +245,30 @@ class GramStore:
         for block in range(-(-before // info.tile)):
             digest.update(np.ascontiguousarray(self.block(split, block)).data)
         digest.update(np.ascontiguousarray(more.images).data)
+        sha256 = {**info.sha256, f"images/{split}": digest.hexdigest()}
         with self._storage("add images to the run store"):
+            root = self._root_to_write
             if before == 0:
-                self._add_split(self._root, split, more, info.tile)
+                self._add_split(root, split, more, info.tile)
+                sha256 |= {f"{kind}/{split}": _sha256(values) for kind, values in _arrays_of(more).items()}
             else:
-                _append(self._root[f"images/{split}"], before, more.images)
-                if more.labels is not None and f"labels/{split}" in self._root:
-                    _append(self._root[f"labels/{split}"], before, more.labels)
-                names: Any = self._root[f"names/{split}"]
-                text = _names_text(["", *more.names])
-                end = len(_names_text(self.names(split)))
-                _append(names, end, text)
+                _append(root[f"images/{split}"], before, more.images)
+                labels = self.labels(split)
+                if more.labels is not None and labels is not None:
+                    _append(root[f"labels/{split}"], before, more.labels)
+                    sha256[f"labels/{split}"] = _sha256(np.concatenate([labels, more.labels]))
+                names = self.names(split)
+                _append(root[f"names/{split}"], len(_names_text(names)), _names_text(["", *more.names]))
+                sha256[f"names/{split}"] = _sha256(_names_text([*names, *more.names]))
             tiling = Tiling(counts["train"], counts["test"], info.tile)
             for one in info.passes:
-                _add_matrices(self._root, one, tiling, info.spec.gram)
-            if "solution" in self._root:
+                _add_matrices(root, one, tiling, info.spec.gram)
+            if "solution" in root:
                 self._call("rm", f"{self._place[1]}/solution", recursive=True)
+        added = {"split": split, "source": source, "images": len(more.images), "sha256": new}
         self._change(
             "add images to the run store",
-            lambda attributes: {
-                **counts,
-                "images_sha256": {**attributes["images_sha256"], split: digest.hexdigest()},
-                "extensions": [
-                    *attributes["extensions"],
-                    {"split": split, "source": source, "images": len(more.images)},
-                ],
-            },
+            lambda attributes: {**counts, "sha256": sha256, "extensions": [*attributes["extensions"], added]},
         )
         self._opened.clear()
 
@@ -275,7 +287,7 @@ class GramStore:
         passes = [one for part in parts for one in GramSpec.model_validate(gram.model_dump() | part).passes]
         with self._storage("add matrices to the run store"):
             for one in passes:
-                _add_matrices(self._root, one, self.info.tiling, gram)
+                _add_matrices(self._root_to_write, one, self.info.tiling, gram)
         self._change(
             "add matrices to the run store",
             lambda attributes: {
@@ -287,40 +299,33 @@ class GramStore:
     @staticmethod
     def _add_split(root: zarr.Group, name: str, split: Split, tile: int) -> None:
         """Write the images, labels and names of a split."""
-        _add_array(root, f"images/{name}", split.images, (tile, *split.images.shape[1:]))
-        if split.labels is not None:
-            _add_array(root, f"labels/{name}", split.labels, split.labels.shape)
-        text = _names_text(split.names)
-        _add_array(root, f"names/{name}", text, text.shape)
+        for kind, values in _arrays_of(split).items():
+            chunks = (tile, *values.shape[1:]) if kind == "images" else values.shape
+            _add_array(root, f"{kind}/{name}", values, chunks)
 
     def check_free(self) -> None:
         """Raise unless a run may be created here: nothing is there, or an interrupted creation. Writes nothing.
 
         Raises:
-          SpecError: other processes cannot reach the place.
-          StoreMismatchError: the place holds other files, or a run.
+          StoreMismatchError: the place holds other files.
+          StoreExistsError: it holds a run.
         """
-        fs, path = self._place
-        if "memory" in _protocols(fs):
-            raise SpecError(
-                f"{self.url} lies in the memory of this process, where the workers, which are other processes, cannot "
-                "write; set `store` to a folder or a URL that all workers reach"
-            )
+        path = self._place[1]
         attributes = self._attributes()
         if (attributes or {}).get("state") == "ready":
-            raise StoreMismatchError(f"{self.url} has become a run store in the meantime; run again to go on from it")
+            raise StoreExistsError(f"{self.url} has become a run store in the meantime; run again to go on from it")
         with self._storage("look at the place of the run store"):
             taken = attributes is None and self._call("exists", path)
             if taken and self._call("isdir", path):
-                taken = any(not name.endswith((PROBE, ".partial")) for name in self._children())
+                taken = any(not name.endswith((PROBE, CLAIM, ".partial")) for name in self._children())
         if taken:
             raise StoreMismatchError(
                 f"{self.url} already holds something that is not an equigram run, and is left alone; "
                 "choose another place for `store`"
             )
 
-    def check_writable(self) -> None:
-        """Raise :class:`StoreError` unless this place can be written."""
+    def check_place(self) -> None:
+        """Raise :class:`StoreError` if it can be seen, without writing, that this place cannot be written."""
         fs, path = self._place
         with self._storage("write to the run store"):
             if _is_local(fs):
@@ -329,18 +334,31 @@ class GramStore:
                     raise NotADirectoryError(None, f"{folder} is a file")
                 if not os.access(folder, os.W_OK | os.X_OK):
                     raise PermissionError(None, f"{folder} is read-only, or this user may not write there")
-            else:
+            elif _is_s3(self.url) and not self._call("exists", bucket := path.partition("/")[0]):
+                raise FileNotFoundError(None, f"the bucket {bucket} does not exist")
+
+    def check_writable(self) -> None:
+        """Raise :class:`StoreError` unless this place can be written; on object storage it is tried."""
+        fs, path = self._place
+        self.check_place()
+        if not _is_local(fs):
+            with self._storage("write to the run store"):
                 self._call("pipe_file", f"{path}/{PROBE}", b"equigram")
                 self._call("rm_file", f"{path}/{PROBE}")
 
-    def _claim(self, attributes: dict[str, Any]) -> zarr.Group:
+    @property
+    def in_this_process(self) -> bool:
+        """Whether it lies in the memory of this process, where no other one can read or write."""
+        return "memory" in _protocols(self._place[0])
+
+    def _begin(self, attributes: dict[str, Any]) -> zarr.Group:
         """The root group with ``attributes``, and nothing else: interrupted, it still says that it is unfinished."""
         import zarr
 
-        root = zarr.open_group(self._zarr_store(), mode="a", zarr_format=3, attributes={"equigram": attributes})
-        root.attrs["equigram"] = attributes
+        root = zarr.open_group(self._zarr_store(), mode="a", zarr_format=3)
+        _write_attributes(root, attributes)
         for name in self._children():
-            if name != "zarr.json":
+            if name not in ("zarr.json", CLAIM):
                 self._call("rm", f"{self._place[1]}/{name}", recursive=True)
         return root
 
@@ -350,8 +368,18 @@ class GramStore:
     def info(self) -> RunInfo:
         """The run's metadata."""
         attributes = self._attributes()
-        if attributes is None:
+        if attributes is None or attributes.get("state") != "ready":
             raise self._not_found()
+        if attributes.get("format") != FORMAT:
+            raise StoreMismatchError(
+                f"{self.url} has store format {attributes.get('format')!r}, this version of equigram reads {FORMAT}; "
+                "use the version of equigram that made it"
+            )
+        if attributes.pop("checksum", None) != _checksum(attributes):
+            raise StoreError(
+                f"{self.url}: the attributes in zarr.json are damaged, or were edited: their checksum differs; restore "
+                "the file, or delete the store and run again"
+            )
         classes = attributes["classes"]
         return RunInfo(
             spec=JobSpec.parse(attributes["spec"], source=self.url),
@@ -369,7 +397,7 @@ class GramStore:
             all_versions=tuple(attributes["all_versions"]),
             extensions=tuple(attributes["extensions"]),
             notes=tuple(attributes["notes"]),
-            images_sha256=attributes["images_sha256"],
+            sha256=attributes["sha256"],
         )
 
     def check_belongs_to(self, spec: JobSpec) -> None:
@@ -410,11 +438,33 @@ class GramStore:
 
     def _change(self, doing: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         """Replace some of the attributes, as they are stored now, where that makes a difference."""
-        attributes = self._attributes()
-        if attributes is not None and (changed := {**attributes, **change(attributes)}) != attributes:
-            with self._storage(doing):
-                self._root.attrs["equigram"] = changed
+
+        def changed() -> dict[str, Any] | None:
+            attributes = self._attributes()
+            after = None if attributes is None else {**attributes, **change(attributes)}
+            return after if after != attributes else None
+
+        if changed():
+            with self._alone(), self._storage(doing):
+                if after := changed():  # somebody else may have changed them meanwhile
+                    _write_attributes(self._root_to_write, after)
         self.__dict__.pop("info", None)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no other process sets up this store or changes what is said in it; waits for one that does."""
+        if self._is_alone:
+            yield
+            return
+        fs, path = self._place
+        with contextlib.ExitStack() as stack:
+            with self._storage("claim the run store"):
+                stack.enter_context(lock(Path(path)) if _is_local(fs) else claim(self._call, path))
+            self._is_alone = True
+            try:
+                yield
+            finally:
+                self._is_alone = False
 
     # ------------------------------------------------------------------ images and labels
 
@@ -428,14 +478,19 @@ class GramStore:
 
     def labels(self, split: SplitName) -> NDArray[Any] | None:
         """Class indices ``(n,)`` int64, targets ``(n, k)`` float64, or ``None`` where the images have no labels."""
-        with self._storage("read labels"):
-            present = f"labels/{split}" in self._root
-        return self._read_array(f"labels/{split}", self._all_rows(split)) if present else None
+        name = f"labels/{split}"
+        return self._read_array(name, self._all_rows(split)) if name in self.info.sha256 else None
 
     def names(self, split: SplitName) -> list[str]:
         """Where each image came from."""
         text: str = self._read_array(f"names/{split}").tobytes().decode()
         return text.split("\n")[: len(self._all_rows(split))]
+
+    def small_digests(self, split: SplitName) -> dict[str, str]:
+        """SHA-256 of the names and labels of a split as they are stored now, as in :attr:`RunInfo.sha256`."""
+        labels = self.labels(split)
+        digests = {} if labels is None else {f"labels/{split}": _sha256(labels)}
+        return digests | {f"names/{split}": _sha256(_names_text(self.names(split)))}
 
     def _all_rows(self, split: SplitName) -> range:
         """The images that count: an interrupted extension may have stored more."""
@@ -526,9 +581,12 @@ class GramStore:
             },
         )
 
-    def layout_errors(self) -> list[str]:
-        """What is wrong with the arrays, as sentences: those that the job needs, their shapes, dtypes and chunks."""
-        info, errors = self.info, []
+    def layout_errors(self) -> dict[str, str]:
+        """What is wrong with the arrays, as sentences by name: those that the job needs, their shapes and dtypes.
+
+        They may be larger than they need to be, if an extension was interrupted.
+        """
+        info, errors = self.info, {}
         expected: dict[str, tuple[tuple[int, ...], str]] = {}
         for part in self.parts:
             shape = info.tiling.shape(part)
@@ -539,14 +597,25 @@ class GramStore:
                 try:
                     array: Any = self._root[name]
                     found, chunks = (array.shape, str(array.dtype)), array.chunks
+                    enough = len(found[0]) == len(needed) and all(map(operator.ge, found[0], needed))
                 except (KeyError, ValueError, TypeError, AttributeError) as error:
-                    errors.append(f"{name}: its metadata cannot be read ({type(error).__name__})")
+                    errors[name] = f"{name}: its metadata cannot be read ({type(error).__name__})"
                     continue
-            if found != (needed, dtype):
-                errors.append(f"{name} is {found[1]} of shape {found[0]}; the job needs {dtype} of {needed}")
+            if not enough or found[1] != dtype:
+                errors[name] = f"{name} is {found[1]} of shape {found[0]}; the job needs {dtype} of {needed}"
             elif not name.startswith("images/") and chunks != 2 * (info.tile,):
-                errors.append(f"{name} has chunks of {chunks}; its tiles have {2 * (info.tile,)}")
+                errors[name] = f"{name} has chunks of {chunks}; its tiles have {2 * (info.tile,)}"
         return errors
+
+    def mend_layout(self, names: Iterable[str]) -> None:
+        """Write the metadata of matrices anew; their chunks stay."""
+        with self._alone(), self._storage("mend the layout"):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    self._call("rm_file", f"{self._place[1]}/{name}/zarr.json")
+            for one in self.info.passes:
+                _add_matrices(self._root_to_write, one, self.info.tiling, self.info.spec.gram)
+        self._opened.clear()
 
     def damaged_tiles(self) -> set[Tile]:
         """The tiles of which a stored chunk fails its checksum or holds values that are not finite; reads all."""
@@ -586,18 +655,18 @@ class GramStore:
         whole = map(range, tiling.shape(part))
         rows, cols = (all_of if some is None else some for all_of, some in zip(whole, (rows, cols), strict=True))
         blocks_y, blocks_x = (range(side.start // info.tile, -(-side.stop // info.tile)) for side in (rows, cols))
-        there = self._whole_chunks(part, group, kernel)[np.ix_(blocks_y, blocks_x)]
-        if not there.all():
-            raise IncompleteRunError(
-                f"{self.url}: {there.size - np.count_nonzero(there)} of {there.size} chunks of {name} are missing; "
-                "`equigram run JOB.yaml` computes them"
-            )
         result = np.empty((len(rows), len(cols)), info.spec.gram.dtype)
         for row in blocks_y:
             block = tiling.rows(Tile(part, row, 0))
             window = range(max(rows.start, block.start), min(rows.stop, block.stop))
             values, wrong = self._read_window(part, group, kernel, window, cols)
             if wrong:
+                there = self._whole_chunks(part, group, kernel)[np.ix_(blocks_y, blocks_x)]
+                if not there.all():
+                    raise IncompleteRunError(
+                        f"{self.url}: {there.size - np.count_nonzero(there)} of {there.size} chunks of {name} are "
+                        "missing; `equigram run JOB.yaml` computes them"
+                    )
                 strip = np.hstack([self._read_chunk(part, group, kernel, row, col) for col in blocks_x])
                 top, left = window.start - block.start, cols.start - blocks_x.start * info.tile
                 values = strip[top : top + len(window), left : left + len(cols)]
@@ -649,32 +718,65 @@ class GramStore:
     def write_solution(
         self, group: str, kernel: str, arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]
     ) -> None:
-        """Store named arrays and JSON attributes of a solution, replacing an older one."""
-        with self._storage("write the solution"):
-            place = self._root.create_group(f"solution/{group}/{kernel}", overwrite=True)
-            for name, values in arrays.items():
-                _add_array(place, name, values, values.shape)
-            place.attrs.update(dict(attributes))
+        """Store named arrays and JSON attributes of a solution, replacing an older one once they are whole."""
+        sha256 = {name: _sha256(values) for name, values in arrays.items()}
+        fields = {**attributes, "sha256": sha256}
+        fs, path = self._place
+        with self._alone(), self._storage("write the solution"):
+            name = f"solution/{group}/{kernel}"
+            beside = f"{name}.partial" if _is_local(fs) else name
+            try:
+                place = self._root_to_write.create_group(beside, overwrite=True)
+                for key, values in arrays.items():
+                    _add_array(place, key, values, values.shape)
+                place.attrs.update({**fields, "checksum": _checksum(fields)})
+                if beside != name:
+                    shutil.rmtree(Path(path, name), ignore_errors=True)
+                    Path(path, beside).rename(Path(path, name))
+            except BaseException:
+                if beside != name:
+                    shutil.rmtree(Path(path, beside), ignore_errors=True)
+                raise
 
     def has_solution(self, group: str, kernel: str) -> bool:
         """Whether a solution is stored completely."""
-        name = f"solution/{group}/{kernel}"
+        return self._solution_attributes(group, kernel) is not None
+
+    def _solution_attributes(self, group: str, kernel: str) -> dict[str, Any] | None:
+        """Those of a solution; ``None`` where there is none."""
         with self._storage("read the solution"):
-            return name in self._root and "solutions" in self._root[name].attrs
+            try:
+                document = json.loads(self._call("cat_file", f"{self._place[1]}/solution/{group}/{kernel}/zarr.json"))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            except ValueError:
+                document = {}
+        fields = document.get("attributes")
+        if fields == {}:
+            return None  # an interrupted solver stage
+        if not isinstance(fields, dict) or fields.pop("checksum", None) != _checksum(fields):
+            raise DamagedArrayError(f"{self.url}: the solution of {group} {kernel} is damaged; {SOLVE_AGAIN}")
+        return fields
 
     def solution(self, group: str, kernel: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """The arrays and attributes that :meth:`write_solution` stored.
 
         Raises:
           IncompleteRunError: there is none.
+          DamagedArrayError: it is damaged.
         """
-        if not self.has_solution(group, kernel):
+        fields = self._solution_attributes(group, kernel)
+        if fields is None:
             raise IncompleteRunError(
                 f"{self.url} has no solution for {group} {kernel}; finish it with `equigram run JOB.yaml`"
             )
-        with self._storage("read the solution"):
-            place: Any = self._root[f"solution/{group}/{kernel}"]
-            return {key: np.asarray(array[...]) for key, array in place.arrays()}, dict(place.attrs)
+        self._opened.clear()  # another solution may have been there
+        names = fields.pop("sha256")
+        arrays = {name: self._read_array(f"solution/{group}/{kernel}/{name}", remedy=SOLVE_AGAIN) for name in names}
+        for name, values in arrays.items():
+            if _sha256(values) != names[name]:
+                raise DamagedArrayError(f"{self.url}: {name} of {group} {kernel} is damaged; {SOLVE_AGAIN}")
+        return arrays, fields
 
     # ------------------------------------------------------------------ history
 
@@ -720,18 +822,26 @@ class GramStore:
 
     @cached_property
     def _root(self) -> zarr.Group:
+        """To read from."""
         import zarr
 
         with self._storage("open the run store"):
-            return zarr.open_group(self._zarr_store(), mode="r+")
+            return zarr.open_group(self._zarr_store(read_only=True), mode="r")
 
-    def _zarr_store(self) -> Any:
+    @property
+    def _root_to_write(self) -> zarr.Group:
+        import zarr
+
+        return zarr.open_group(self._zarr_store(), mode="r+")
+
+    def _zarr_store(self, *, read_only: bool = False) -> Any:
         from zarr.storage import FsspecStore, LocalStore
 
         fs, path = self._place
         if _is_local(fs):
-            return LocalStore(path)  # writes a temporary file and renames: no torn chunk is ever visible
-        return FsspecStore.from_url(self.url, storage_options=_file_system_options(self.url))
+            return LocalStore(path, read_only=read_only)  # renames temporary files: no torn chunk is ever visible
+        options = _file_system_options(self.url)
+        return FsspecStore.from_url(self.url, storage_options=options, read_only=read_only)
 
     def _attributes(self) -> dict[str, Any] | None:
         """The attribute ``equigram`` of the root group; ``None`` where there is no run."""
@@ -769,10 +879,17 @@ class GramStore:
     def _opened(self) -> dict[tuple[str, ...], Any]:
         return {}
 
-    def _read_array(self, name: str, rows: range | None = None) -> NDArray[Any]:
+    def _read_array(
+        self, name: str, rows: range | None = None, remedy: str = "delete the store and run again"
+    ) -> NDArray[Any]:
         """An array, or some of its rows, a chunk at a time."""
         with self._storage(f"read {name}"):
-            array: Any = self._array(name)
+            try:
+                array: Any = self._array(name)
+            except (KeyError, ValueError, TypeError) as error:
+                raise DamagedArrayError(
+                    f"{self.url}: {name} is gone, or its metadata are damaged ({type(error).__name__}); {remedy}"
+                ) from None
             rows = range(array.shape[0]) if rows is None else rows
             values = np.empty((len(rows), *array.shape[1:]), array.dtype)
             for start in range(rows.start, rows.stop, array.chunks[0]):
@@ -783,7 +900,7 @@ class GramStore:
                 except ValueError as error:  # zarr raises it when a checksum does not match
                     wrong = str(error)
                 if wrong:
-                    raise DamagedArrayError(f"{self.url}: {name} is damaged: {wrong}; delete the store and run again")
+                    raise DamagedArrayError(f"{self.url}: {name} is damaged: {wrong}; {remedy}")
                 values[start - rows.start : stop - rows.start] = part
         return values
 
@@ -799,14 +916,14 @@ class GramStore:
             return None
         return chunk_bytes(self.info.tile, np.dtype(self.info.spec.gram.dtype).itemsize)
 
-    def chunk_sizes(self, part: Part, group: str, kernel: str) -> NDArray[np.int64]:
+    def chunk_sizes(self, part: Part, group: str, kernel: str) -> NDArray[np.int32]:
         """Bytes of the chunks ``[row, col]`` of a matrix, -1 where there is none; temporary files are passed over."""
         name = f"{part}/{group}/{kernel}"
-        sizes = np.full(self.info.tiling.blocks(part), -1, dtype=np.int64)
+        sizes = np.full(self.info.tiling.blocks(part), -1, dtype=np.int32)
         with self._storage(f"list {name}"):
             for row, col, size in self._list_chunks(f"{self._place[1]}/{name}/c", sizes.shape):
                 if row.isdecimal() and col.isdecimal() and int(row) < sizes.shape[0] and int(col) < sizes.shape[1]:
-                    sizes[int(row), int(col)] = size
+                    sizes[int(row), int(col)] = min(size, np.iinfo(np.int32).max)
         return sizes
 
     def _list_chunks(self, folder: str, shape: tuple[int, ...]) -> Iterator[tuple[str, str, int]]:
@@ -888,8 +1005,12 @@ def _file_system_options(url: str) -> dict[str, Any]:
     from fsspec.config import conf
 
     # Else s3fs asks for the size of each object before it reads it.
-    options = {"max_concurrency": 1} if url.startswith(("s3://", "s3a://")) else {}
+    options = {"max_concurrency": 1} if _is_s3(url) else {}
     return options if "max_concurrency" not in conf.get("s3", {}) else {}
+
+
+def _is_s3(url: str) -> bool:
+    return url.startswith(("s3://", "s3a://"))
 
 
 def _nearest(place: Path) -> Path:
@@ -915,6 +1036,27 @@ def _identity(spec: JobSpec, tile: int) -> list[tuple[str, Any]]:
     data, network = spec.data.model_dump(mode="json"), spec.network.model_dump(mode="json")
     sections = {"data": data, "network": network, "gram": gram}
     return [(f"{section}.{field}", value) for section, fields in sections.items() for field, value in fields.items()]
+
+
+def _sha256(values: NDArray[Any]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
+
+
+def _checksum(attributes: Mapping[str, Any]) -> str:
+    """SHA-256 of attributes as JSON stores them."""
+    text = json.dumps(json.loads(json.dumps(attributes)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write_attributes(root: zarr.Group, attributes: Mapping[str, Any]) -> None:
+    fields = {name: value for name, value in attributes.items() if name != "checksum"}
+    root.attrs["equigram"] = {**fields, "checksum": _checksum(fields)}
+
+
+def _arrays_of(split: Split) -> dict[str, NDArray[Any]]:
+    """Images, labels if there are any, and names, as they are stored."""
+    labels = {} if split.labels is None else {"labels": split.labels}
+    return {"images": split.images, **labels, "names": _names_text(split.names)}
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:

@@ -3,7 +3,8 @@
 Each check finds what the ones before it cannot:
 
 - layout: the arrays are those of the job, with its shapes, dtype and chunks;
-- images: their SHA-256 is the one that was noted when the store was made;
+- images, labels, names: their SHA-256 is the one that was noted when they were stored;
+- solutions: likewise;
 - chunks: full size, matching checksum, finite values;
 - symmetry: a chunk of the train matrix and its mirror image hold the same bits;
 - diagonal: the kernel of every image with itself, computed anew;
@@ -20,10 +21,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from equigram.errors import StoreError
+from equigram.errors import IncompleteRunError, StoreError
 from equigram.events import Progress
 from equigram.plan import Part, SplitName, Tile, TileSet, is_diagonal, row_split, tile_of
 from equigram.store import SAME_SOFTWARE, versions
+from equikernel.errors import EquikernelError
 from equikernel.kernel import KernelFunction
 from equikernel.worker import processor_kind
 
@@ -57,10 +59,19 @@ class Finding:
     Attributes:
       what: what, and where.
       tile: the tile to compute again; ``None`` where that would not mend it.
+      array: the matrix whose metadata are to be written again; ``None`` where that would not mend it.
+      solved: whether solving again mends it.
     """
 
     what: str
     tile: Tile | None = None
+    array: str | None = None
+    solved: bool = False
+
+    @property
+    def beyond(self) -> bool:
+        """Whether nothing mends it but making the store again."""
+        return self.tile is None and self.array is None and not self.solved
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,11 @@ class Report:
         """The tiles to compute again."""
         return sorted({finding.tile for finding in self.findings if finding.tile is not None})
 
+    @property
+    def bad_arrays(self) -> list[str]:
+        """The matrices whose metadata are to be written again."""
+        return sorted({finding.array for finding in self.findings if finding.array is not None})
+
 
 def verify(store: GramStore, listener: Listener, samples: int, seed: int = 0) -> Report:
     """Check a store, finished or not. Changes nothing; computes in this process, on all cores.
@@ -104,8 +120,9 @@ def verify(store: GramStore, listener: Listener, samples: int, seed: int = 0) ->
       StoreError: the storage does not answer. That what it holds is wrong is no error, but in the report.
     """
     reports = [_Verification(part, one, listener, samples, seed).run() for one, part in store.passes()]
+    found = [finding for report in reports for finding in report.findings]
     return Report(
-        tuple(dict.fromkeys(finding for report in reports for finding in report.findings)),
+        tuple(dict.fromkeys([*found, *_bad_solutions(store)])),
         sum(report.missing for report in reports),
         sum(report.chunks for report in reports),
         max(report.images for report in reports),
@@ -113,6 +130,19 @@ def verify(store: GramStore, listener: Listener, samples: int, seed: int = 0) ->
         sum(report.anew for report in reports),
         all(report.to_the_bit for report in reports),
     )
+
+
+def _bad_solutions(store: GramStore) -> list[Finding]:
+    """What is wrong with the solutions that there are."""
+    findings = []
+    for group, kernel in store.matrices:
+        try:
+            store.solution(group, kernel)
+        except IncompleteRunError:
+            continue
+        except StoreError as error:
+            findings.append(Finding(str(error), solved=True))
+    return findings
 
 
 class _Verification:
@@ -137,14 +167,18 @@ class _Verification:
     def run(self) -> Report:
         """All checks; those that need the images are left out where these are damaged."""
         missing = images = minors = anew = 0
-        self._findings += map(Finding, self._store.layout_errors())
+        for name, what in self._store.layout_errors().items():
+            self._findings.append(Finding(what, array=None if name.startswith("images/") else name))
         if not self._findings:
             stored = self._stored_tiles()
             missing = len(self._info.tiling) - len(stored)
             diagonals: dict[tuple[str, str, str], Array] = {}
             if self._images_are_whole():
-                diagonals = self._self_kernels()
-                images = self._info.train + self._info.test
+                try:
+                    diagonals = self._self_kernels()
+                    images = self._info.train + self._info.test
+                except EquikernelError as error:
+                    self._findings.append(Finding(f"an image has no kernel with itself: {error}"))
             self._check_values(self._good(stored), diagonals)
             if diagonals:
                 minors = self._check_minors(self._good(stored))
@@ -179,7 +213,7 @@ class _Verification:
 
     def _images_are_whole(self) -> bool:
         """Whether the images, labels and names can be read, and the images are those that were stored."""
-        tiling, store = self._info.tiling, self._store
+        tiling, store, noted = self._info.tiling, self._store, self._info.sha256
         blocks: dict[SplitName, int] = {"train": tiling.train_blocks, "test": tiling.test_blocks}
         before = len(self._findings)
         for split, count in blocks.items():
@@ -189,15 +223,15 @@ class _Verification:
             try:
                 for index in range(count):
                     digest.update(np.ascontiguousarray(store.block(split, index)).data)
-                store.labels(split)
-                store.names(split)
+                found = {f"images/{split}": digest.hexdigest()} | store.small_digests(split)
             except StoreError as error:
                 self._findings.append(Finding(str(error)))
                 continue
-            if digest.hexdigest() != self._info.images_sha256[split]:
-                self._findings.append(
-                    Finding(f"images/{split} are other images than those of which the run was made; delete the store")
-                )
+            for name, value in found.items():
+                if value != noted.get(name):
+                    self._findings.append(
+                        Finding(f"{name} holds other values than were stored when the run was made; delete the store")
+                    )
         return len(self._findings) == before
 
     def _self_kernels(self) -> dict[tuple[str, str, str], Array]:
@@ -208,7 +242,8 @@ class _Verification:
         parts: dict[tuple[str, str, str], list[Array]] = {}
         for done, (split, index) in enumerate(blocks):
             self._listener(Progress("computing diagonal blocks", done, len(blocks)))
-            block = self._function.prepare(self._store.block(split, index))
+            first = index * tiling.edge
+            block = self._function.prepare(self._store.block(split, index), f"images/{split}", first)
             for group, pooled in self._function.diagonal(block).items():
                 for kernel in [kernel for name, kernel in self._store.matrices if name == group]:
                     values = getattr(pooled, kernel).astype(self._dtype).astype(np.float64)

@@ -1,0 +1,167 @@
+"""One process at a time sets up a run store, or changes what it says of its run: the one that holds its claim.
+
+On POSIX the claim is a lock that the kernel gives up when its process ends, however it does. Elsewhere it is an object
+that is created only where none is, and written again every :data:`BEAT` seconds: one that is not written again belongs
+to a process that is gone, and is taken over. Tiles need no claim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from equigram.errors import StoreError
+
+NAME = ".equigram-claim"
+
+BEAT = 20.0
+"""Seconds after which an object is written again as long as it is needed."""
+
+ABANDONED = 70.0
+"""Seconds without that after which its process is taken for gone."""
+
+LOOK = 0.5
+"""Seconds between two looks at the claim of another process."""
+
+SETTLE = 1.0
+"""Seconds between taking over a claim and looking whose it is."""
+
+PATIENCE = 900.0
+"""Seconds to wait for it."""
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """The claim of a folder, which is made if there is none.
+
+    Raises:
+      StoreError: another process has it for longer than :data:`PATIENCE`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place, began = folder / NAME, time.monotonic()
+    while True:
+        file = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if _locked(file) and _is(file, place):
+                break
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+        _wait(began, str(folder), "another process on this machine")
+    try:
+        yield
+    finally:
+        place.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _locked(file: int) -> bool:
+    """Whether the lock of an open file could be had; where there are no locks, everybody has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+    return True
+
+
+def _is(file: int, place: Path) -> bool:
+    """Whether an open file is still the one at that place: who had the lock before has deleted it."""
+    try:
+        return os.path.samestat(os.fstat(file), place.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def claim(call: Callable[..., Any], folder: str) -> Iterator[None]:
+    """The claim of a folder of object storage.
+
+    Args:
+      call: does an operation of the file system: ``call("cat_file", path)``.
+      folder: its path there.
+
+    Raises:
+      StoreError: another process has it for longer than :data:`PATIENCE`.
+    """
+    place, began = f"{folder}/{NAME}", time.monotonic()
+    me = {"host": socket.gethostname(), "process": os.getpid(), "id": uuid.uuid4().hex}
+    seen, since = b"", began
+    while not _create(call, place, me):
+        with contextlib.suppress(FileNotFoundError):
+            now = bytes(call("cat_file", place))
+            if now != seen:
+                seen, since = now, time.monotonic()
+            holder = _holder(now)
+            abandoned = time.monotonic() - since > ABANDONED
+            if abandoned or (holder.get("host") == me["host"] and not alive(int(holder.get("process", 0)))):
+                call("pipe_file", place, json.dumps(me).encode())
+                time.sleep(SETTLE)  # another one may do the same: the last one has it
+                if json.loads(call("cat_file", place)) == me:
+                    break
+                continue
+            _wait(began, folder, f"process {holder.get('process', '?')} on {holder.get('host', '?')}")
+    ended = threading.Event()
+    beats = threading.Thread(target=_beat, args=(call, place, me, ended), daemon=True)
+    beats.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        beats.join()
+        with contextlib.suppress(Exception):  # gone already; or the storage fails, and it will be found abandoned
+            call("rm_file", place)
+
+
+def _create(call: Callable[..., Any], place: str, me: dict[str, Any]) -> bool:
+    """Write the claim if there is none."""
+    try:
+        call("pipe_file", place, json.dumps(me).encode(), mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
+def _beat(call: Callable[..., Any], place: str, me: dict[str, Any], ended: threading.Event) -> None:
+    count = 0
+    while not ended.wait(BEAT):
+        count += 1
+        with contextlib.suppress(Exception):  # the storage fails: others will wait, or take over
+            call("pipe_file", place, json.dumps({**me, "beats": count}).encode())
+
+
+def _holder(content: bytes) -> dict[str, Any]:
+    try:
+        return dict(json.loads(content))
+    except (ValueError, TypeError):
+        return {}
+
+
+def alive(process: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process > 0
+
+
+def _wait(began: float, folder: str, holder: str) -> None:
+    if time.monotonic() - began > PATIENCE:
+        raise StoreError(
+            f"{folder}: {holder} has been setting up this store, or changing it, for more than {PATIENCE:.0f} s; end "
+            "it, or run again when it is ready"
+        )
+    time.sleep(LOOK)
