@@ -6,6 +6,7 @@ import contextlib
 import csv
 import functools
 import io
+import secrets
 import shlex
 import signal
 import sys
@@ -327,7 +328,9 @@ def verify(
     samples: Annotated[
         int, typer.Option(min=0, metavar="NUMBER", help="Tiles that are computed anew, and minors that are taken.")
     ] = 8,
-    seed: Annotated[int, typer.Option(min=0, metavar="NUMBER", help="Of the choice of these.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, metavar="NUMBER", help="Of the choice of these; another one each time without.")
+    ] = None,
     address: AddressOption = None,
 ) -> None:
     """Check everything that a store holds; exit code 1 if something is wrong. Changes nothing without `--repair`.
@@ -344,6 +347,7 @@ def verify(
     from equigram.verify import verify as verify_store
 
     opened = GramStore.open(store)
+    seed = secrets.randbelow(2**32) if seed is None else seed
     with Screen(err) as screen:
         report = verify_store(opened, screen, samples, seed)
     for finding in report.findings:
@@ -353,7 +357,7 @@ def verify(
         ("chunks", f"{report.chunks:,} read"),
         ("diagonal", f"{report.images:,} images computed with themselves, {how} required"),
         ("minors", f"{report.minors:,} sampled"),
-        ("anew", f"{report.anew:,} tiles computed, {how} required"),
+        ("anew", f"{report.anew:,} tiles computed, {how} required; --seed {seed}"),
         ("missing", _some(report.missing, "tile")),
         ("wrong", _some(len(report.findings), "thing") if report.findings else "nothing"),
     )
@@ -506,7 +510,8 @@ def import_(
         store, _ = prepare(spec, screen)
         taken = import_matrices(store, source, screen, samples, seed)
     missing = sum(len(store.info.tiling) - len(part.finished_tiles()) for _, part in store.passes())
-    out.print(f"{spec.store}: {taken:,} tiles imported, {missing:,} missing", soft_wrap=True)
+    why = f": they are not in {source}, or not whole or not finite there" if missing else ""
+    out.print(f"{spec.store}: {_some(taken, 'tile')} imported, {missing:,} missing{why}", soft_wrap=True)
     out.print(f"next: equigram run {shlex.quote(str(job))}", soft_wrap=True)
 
 
@@ -631,6 +636,7 @@ def _print_plan(
         kind, units = ("GPU", gpus) if gpus else ("CPU", float(cores))
         hours = plan.work * units / 3600
         cost = [("cost", f"{hours * price / 1000:,.2f} for {hours:,.3g} {kind}-hours at {price:,g} per 1,000")]
+    why = "as resources.workers = 0 says" if resources.workers == 0 else "which is faster than a cluster starts"
     costs = " + ".join(f"{cost * 1e3:.3g}" for cost in plan.costs.values())
     _print_facts(
         ("store", f"{spec.store} ({'begun' if begun else 'new'}), {format_bytes(plan.store_bytes)} when finished"),
@@ -642,7 +648,7 @@ def _print_plan(
         ("pairs", f"{tiling.total_pairs:,}{times}{f': {plan.missing_pairs:,} missing' if begun else ''}"),
         (
             "workers",
-            f"{plan.workers:,}, {each}" if plan.workers else "none: this process is faster than a cluster starts",
+            f"{plan.workers:,}, {each}" if plan.workers else f"none: this process, {why}",
         ),
         (
             "to solve",

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -319,6 +320,14 @@ def _kill_process(process: int) -> None:
         os.kill(process, signal.SIGKILL)
 
 
+def _cause(error: BaseException) -> str:
+    """Why an actor died, without the pages that Ray has to say about it."""
+    words = sentence(error.__cause__ or error)
+    if "connection error code 2" in words:
+        return "its process was killed, perhaps for want of memory, or crashed"
+    return textwrap.shorten(words, 200, placeholder=" …")
+
+
 class TileActor:
     """A tile worker as a Ray actor; it reads the images that come with a tile."""
 
@@ -494,7 +503,7 @@ class OnRay:
             pairs, seconds = future.result()
             return Done(worker, tile, TileReport(tile, pairs, seconds, self._places[worker][2]))
         if tile is None or isinstance(error, (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)):
-            return Died(worker, sentence(error.__cause__ or error), node=self._node_is_gone(worker, error))
+            return Died(worker, _cause(error), node=self._node_is_gone(worker, error))
         return Failed(worker, tile, getattr(error, "cause", error))
 
     def _node_is_gone(self, worker: int, error: Any) -> bool:

@@ -95,8 +95,9 @@ def export_run(
         raise
     except FileExistsError:
         raise SpecError(f"{output} exists already; choose another name, or delete it") from None
-    except (OSError, ValueError, ImportError) as error:
-        raise StoreError(f"{output}: cannot write the export: {error}") from None
+    except Exception as error:  # each file system has its own
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise StoreError(f"{output}: cannot write the export: {reason}; nothing of it is left") from None
 
 
 def _write_npz(output: str, arrays: Iterator[tuple[str, NDArray[Any]]]) -> list[str]:
@@ -125,7 +126,7 @@ def _write_zarr(output: str, arrays: Iterator[tuple[str, NDArray[Any]]]) -> list
             root.create_array(name, data=stored, chunks=tuple(max(1, min(CHUNK, side)) for side in stored.shape))
             names.append(name)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(Exception):  # the place may be what fails
             files.rm(path, recursive=True)
         raise
     return names

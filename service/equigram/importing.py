@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+import zipfile
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,15 +16,13 @@ from equikernel.kernel import KernelFunction
 from equikernel.memory import available_memory, format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
     from equigram.events import Listener
     from equigram.spec import Pass
     from equigram.store import GramStore
-
-    Arrays: TypeAlias = Mapping[str, Any]
 
 ELSEWHERE = "elsewhere"
 """The kind of processor of tiles that were imported: nothing is said about their bits."""
@@ -47,19 +46,20 @@ def import_matrices(store: GramStore, source: str, listener: Listener, samples: 
       DataError: ``source`` cannot be read, or is of other images; it is not symmetric; or values differ from those
         computed here by more than rounding explains. Nothing was stored.
     """
-    arrays = _open(source)
+    arrays = _Source(source)
     names = [f"{part}/{group}/{kernel}" for part in store.parts for group, kernel in store.matrices]
     if not any(name in arrays for name in names):
         raise DataError(
-            f"{source} holds none of the matrices {', '.join(names)}, but {some(sorted(arrays))}; give them these names"
+            f"{source} holds none of the matrices {', '.join(names)}, but {some(sorted(arrays.arrays))}; give them "
+            "these names"
         )
     for matrix in store.parts:
-        _check_names(store, arrays, row_split(matrix), source)
+        _check_names(store, arrays, row_split(matrix))
     rng = np.random.default_rng(seed)
-    taken = [(one, part, list(_complete(part, arrays, source))) for one, part in store.passes()]
+    taken = [(one, part, list(_complete(part, arrays))) for one, part in store.passes()]
     for one, part, tiles in taken:
         chosen = rng.permutation(len(tiles))[:samples]
-        _compare(part, one, [tiles[index] for index in chosen], arrays, source, listener)
+        _compare(part, one, [tiles[index] for index in chosen], arrays, listener)
     done, total = 0, sum(len(tiles) for _, _, tiles in taken)
     if total:
         store.remember_worker(ELSEWHERE)
@@ -74,60 +74,116 @@ def import_matrices(store: GramStore, source: str, listener: Listener, samples: 
 
 def check_source(source: str) -> None:
     """Raise :class:`DataError` unless ``source`` can be opened as an .npz file or a zarr group."""
-    _open(source, only_names=True)
+    _Source(source, only_names=True)
 
 
-def _open(source: str, *, only_names: bool = False) -> Arrays:
-    """The arrays of a source by name; those of a zarr are read when they are sliced."""
-    import zarr
+class _Source:
+    """The arrays of an .npz file or a zarr group by name; those of a zarr are read when they are sliced.
 
-    try:
-        if source.endswith(".npz"):
-            with np.load(source) as file:
+    Raises:
+      DataError: it cannot be read.
+    """
+
+    def __init__(self, place: str, *, only_names: bool = False) -> None:
+        self.place = place
+        self._diagonals: dict[tuple[str, int], NDArray[np.float64]] = {}
+        try:
+            self.arrays = self._open(only_names)
+        except EquigramError:
+            raise
+        except Exception as error:
+            raise self._unreadable(place, "an .npz file or a zarr group", error) from None
+
+    def _open(self, only_names: bool) -> dict[str, Any]:
+        import zarr
+
+        if self.place.endswith(".npz"):
+            with np.load(self.place) as file:
+                if not isinstance(file, np.lib.npyio.NpzFile):
+                    raise ValueError("it is a single array")
                 if only_names:
                     return dict.fromkeys(file)
-                needed, available = sum(info.file_size for info in file.zip.infolist()), available_memory()
+                needed, available = _unpacked_bytes(self.place), available_memory()
                 if needed > available:
                     raise DataError(
-                        f"{source} holds {format_bytes(needed)}, and {format_bytes(available)} of memory are "
+                        f"{self.place} holds {format_bytes(needed)}, and {format_bytes(available)} of memory are "
                         "available; write it as a zarr, which is read tile by tile"
                     )
                 return dict(file)
-        members = zarr.open_group(source, mode="r").members(max_depth=None)
+        members = zarr.open_group(self.place, mode="r").members(max_depth=None)
         return {name: array for name, array in members if isinstance(array, zarr.Array)}
-    except EquigramError:
-        raise
-    except Exception as error:
+
+    @staticmethod
+    def _unreadable(what: str, kind: str, error: Exception) -> DataError:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{source} cannot be read as an .npz file or a zarr group: {reason}") from None
+        if "allow_pickle" in reason:
+            reason = "it holds Python objects, or something else than arrays"
+        return DataError(f"{what} cannot be read as {kind}: {reason}; nothing was imported")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.arrays
+
+    def all(self, name: str) -> NDArray[Any]:
+        """A whole array."""
+        try:
+            return np.asarray(self.arrays[name][...])
+        except Exception as error:
+            raise self._unreadable(f"{name} in {self.place}", "an array", error) from None
+
+    def block(self, name: str, rows: slice, cols: slice) -> NDArray[np.float64]:
+        """A block of a matrix."""
+        try:
+            return np.asarray(self.arrays[name][rows, cols], np.float64)
+        except Exception as error:
+            raise self._unreadable(f"{name} in {self.place}", "a matrix", error) from None
+
+    def scale(self, name: str, rows: slice, cols: slice) -> NDArray[np.float64]:
+        """``√(K(f, f) K(f', f'))``, which rounding errors of a block of a train matrix are relative to."""
+        for side in (rows, cols):
+            if (name, side.start) not in self._diagonals:
+                self._diagonals[name, side.start] = np.diag(self.block(name, side, side)).copy()
+        with np.errstate(invalid="ignore"):
+            return np.sqrt(np.outer(self._diagonals[name, rows.start], self._diagonals[name, cols.start]))
 
 
-def _check_names(store: GramStore, arrays: Arrays, split: SplitName, source: str) -> None:
+def _unpacked_bytes(place: str) -> int:
+    with zipfile.ZipFile(place) as file:
+        return sum(info.file_size for info in file.infolist())
+
+
+def _check_names(store: GramStore, arrays: _Source, split: SplitName) -> None:
     """Raise if the source says that its images are others, or in another order."""
     name = f"names/{split}"
     if name not in arrays:
         return
-    found = np.asarray(arrays[name])
+    found = arrays.all(name)
     there = found.tobytes().decode(errors="replace").split("\n") if found.dtype == np.uint8 else found.tolist()
     for index, (mine, other) in enumerate(zip(store.names(split), there, strict=False)):
         if mine != other:
             raise DataError(
-                f"{source} is of other images, or in another order: {split} image {index} is {other!r} there and "
+                f"{arrays.place} is of other images, or in another order: {split} image {index} is {other!r} there and "
                 f"{mine!r} in {store.url}; nothing was imported"
             )
 
 
-def _complete(store: GramStore, arrays: Arrays, source: str) -> Iterator[Tile]:
+def _complete(store: GramStore, arrays: _Source) -> Iterator[Tile]:
     """The tiles of a pass that the store lacks and that the source has."""
     tiling = store.info.tiling
     for part in store.parts:
         for group, kernel in store.matrices:
             name = f"{part}/{group}/{kernel}"
-            shape = arrays[name].shape if name in arrays else None
-            if shape not in (None, tiling.shape(part)):
+            if name not in arrays:
+                continue
+            array = arrays.arrays[name]
+            if np.dtype(array.dtype).kind not in "fiu":
                 raise DataError(
-                    f"{name} in {source} has the shape {shape}, and the run in {store.url} needs {tiling.shape(part)}; "
-                    "nothing was imported"
+                    f"{name} in {arrays.place} holds {array.dtype}, and a Gram matrix holds real numbers; nothing was "
+                    "imported"
+                )
+            if array.shape != tiling.shape(part):
+                raise DataError(
+                    f"{name} in {arrays.place} has the shape {array.shape}, and the run in {store.url} needs "
+                    f"{tiling.shape(part)}; nothing was imported"
                 )
     finished = store.finished_tiles()
     for tile in tiling.missing(finished):
@@ -137,7 +193,7 @@ def _complete(store: GramStore, arrays: Arrays, source: str) -> Iterator[Tile]:
                 yield tile
 
 
-def _values(store: GramStore, arrays: Arrays, tile: Tile, group: str, kernel: str) -> NDArray[Any]:
+def _values(store: GramStore, arrays: _Source, tile: Tile, group: str, kernel: str) -> NDArray[Any]:
     """The values of a tile in the dtype of the run; from the other triangle where they are missing in the upper one.
 
     Raises:
@@ -146,13 +202,14 @@ def _values(store: GramStore, arrays: Arrays, tile: Tile, group: str, kernel: st
     tiling, name = store.info.tiling, f"{tile.part}/{group}/{kernel}"
     rows, cols = (slice(side.start, side.stop) for side in (tiling.rows(tile), tiling.cols(tile)))
     dtype = store.info.spec.gram.dtype
-    values = np.asarray(arrays[name][rows, cols])
+    values = arrays.block(name, rows, cols)
     if tile.part == "gram":
-        mirror = np.asarray(arrays[name][cols, rows]).T
+        mirror, scale = arrays.block(name, cols, rows).T, arrays.scale(name, rows, cols)
         both = np.isfinite(values) & np.isfinite(mirror)
-        apart = np.abs(values - mirror) > 2 * TOLERANCE[dtype] * np.abs(values)
-        if (apart & both).any():
-            row, col = np.argwhere(apart & both)[0].tolist()
+        apart = np.subtract(values, mirror, where=both, out=np.zeros_like(values))
+        wrong = np.abs(apart) > 2 * TOLERANCE[dtype] * np.where(np.isfinite(scale), scale, np.abs(values))
+        if wrong.any():
+            row, col = np.argwhere(wrong)[0].tolist()
             raise DataError(
                 f"{name} is not symmetric: entry {rows.start + row}, {cols.start + col} is {values[row, col]:.9g}, and "
                 f"{mirror[row, col]:.9g} the other way round; nothing was imported"
@@ -164,7 +221,7 @@ def _values(store: GramStore, arrays: Arrays, tile: Tile, group: str, kernel: st
         return values.astype(dtype)
 
 
-def _compare(store: GramStore, one: Pass, tiles: list[Tile], arrays: Arrays, source: str, listener: Listener) -> None:
+def _compare(store: GramStore, one: Pass, tiles: list[Tile], arrays: _Source, listener: Listener) -> None:
     """Raise unless tiles of a source hold what is computed here, up to rounding."""
     spec = store.info.spec
     function = KernelFunction(spec.network, one.groups, spec.engine_for(one.groups), spec.gram.dtype)
@@ -183,7 +240,7 @@ def _compare(store: GramStore, one: Pass, tiles: list[Tile], arrays: Arrays, sou
                 place = np.unravel_index(int(error.argmax()), error.shape)
                 raise DataError(
                     f"entry {place[0]}, {place[1]} of the {group} {kernel} of tile {tile} is {found[place]:.9g} in "
-                    f"{source} and {computed[place]:.9g} computed here ({worst:.1g} of the diagonal apart, "
+                    f"{arrays.place} and {computed[place]:.9g} computed here ({worst:.1g} of the diagonal apart, "
                     f"{TOLERANCE[spec.gram.dtype]:g} are allowed): other images, another network or another "
                     "normalisation; nothing was imported"
                 )

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -51,6 +51,7 @@ from equigram.storage import configure
 from equigram.store import SAME_SOFTWARE, GramStore, free_space, versions
 from equikernel.errors import EquikernelError, NetworkError
 from equikernel.groups import keeps_rectangles, union
+from equikernel.images import Labels, check_pixels
 from equikernel.kernel import KernelFunction, available_cores
 from equikernel.memory import available_memory, format_bytes
 from equikernel.worker import CACHED_BLOCKS, TileReport, TileWorker, measure_pair_seconds
@@ -200,16 +201,19 @@ def check_kernels(spec: JobSpec, passes: Iterable[Pass], split: Split, which: st
     Raises:
       EquikernelError: of the same class as the kernel's own, naming the first image that has none.
     """
+    dtype: np.dtype[Any] = np.dtype(spec.gram.dtype)
     for one in passes:
         function = KernelFunction(spec.network, one.groups, spec.engine_for(one.groups), spec.gram.dtype)
         for start in range(0, len(split.images), CHECKED_AT_ONCE):
             listener(Progress("checking images", start, len(split.images)))
             images = split.images[start : start + CHECKED_AT_ONCE]
             try:
+                check_pixels(images, dtype, Labels("images"))
                 function.prepare(images)
             except EquikernelError as error:
                 for index, image in enumerate(images, start):
                     try:
+                        check_pixels(image[None], dtype, Labels("the image"))
                         function.prepare(image[None], "the image")
                     except EquikernelError as reason:
                         name = f"{which} image {index} ({split.names[index]})"

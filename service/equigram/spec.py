@@ -152,6 +152,12 @@ class GramSpec(_Section):
         return [(group, kernel) for group in self.groups for kernel in self.kernels]
 
 
+def _whole_gpus(count: float) -> float:
+    if count > 1 and count % 1:
+        raise ValueError(f"{count:g} GPUs cannot be had: it is a fraction of one, or a whole number")
+    return count
+
+
 class ResourceSpec(_Section):
     """Where tiles are computed, and with what."""
 
@@ -161,8 +167,8 @@ class ResourceSpec(_Section):
     a cluster that grows is asked for."""
     cpus_per_worker: int = Field(default=1, ge=1, le=1024, strict=True)
     """CPU cores, and threads, of one worker."""
-    gpus_per_worker: float = Field(default=0, ge=0, le=64, strict=True)
-    """GPUs of one worker; a fraction shares one."""
+    gpus_per_worker: Annotated[float, Field(ge=0, le=64, strict=True), AfterValidator(_whole_gpus)] = 0
+    """GPUs of one worker; a fraction below 1 shares one."""
     node_labels: Annotated[dict[str, str], AfterValidator(_plain_labels), "a section of labels"] | None = None
     """Ray labels of the nodes that may compute, ``{ray.io/accelerator-type: H100}``; without it all may."""
     wait: Annotated[float, Field(ge=0, le=1e6, strict=True)] | None = None

@@ -24,7 +24,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import operator
 import os
 import platform
 import shutil
@@ -582,39 +581,53 @@ class GramStore:
         )
 
     def layout_errors(self) -> dict[str, str]:
-        """What is wrong with the arrays, as sentences by name: those that the job needs, their shapes and dtypes.
+        """What is wrong with the metadata of images, matrices and the groups that these are in, by name, as sentences.
 
-        They may be larger than they need to be, if an extension was interrupted.
+        There may be more images than the job needs: an extension that was interrupted leaves them.
         """
         info, errors = self.info, {}
-        expected: dict[str, tuple[tuple[int, ...], str]] = {}
         for part in self.parts:
-            shape = info.tiling.shape(part)
-            expected[f"images/{row_split(part)}"] = (shape[0], *info.image_shape), "float32"
-            expected |= {f"{part}/{group}/{kernel}": (shape, info.spec.gram.dtype) for group, kernel in self.matrices}
-        for name, (needed, dtype) in expected.items():
-            with self._storage(f"open {name}"):
-                try:
-                    array: Any = self._root[name]
-                    found, chunks = (array.shape, str(array.dtype)), array.chunks
-                    enough = len(found[0]) == len(needed) and all(map(operator.ge, found[0], needed))
-                except (KeyError, ValueError, TypeError, AttributeError) as error:
-                    errors[name] = f"{name}: its metadata cannot be read ({type(error).__name__})"
-                    continue
-            if not enough or found[1] != dtype:
-                errors[name] = f"{name} is {found[1]} of shape {found[0]}; the job needs {dtype} of {needed}"
-            elif not name.startswith("images/") and chunks != 2 * (info.tile,):
-                errors[name] = f"{name} has chunks of {chunks}; its tiles have {2 * (info.tile,)}"
+            name, needed = f"images/{row_split(part)}", (info.tiling.shape(part)[0], *info.image_shape)
+            found = self._stored_node(name)
+            shape = getattr(found, "shape", ())
+            if found is None:
+                errors[name] = f"{name}: its metadata cannot be read"
+            elif shape[:1] < needed[:1] or shape[1:] != needed[1:] or found.dtype != np.float32:
+                errors[name] = f"{name} is {found.dtype} of shape {shape}; the job needs float32 of {needed}"
+        for name, expected in self._expected_matrices():
+            found, shape = self._stored_node(name), getattr(expected, "shape", None)
+            if found is None:
+                errors[name] = f"{name}: its metadata cannot be read"
+            elif getattr(found, "shape", None) != shape:
+                errors[name] = f"{name} has the shape {getattr(found, 'shape', None)}; the job needs {shape}"
+            elif _document(found) != _document(expected):
+                errors[name] = f"{name}: its metadata are not those of the job"
         return errors
 
+    def _stored_node(self, name: str) -> Any:
+        """An array or group as it is stored now; ``None`` where it cannot be read."""
+        with self._storage(f"open {name}"):
+            try:
+                return self._root[name]
+            except (KeyError, ValueError, TypeError, AttributeError):
+                return None
+
+    def _expected_matrices(self, store: Any = None) -> list[tuple[str, Any]]:
+        """The matrices that there should be, and the groups that they are in, by name; none of them is stored."""
+        import zarr
+
+        root = zarr.open_group({} if store is None else store, mode="w", zarr_format=3)
+        for one in (self._only,) if self._only else self.info.passes:
+            _add_matrices(root, one, self.info.tiling, self.info.spec.gram)
+        return list(root.members(max_depth=None))
+
     def mend_layout(self, names: Iterable[str]) -> None:
-        """Write the metadata of matrices anew; their chunks stay."""
+        """Write the metadata of matrices, or of groups that they are in, anew; their chunks stay."""
+        documents: dict[str, Any] = {}
+        self._expected_matrices(documents)
         with self._alone(), self._storage("mend the layout"):
             for name in names:
-                with contextlib.suppress(FileNotFoundError):
-                    self._call("rm_file", f"{self._place[1]}/{name}/zarr.json")
-            for one in self.info.passes:
-                _add_matrices(self._root_to_write, one, self.info.tiling, self.info.spec.gram)
+                self._put(f"{name}/zarr.json", documents[f"{name}/zarr.json"].to_bytes())
         self._opened.clear()
 
     def damaged_tiles(self) -> set[Tile]:
@@ -1036,6 +1049,11 @@ def _identity(spec: JobSpec, tile: int) -> list[tuple[str, Any]]:
     data, network = spec.data.model_dump(mode="json"), spec.network.model_dump(mode="json")
     sections = {"data": data, "network": network, "gram": gram}
     return [(f"{section}.{field}", value) for section, fields in sections.items() for field, value in fields.items()]
+
+
+def _document(node: Any) -> str:
+    """The metadata of an array or group in a form that can be compared."""
+    return json.dumps(node.metadata.to_dict(), sort_keys=True, default=str)
 
 
 def _sha256(values: NDArray[Any]) -> str:

@@ -25,7 +25,7 @@ from equigram.errors import IncompleteRunError, StoreError
 from equigram.events import Progress
 from equigram.plan import Part, SplitName, Tile, TileSet, is_diagonal, row_split, tile_of
 from equigram.store import SAME_SOFTWARE, versions
-from equikernel.errors import EquikernelError
+from equikernel.errors import EquikernelError, NonFiniteKernelError
 from equikernel.kernel import KernelFunction
 from equikernel.worker import processor_kind
 
@@ -246,7 +246,11 @@ class _Verification:
             block = self._function.prepare(self._store.block(split, index), f"images/{split}", first)
             for group, pooled in self._function.diagonal(block).items():
                 for kernel in [kernel for name, kernel in self._store.matrices if name == group]:
-                    values = getattr(pooled, kernel).astype(self._dtype).astype(np.float64)
+                    with np.errstate(over="ignore"):
+                        values = getattr(pooled, kernel).astype(self._dtype).astype(np.float64)
+                    if not (finite := np.isfinite(values)).all():
+                        image = f"images/{split}[{first + int(np.argmin(finite))}]"
+                        raise NonFiniteKernelError(f"the {group} {kernel} of {image} is no finite {self._dtype}")
                     parts.setdefault((split, group, kernel), []).append(values)
         self._listener(Progress("computing diagonal blocks", len(blocks), len(blocks)))
         return {key: np.concatenate(values) for key, values in parts.items()}

@@ -200,17 +200,34 @@ def test_a_finished_run_has_nothing_to_do_and_says_the_same(finished: tuple[Path
 
 def test_a_finished_run_is_verified(run: Place) -> None:
     before = run.files()
-    done = run.command("verify", "run", folder=run.folder)
+    done = run.command("verify", "run", "--seed", 5, folder=run.folder)
     assert done.code == 0, done
     assert done.out.splitlines() == [
         "chunks    60 read",
         "diagonal  27 images computed with themselves, the same bits required",
         "minors    6 sampled",
-        "anew      8 tiles computed, the same bits required",
+        "anew      8 tiles computed, the same bits required; --seed 5",
         "missing   0 tiles",
         "wrong     nothing",
     ]
     assert run.files() == before
+
+
+def test_a_missing_tile_is_nothing_wrong_and_a_damaged_solution_is(copy: Place) -> None:
+    (copy / "run/gram/C4/ntk/c/0/1").unlink()
+    done = copy.command("verify", "run", "--samples", 0, folder=copy.folder)
+    assert done.code == 0, done
+    assert done.out.endswith("missing   1 tile\nwrong     nothing\nnext: equigram run JOB.yaml computes what is missing\n")
+    shutil.rmtree(copy / "run/solution/C4/ntk/coefficients")
+    done = copy.command("verify", "run", "--samples", 0, folder=copy.folder)
+    assert done.code == 1
+    assert done.err.splitlines()[-1] == "error: run: 1 thing is wrong; `equigram run JOB.yaml` solves again"
+    np.savez(copy / "new.npz", x=np.zeros((1, 8, 8, 1), np.uint8))
+    done = copy.command("predict", "run", "new.npz", folder=copy.folder)
+    assert (done.code, done.out) == (1, "")
+    assert "`equigram run JOB.yaml` solves again" in done.err
+    assert copy.command("run", "job.yaml", folder=copy.folder).code == 0
+    assert copy.command("verify", "run", "--samples", 0, folder=copy.folder).code == 0
 
 
 def test_matrices_are_exported(run: Place, tmp_path: Path) -> None:

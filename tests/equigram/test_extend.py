@@ -13,10 +13,11 @@ from numpy.testing import assert_array_equal
 from equigram.errors import DataError, SpecError, StoreMismatchError
 from equigram.events import Event, TileFinished, nobody
 from equigram.plan import Tile, Tiling
-from equigram.run import extend, extend_matrices, finish, run
+from equigram.run import extend, extend_matrices, finish, repair, run
 from equigram.spec import JobSpec, KernelName
 from equigram.store import GramStore
 from equigram.verify import verify
+from equikernel import ImageError
 
 Job = Callable[..., JobSpec]
 
@@ -105,8 +106,25 @@ def test_the_first_test_images(tmp_path: Path, spec: JobSpec) -> None:
 def test_what_was_added_is_not_added_again(spec: JobSpec, tmp_path: Path) -> None:
     store = run(spec).store
     grow(store, "train", tmp_path / "more.npz")
-    with pytest.raises(StoreMismatchError, match=r"more.npz was added to .* before; `equigram run` computes what is"):
-        grow(store, "train", tmp_path / "more.npz")
+    (tmp_path / "copy.npz").write_bytes((tmp_path / "more.npz").read_bytes())
+    for name in ("more", "copy"):
+        with pytest.raises(StoreMismatchError, match=rf"{name}.npz was added to .* before; `equigram run` computes wh"):
+            grow(GramStore.open(store.url), "train", tmp_path / f"{name}.npz")
+
+
+def test_an_image_without_kernel_is_refused_before_it_is_added(spec: JobSpec, tmp_path: Path) -> None:
+    images = MORE.astype(np.float32)
+    np.savez(tmp_path / "plain.npz", x_train=TRAIN.astype(np.float32), y_train=np.arange(10) % 3)
+    spec = spec.model_copy(
+        update={"data": spec.data.model_copy(update={"train": str(tmp_path / "plain.npz"), "normalize": "none"})}
+    )
+    store = run(spec).store
+    images[2, 1, 1] = 1e30
+    np.savez(tmp_path / "huge.npz", x=images, y=np.arange(7) % 3)
+    with pytest.raises(ImageError, match=r"training image 2 .x\[2\].: the largest pixel .* is 1e.30.*; nothing was st"):
+        grow(store, "train", tmp_path / "huge.npz")
+    assert GramStore.open(store.url).info.train == 10
+    assert verify(store, nobody, samples=1).findings == ()
 
 
 def chunks(store: GramStore) -> dict[Path, tuple[int, bytes]]:
@@ -209,6 +227,10 @@ def test_an_interrupted_extension_leaves_the_run_and_can_be_done_again(
     assert again.info.train == 10
     assert len(again.images("train")) == len(again.names("train")) == 10
     assert run(spec).results
+    report = verify(again, nobody, samples=4)
+    assert not any(finding.beyond for finding in report.findings)
+    repair(again, spec, report.bad_tiles, nobody, report.bad_arrays)
+    assert verify(GramStore.open(store.url), nobody, samples=4).findings == ()
     assert_array_equal(GramStore.open(store.url).matrix("gram", "C4", "ntk"), gram)
     grow(GramStore.open(store.url), "train", tmp_path / "more.npz")
     assert verify(GramStore.open(store.url), nobody, samples=4).findings == ()

@@ -105,9 +105,19 @@ def other_images(arrays: dict[str, Any]) -> None:
     arrays["names/train"] = np.array(["a", "b"])
 
 
+def of_dtype(dtype: Any) -> Callable[[dict[str, Any]], None]:
+    def change(arrays: dict[str, Any]) -> None:
+        arrays["gram/C1/ntk"] = arrays["gram/C1/ntk"].astype(dtype)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (of_dtype(str), r"gram/C1/ntk in .* holds <U\d+, and a Gram matrix holds real numbers"),
+        (of_dtype(bool), r"gram/C1/ntk in .* holds bool, and a Gram matrix holds real numbers"),
+        (of_dtype(complex), r"gram/C1/ntk in .* holds complex128, and a Gram matrix holds real numbers"),
         (wrong("gram/C1/ntk", (1, 7), 1.1), r"gram/C1/ntk is not symmetric: entry 1, 7 is \S+, and \S+ the other way"),
         (another_shape, r"cross/C1/ntk in .* has the shape \(4, 10\), and the run in .* needs \(5, 10\)"),
         (
@@ -132,6 +142,46 @@ def test_what_is_wrong_is_refused_with_both_values_and_nothing_is_stored(
         import_matrices(store, saved(tmp_path, arrays), nobody, samples=20)
     assert len(store.finished_tiles()) == 0
     assert GramStore.open(store.url).info.processors == ()
+
+
+def test_a_damaged_source_is_refused(spec: JobSpec, elsewhere: GramStore, create: Create, tmp_path: Path) -> None:
+    export_run(elsewhere, str(tmp_path / "out.zarr"))
+    for content in (b"", b"nonsense"):
+        for name in ("gram/C4/ntk", "names/train"):
+            chunk = next((tmp_path / "out.zarr" / name / "c").rglob("0"))
+            chunk = chunk / "0" if chunk.is_dir() else chunk
+            before = chunk.read_bytes()
+            chunk.write_bytes(content)
+            store = create(spec.model_copy(update={"store": str(tmp_path / f"run-{len(content)}-{name[:4]}")}))
+            with pytest.raises(DataError, match=rf"{name} in .*out.zarr cannot be read as .*; nothing was imported"):
+                import_matrices(store, str(tmp_path / "out.zarr"), nobody, samples=1)
+            assert len(store.finished_tiles()) == 0
+            chunk.write_bytes(before)
+
+
+def test_rounding_is_relative_to_the_diagonal(
+    spec: JobSpec, elsewhere: GramStore, create: Create, tmp_path: Path
+) -> None:
+    arrays = matrices(elsewhere)
+    rng = np.random.default_rng(0)
+    for name, values in arrays.items():
+        if name.startswith("gram"):
+            root = np.sqrt(np.diag(values))
+            values += 1e-7 * rng.normal(size=values.shape) * np.outer(root, root)
+            values[0, 1] = values[1, 0] * (1 + 1e-12)
+    store = create(spec)
+    assert import_matrices(store, saved(tmp_path, arrays), nobody, samples=3) == 2 * len(store.info.tiling)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan, 1e300])
+def test_what_is_not_finite_is_left_out(
+    value: float, spec: JobSpec, elsewhere: GramStore, create: Create, tmp_path: Path
+) -> None:
+    arrays = matrices(elsewhere)
+    arrays["gram/C4/ntk"][1, 5] = arrays["gram/C4/ntk"][5, 1] = value
+    store = create(spec)
+    assert import_matrices(store, saved(tmp_path, arrays), nobody, samples=1) == 2 * len(store.info.tiling) - 1
+    assert Tile("gram", 0, 1) not in store.finished_tiles()
 
 
 @pytest.mark.parametrize("name", ["nothing.npz", "nothing.zarr", "text.npz"])

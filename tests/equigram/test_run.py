@@ -28,10 +28,10 @@ from equigram.errors import (
 )
 from equigram.events import ComputationStarted, Event, Note, Progress, TileFinished
 from equigram.plan import Tile, tile_of
-from equigram.run import make_plan, predict, run, stored_survey
+from equigram.run import look_at_images, make_plan, predict, run, stored_survey
 from equigram.spec import JobSpec
 from equigram.store import GramStore, versions
-from equikernel import NetworkError
+from equikernel import ImageError, NetworkError
 from equikernel.kernel import available_cores
 from equikernel.worker import processor_kind
 
@@ -310,11 +310,6 @@ def test_a_cluster_where_nobody_answers_is_refused(simple: Job) -> None:
     )
 
 
-def test_a_store_in_the_memory_of_this_process_is_refused(simple: Job) -> None:
-    with pytest.raises(SpecError, match="memory://run lies in the memory of this process"):
-        run(simple("memory://run"))
-
-
 def test_matrices_that_do_not_fit_in_memory_are_refused_with_both_numbers(
     simple: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,6 +413,31 @@ def test_a_disk_that_became_read_only_is_noticed_before_a_cluster_is_started(
     monkeypatch.setattr(equigram.run, "ray_session", None)
     with pytest.raises(StoreError, match=r"cannot write to the run store: .*run is read-only, or this user"):
         run(spec)
+
+
+def test_a_plan_says_at_once_what_a_run_would_find_out(simple: Job, bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for store, words in (
+        (f"{bucket}-nowhere/run", "the bucket .*-nowhere does not exist"),
+        (tmp_path / "file/run", ".*file is a file"),
+    ):
+        with pytest.raises(StoreError, match=f"cannot write to the run store: {words}"):
+            look_at_images(simple(store))
+
+
+def test_an_image_without_kernel_is_refused_before_anything_is_stored(simple: Job, npz: Path) -> None:
+    arrays = dict(np.load(npz))
+    images = arrays["x_test"].astype(np.float32)
+    images[3, 1, 1] = 1e30
+    np.savez(npz, **{**arrays, "x_train": arrays["x_train"].astype(np.float32), "x_test": images})
+    words = r"test image \d .x_test.3..: the largest pixel of the image"
+    refuses(simple(data={"normalize": "none"}), ImageError, words)
+
+
+def test_a_file_of_somebody_else_in_the_history_is_passed_over(begun: GramStore, simple: Job) -> None:
+    Path(begun.url, "history").mkdir(exist_ok=True)
+    Path(begun.url, "history/notes.jsonl").write_text("mine\n")
+    assert run(simple()).results
 
 
 # Predictions

@@ -309,6 +309,10 @@ def test_an_unknown_field_is_refused_with_a_suggestion(tmp_path: Path, more: str
             "resources.gpus_per_worker: -1 is not allowed; it must be a number from 0 to 64",
         ),
         (
+            "resources: {gpus_per_worker: 1.5}",
+            "resources.gpus_per_worker: 1.5 GPUs cannot be had: it is a fraction of one, or a whole number",
+        ),
+        (
             "resources: {gpus_per_worker: 1}\ngram: {engine: cpu}",
             "resources.gpus_per_worker = 1, but the engine 'cpu' runs on CPUs only; leave it out, or choose",
         ),

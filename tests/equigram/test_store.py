@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+import yaml
 import zarr
 from numpy.testing import assert_allclose, assert_array_equal
 
 import equigram.store
+from equigram import claim
 from equigram.errors import (
+    DamagedArrayError,
     DamagedTileError,
     IncompleteRunError,
     SpecError,
@@ -27,6 +31,7 @@ from equigram.errors import (
 )
 from equigram.events import nobody
 from equigram.plan import Tile
+from equigram.run import run
 from equigram.solve.stage import solve_run
 from equigram.spec import JobSpec, SolveSpec
 from equigram.store import GramStore, free_space
@@ -275,7 +280,7 @@ def test_images_that_are_lost_or_damaged_are_not_read_as_zeros(store: GramStore,
 
 def test_an_array_that_is_lost_is_an_error_in_a_sentence(store: GramStore) -> None:
     shutil.rmtree(Path(store.url, "images"))
-    with pytest.raises(StoreError, match=r"cannot read images/train: KeyError: .*; nothing finished is lost"):
+    with pytest.raises(StoreError, match=r"images/train is gone, or its metadata are damaged .KeyError.; delete"):
         store.images("train")
 
 
@@ -350,9 +355,13 @@ def test_an_interrupted_creation_is_taken_over_by_any_job(
     assert sorted(path.name for path in Path(store.url).glob("gram/*/*")) == ["ntk", "zarr.json"]
 
 
-def test_a_place_in_the_memory_of_this_process_is_refused(job: Job, create: Create) -> None:
+def test_a_run_may_lie_in_the_memory_of_the_process_that_computes_it(job: Job) -> None:
+    fsspec.filesystem("memory").rm("/", recursive=True)
+    finished = run(job("memory://run"))
+    assert finished.results
+    assert len(finished.store.finished_tiles()) == len(finished.store.info.tiling)
     with pytest.raises(SpecError, match="memory of this process, where the workers, which are other processes"):
-        create(job("memory://run"))
+        run(job("memory://other", resources={"workers": 1}))
 
 
 def test_an_unknown_protocol_is_refused(job: Job, create: Create) -> None:
@@ -452,7 +461,7 @@ def test_the_format_of_another_version_is_refused(store: GramStore) -> None:
     document["attributes"]["equigram"] |= {"format": 7, "versions": {"equigram": "9.1"}}
     path.write_text(json.dumps(document))
     with pytest.raises(
-        StoreMismatchError, match=r"store format 7, this version of equigram reads 3; use equigram 9\.1"
+        StoreMismatchError, match=r"store format 7, this version of equigram reads 4; use the version of equigram"
     ):
         GramStore.open(store.url)
 
@@ -473,12 +482,151 @@ def test_a_solution_is_there_when_it_is_complete(store: GramStore) -> None:
     with pytest.raises(IncompleteRunError, match=r"no solution for C1 ntk; finish it with `equigram run JOB.yaml`"):
         store.solution("C1", "ntk")
     store.write_solution("C1", "ntk", {"ridge": np.array([0.5])}, {"solutions": []})
-    del zarr.open_group(f"{store.url}/solution/C1/ntk", mode="r+").attrs["solutions"]
+    zarr.open_group(f"{store.url}/solution/C1/ntk", mode="r+").attrs.clear()
     assert not store.has_solution("C1", "ntk")
     store.write_solution("C1", "ntk", {"ridge": np.array([2.0])}, {"solutions": [1]})
     arrays, attributes = store.solution("C1", "ntk")
     assert_array_equal(arrays["ridge"], [2.0])
     assert attributes == {"solutions": [1]}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda place: shutil.rmtree(place / "ridge"),
+        lambda place: (place / "ridge/c/0").unlink(),
+        lambda place: (place / "ridge/zarr.json").write_text("{"),
+        lambda place: (place / "zarr.json").write_text("nonsense"),
+        lambda place: (place / "zarr.json").write_text((place / "zarr.json").read_text().replace("0.25", "0.75")),
+        lambda place: zarr.open_array(place / "ridge", mode="r+").__setitem__(0, 3.0),
+    ],
+)
+def test_a_damaged_solution_is_never_used(store: GramStore, damage: Callable[[Path], Any]) -> None:
+    store.write_solution("C1", "ntk", {"ridge": np.array([0.5])}, {"accuracy": 0.25})
+    damage(Path(store.url, "solution/C1/ntk"))
+    with pytest.raises(DamagedArrayError, match=r"(damaged|gone).*; `equigram run JOB.yaml` solves again"):
+        store.solution("C1", "ntk")
+    store.write_solution("C1", "ntk", {"ridge": np.array([0.5])}, {"accuracy": 0.25})
+    assert store.solution("C1", "ntk")[1] == {"accuracy": 0.25}
+
+
+def test_a_solution_that_finds_no_room_leaves_the_one_before(
+    job: Job, create: Create, tmpfs: Callable[[str], Path], fill_disk: Callable[[Path], None]
+) -> None:
+    place = tmpfs("size=2m")
+    store = create(job(place / "run"))
+    store.write_solution("C1", "ntk", {"ridge": np.array([0.5])}, {})
+    fill_disk(place)
+    with pytest.raises(StoreError, match="cannot write the solution: No space left on device"):
+        store.write_solution("C1", "ntk", {"ridge": np.arange(9.0)}, {})
+    assert_array_equal(store.solution("C1", "ntk")[0]["ridge"], [0.5])
+    assert not list(Path(store.url).rglob("*.partial"))
+
+
+# Its attributes
+
+
+@pytest.mark.parametrize("change", [{"train": 9}, {"preprocessing": None}, {"spec": {}}, {"checksum": "0"}])
+def test_attributes_that_were_changed_are_refused(store: GramStore, change: dict[str, Any]) -> None:
+    path = Path(store.url, "zarr.json")
+    document = json.loads(path.read_text())
+    document["attributes"]["equigram"] |= change
+    path.write_text(json.dumps(document))
+    with pytest.raises(StoreError, match=r"the attributes in zarr.json are damaged, or were edited: their checksum"):
+        GramStore.open(store.url)
+
+
+MAKES_A_STORE = """
+import sys, time
+from equigram.errors import StoreMismatchError
+from equigram.data import fingerprint, load_dataset
+from equigram.spec import JobSpec
+from equigram.store import GramStore
+spec = JobSpec.load(sys.argv[1])
+dataset = load_dataset(spec.data, square=True)
+print("ready", flush=True)
+time.sleep(float(sys.stdin.readline()))
+try:
+    GramStore.create(spec, dataset, spec.gram.tile, fingerprint(spec.data))
+    print("made")
+except StoreMismatchError as error:
+    print("meanwhile" if "has become a run store in the meantime" in str(error) else error)
+"""
+
+
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_of_two_processes_that_make_a_store_one_waits_for_the_other(
+    place: str, job: Job, compute: Compute, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    command = [sys.executable, "-c", MAKES_A_STORE]
+    for lag in (0, 0.03, 0.1):
+        where = f"{request.getfixturevalue('bucket')}/run" if place == "bucket" else str(tmp_path / "run")
+        where += str(lag)
+        job_file = tmp_path / "job.yaml"
+        spec = job(where)
+        job_file.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+        two = [
+            subprocess.Popen(
+                [*command, str(job_file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(2)
+        ]  # fmt: skip
+        for process in two:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process, pause in zip(two, (0, lag), strict=True):
+            assert process.stdin is not None
+            process.stdin.write(f"{pause}\n")
+            process.stdin.flush()
+        said = [process.communicate(timeout=60) for process in two]
+        assert sorted(said) == [("made\n", ""), ("meanwhile\n", "")]
+        store = GramStore.open(where)
+        compute(store)
+        assert verify(store, nobody, samples=1).findings == ()
+        assert not [name for name in store._children() if name == claim.NAME]
+
+
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_the_claim_of_a_process_that_was_killed_is_taken_over(
+    place: str, store: GramStore, job: Job, create: Create, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    where = f"{request.getfixturevalue('bucket')}/run" if place == "bucket" else str(tmp_path / "other")
+    spec = job(where)
+    holds = "import sys, time; from equigram.store import GramStore\nwith GramStore(sys.argv[1])._alone(): " + (
+        "print(1, flush=True); time.sleep(100)"
+    )
+    with subprocess.Popen([sys.executable, "-c", holds, where], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"1\n"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(claim, "PATIENCE", 1.0)
+            with pytest.raises(StoreError, match=r"has been setting up this store, or changing it, for more than 1 s"):
+                create(spec)
+        process.kill()
+    create(spec)
+    assert GramStore.exists(where)
+
+
+def test_a_claim_that_nobody_renews_is_taken_over(
+    job: Job, create: Create, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = json.dumps({"host": "another", "process": 1, "id": "x"}).encode()
+    fsspec.filesystem("s3").pipe(f"{bucket}/run/{claim.NAME}", holder)
+    monkeypatch.setattr(claim, "ABANDONED", 0.2)
+    create(job(f"{bucket}/run"))
+    assert GramStore.exists(f"{bucket}/run")
+
+
+def test_a_claim_is_renewed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "BEAT", 0.1)
+    files, place = fsspec.filesystem("s3"), f"{bucket}/run/{claim.NAME}"
+    store = GramStore(f"{bucket}/run")
+    with store._alone():
+        first = files.cat_file(place)
+        time.sleep(1.0)
+        assert files.cat_file(place) != first
+    assert not files.exists(place)
 
 
 # Object storage

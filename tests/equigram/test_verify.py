@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,50 @@ def test_other_images_are_found(finished: GramStore) -> None:
     images = finished.images("train")
     write(finished, "images/train", (7,), images[7] + 0.01)
     (finding,) = check(finished, ALL).findings
-    assert finding.what.startswith("images/train are other images than those of which the run was made")
-    assert finding.tile is None
+    assert finding.what.startswith("images/train holds other values than were stored when the run was made")
+    assert finding.beyond
+
+
+@pytest.mark.parametrize("name", ["labels/train", "labels/test", "names/test"])
+def test_other_labels_and_names_and_lost_ones_are_found(finished: GramStore, name: str) -> None:
+    array: Any = zarr.open_group(finished.url, mode="r+")[name]
+    array[0] = array[0] ^ 1
+    (finding,) = check(finished).findings
+    assert finding.what.startswith(f"{name} holds other values")
+    shutil.rmtree(Path(finished.url, name))
+    (finding,) = check(finished).findings
+    assert f"{name} is gone" in finding.what
+    assert finding.beyond
+
+
+def test_a_damaged_solution_is_found(finished: GramStore) -> None:
+    finished.write_solution("C1", "ntk", {"ridge": np.arange(3.0)}, {})
+    assert check(finished).findings == ()
+    Path(finished.url, "solution/C1/ntk/ridge/c/0").unlink()
+    (finding,) = check(finished).findings
+    assert finding.what.endswith("; `equigram run JOB.yaml` solves again")
+    assert finding.solved
+
+
+def test_an_image_without_kernel_is_found(finished: GramStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(finished, "images/train", (7,), np.float32(1e30))
+    monkeypatch.setattr(equigram.verify._Verification, "_images_are_whole", lambda _: True)
+    (finding,) = check(finished).findings
+    words = "an image has no kernel with itself: the C1 nngp of images/train[7] is no finite float32"
+    assert finding.what == words
+
+
+def test_lost_metadata_of_matrices_are_written_again(finished: GramStore) -> None:
+    before = files(finished)
+    Path(finished.url, "gram/C1/ntk/zarr.json").unlink()
+    Path(finished.url, "cross/C1/nngp/zarr.json").write_text("{")
+    Path(finished.url, "gram/C1/zarr.json").unlink()
+    report = check(finished)
+    assert report.bad_arrays == ["cross/C1/nngp", "gram/C1", "gram/C1/ntk"]
+    assert not any(finding.beyond for finding in report.findings)
+    repair(finished, finished.info.spec, report.bad_tiles, nobody, report.bad_arrays)
+    assert check(GramStore.open(finished.url), ALL).findings == ()
+    assert files(finished) == before
 
 
 def test_damaged_images_do_not_end_the_verification(finished: GramStore) -> None:
@@ -175,7 +218,10 @@ def test_another_layout_is_found(finished: GramStore) -> None:
     metadata = json.loads(path.read_text())
     path.write_text(json.dumps({**metadata, "shape": [11, 10]}))
     (finding,) = check(finished).findings
-    assert finding.what == "gram/C1/ntk is float32 of shape (11, 10); the job needs float32 of (10, 10)"
+    assert finding.what == "gram/C1/ntk has the shape (11, 10); the job needs (10, 10)"
+    path.write_text(json.dumps({**metadata, "fill_value": 0.0}))
+    (finding,) = check(finished).findings
+    assert finding.what == "gram/C1/ntk: its metadata are not those of the job"
     path.write_text("nonsense")
     (finding,) = check(finished).findings
     assert finding.what.startswith("gram/C1/ntk: its metadata cannot be read")

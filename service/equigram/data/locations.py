@@ -195,6 +195,8 @@ def _absence(fs: Any, path: str, url: str) -> Exception:
     try:
         fs.info(path)
     except Exception as error:
+        if not isinstance(error, FileNotFoundError):
+            return error
         if isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, FileNotFoundError):
             return error.__cause__
     return _nothing_at(url)
