@@ -741,7 +741,7 @@ class GramStore:
             try:
                 place = self._root_to_write.create_group(beside, overwrite=True)
                 for key, values in arrays.items():
-                    _add_array(place, key, values, values.shape)
+                    _add_array(place, key, values, values.shape, overwrite=False)
                 place.attrs.update({**fields, "checksum": _checksum(fields)})
                 if beside != name:
                     shutil.rmtree(Path(path, name), ignore_errors=True)
@@ -1086,7 +1086,9 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     return found
 
 
-def _add_array(group: zarr.Group, name: str, values: NDArray[Any], chunks: tuple[int, ...]) -> None:
+def _add_array(
+    group: zarr.Group, name: str, values: NDArray[Any], chunks: tuple[int, ...], *, overwrite: bool = True
+) -> None:
     """Store an array of finite floats, class indices or text, a chunk at a time.
 
     A chunk that is lost later reads as values that it cannot hold: NaN, -1 or the character 0.
@@ -1101,7 +1103,7 @@ def _add_array(group: zarr.Group, name: str, values: NDArray[Any], chunks: tuple
         compressors=[ZstdCodec(), Crc32cCodec()],
         fill_value={"f": float("nan"), "i": -1}.get(values.dtype.kind, 0),
         config={"write_empty_chunks": True},
-        overwrite=True,
+        overwrite=overwrite,
     )
     for start in range(0, len(values), array.chunks[0]):
         array[start : start + array.chunks[0]] = values[start : start + array.chunks[0]]
