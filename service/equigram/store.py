@@ -27,6 +27,7 @@ import json
 import os
 import platform
 import shutil
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,8 +40,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from equigram.claim import LOOK, claim, lock
 from equigram.claim import NAME as CLAIM
-from equigram.claim import claim, lock
 from equigram.data import Dataset, Preprocessing, Split
 from equigram.errors import (
     DamagedArrayError,
@@ -209,7 +210,7 @@ class GramStore:
             for one in spec.gram.passes:
                 _add_matrices(root, one, tiling, spec.gram)
             root.create_group("history")
-            _write_attributes(root, {**attributes, "state": "ready"})
+            root.attrs["equigram"] = _signed({**attributes, "state": "ready"})
 
     def extend(self, split: SplitName, more: Split, source: str) -> None:
         """Add images to a split; the tiles with them, and those of the block that they fill up, are missing then.
@@ -309,19 +310,25 @@ class GramStore:
           StoreMismatchError: the place holds other files.
           StoreExistsError: it holds a run.
         """
+        if not self._is_free():
+            time.sleep(LOOK)  # another process may be making a store of it just now
+            if not self._is_free():
+                raise StoreMismatchError(
+                    f"{self.url} already holds something that is not an equigram run, and is left alone; "
+                    "choose another place for `store`"
+                )
+
+    def _is_free(self) -> bool:
+        """Whether nothing is there, or an interrupted creation; raises as :meth:`check_free` where a run is."""
         path = self._place[1]
+        with self._storage("look at the place of the run store"):
+            taken = self._call("exists", path)
+            if taken and self._call("isdir", path):
+                taken = any(not name.endswith((PROBE, CLAIM, ".partial")) for name in self._children())
         attributes = self._attributes()
         if (attributes or {}).get("state") == "ready":
             raise StoreExistsError(f"{self.url} has become a run store in the meantime; run again to go on from it")
-        with self._storage("look at the place of the run store"):
-            taken = attributes is None and self._call("exists", path)
-            if taken and self._call("isdir", path):
-                taken = any(not name.endswith((PROBE, CLAIM, ".partial")) for name in self._children())
-        if taken:
-            raise StoreMismatchError(
-                f"{self.url} already holds something that is not an equigram run, and is left alone; "
-                "choose another place for `store`"
-            )
+        return not taken or attributes is not None
 
     def check_place(self) -> None:
         """Raise :class:`StoreError` if it can be seen, without writing, that this place cannot be written."""
@@ -354,8 +361,9 @@ class GramStore:
         """The root group with ``attributes``, and nothing else: interrupted, it still says that it is unfinished."""
         import zarr
 
-        root = zarr.open_group(self._zarr_store(), mode="a", zarr_format=3)
-        _write_attributes(root, attributes)
+        signed: dict[str, Any] = {"equigram": _signed(attributes)}
+        root = zarr.open_group(self._zarr_store(), mode="a", zarr_format=3, attributes=signed)
+        root.attrs.update(signed)
         for name in self._children():
             if name not in ("zarr.json", CLAIM):
                 self._call("rm", f"{self._place[1]}/{name}", recursive=True)
@@ -446,7 +454,7 @@ class GramStore:
         if changed():
             with self._alone(), self._storage(doing):
                 if after := changed():  # somebody else may have changed them meanwhile
-                    _write_attributes(self._root_to_write, after)
+                    self._root_to_write.attrs["equigram"] = _signed(after)
         self.__dict__.pop("info", None)
 
     @contextlib.contextmanager
@@ -742,7 +750,7 @@ class GramStore:
                 place = self._root_to_write.create_group(beside, overwrite=True)
                 for key, values in arrays.items():
                     _add_array(place, key, values, values.shape, overwrite=False)
-                place.attrs.update({**fields, "checksum": _checksum(fields)})
+                place.attrs.update(_signed(fields))
                 if beside != name:
                     shutil.rmtree(Path(path, name), ignore_errors=True)
                     Path(path, beside).rename(Path(path, name))
@@ -964,7 +972,10 @@ class GramStore:
         """Names of the files and folders directly in the store."""
         fs, path = self._place
         fs.invalidate_cache()
-        found = (str(name).rstrip("/") for name in self._call("ls", path, detail=False))
+        try:
+            found = [str(name).rstrip("/") for name in self._call("ls", path, detail=False)]
+        except FileNotFoundError:  # on object storage a folder is gone with the last object in it
+            return []
         return [name.rsplit("/", 1)[-1] for name in found if name != path]
 
     def _call(self, operation: str, *arguments: Any, **options: Any) -> Any:
@@ -1066,9 +1077,10 @@ def _checksum(attributes: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _write_attributes(root: zarr.Group, attributes: Mapping[str, Any]) -> None:
+def _signed(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes with their checksum."""
     fields = {name: value for name, value in attributes.items() if name != "checksum"}
-    root.attrs["equigram"] = {**fields, "checksum": _checksum(fields)}
+    return {**fields, "checksum": _checksum(fields)}
 
 
 def _arrays_of(split: Split) -> dict[str, NDArray[Any]]:

@@ -559,7 +559,7 @@ def test_of_two_processes_that_make_a_store_one_waits_for_the_other(
     place: str, job: Job, compute: Compute, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     command = [sys.executable, "-c", MAKES_A_STORE]
-    for lag in (0, 0.03, 0.1):
+    for lag in (0, 0.05):
         where = f"{request.getfixturevalue('bucket')}/run" if place == "bucket" else str(tmp_path / "run")
         where += str(lag)
         job_file = tmp_path / "job.yaml"

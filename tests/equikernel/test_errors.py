@@ -34,6 +34,7 @@ EXPECTED: dict[str, tuple[type[Exception], int]] = {
     "SolverError": (ArithmeticError, FAILED_RUN),
     "SpecError": (ValueError, WRONG_REQUEST),
     "StoreError": (OSError, FAILED_RUN),
+    "StoreExistsError": (ValueError, WRONG_REQUEST),
     "StoreMismatchError": (ValueError, WRONG_REQUEST),
     "StoreNotFoundError": (FileNotFoundError, WRONG_REQUEST),
     "TileFailedError": (RuntimeError, FAILED_RUN),
