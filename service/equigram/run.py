@@ -72,8 +72,8 @@ CLUSTER_SECONDS = 5.0
 ROUNDING = "float32 values agree to 5e-6, and perhaps not to the bit"
 """What is said of tiles that come from different processors or versions."""
 
-CHECKED_AT_ONCE = 1024
-"""Images whose kernels with themselves are tried at once, before anything is stored."""
+CHECKED_BYTES = 2**28
+"""Bytes of prepared images that are tried at once, before anything is stored."""
 
 MEASURED_SIDE = {"reference": 8, "general": 16}
 """Pixels per side of the images that the cost of a pair is measured with at most, by engine; 48 for the others."""
@@ -204,9 +204,10 @@ def check_kernels(spec: JobSpec, passes: Iterable[Pass], split: Split, which: st
     dtype: np.dtype[Any] = np.dtype(spec.gram.dtype)
     for one in passes:
         function = KernelFunction(spec.network, one.groups, spec.engine_for(one.groups), spec.gram.dtype)
-        for start in range(0, len(split.images), CHECKED_AT_ONCE):
+        step = max(1, CHECKED_BYTES // function.engine.image_bytes(*split.images.shape[1:]))
+        for start in range(0, len(split.images), step):
             listener(Progress("checking images", start, len(split.images)))
-            images = split.images[start : start + CHECKED_AT_ONCE]
+            images = split.images[start : start + step]
             try:
                 check_pixels(images, dtype, Labels("images"))
                 function.prepare(images)
