@@ -27,7 +27,7 @@ NAME = ".equigram-claim"
 BEAT = 20.0
 """Seconds after which an object is written again as long as it is needed."""
 
-ABANDONED = 70.0
+ABANDONED = 110.0
 """Seconds without that after which its process is taken for gone."""
 
 LOOK = 0.5
@@ -95,7 +95,7 @@ def claim(call: Callable[..., Any], folder: str) -> Iterator[None]:
       StoreError: another process has it for longer than :data:`PATIENCE`.
     """
     place, began = f"{folder}/{NAME}", time.monotonic()
-    me = {"host": socket.gethostname(), "process": os.getpid(), "id": uuid.uuid4().hex}
+    me = {"host": _here(), "process": os.getpid(), "id": uuid.uuid4().hex}
     seen, since = b"", began
     while not _create(call, place, me):
         with contextlib.suppress(FileNotFoundError):
@@ -107,7 +107,7 @@ def claim(call: Callable[..., Any], folder: str) -> Iterator[None]:
             if abandoned or (holder.get("host") == me["host"] and not alive(int(holder.get("process", 0)))):
                 call("pipe_file", place, json.dumps(me).encode())
                 time.sleep(SETTLE)  # another one may do the same: the last one has it
-                if json.loads(call("cat_file", place)) == me:
+                if _is_mine(call, place, me):
                     break
                 continue
             _wait(began, folder, f"process {holder.get('process', '?')} on {holder.get('host', '?')}")
@@ -120,7 +120,8 @@ def claim(call: Callable[..., Any], folder: str) -> Iterator[None]:
         ended.set()
         beats.join()
         with contextlib.suppress(Exception):  # gone already; or the storage fails, and it will be found abandoned
-            call("rm_file", place)
+            if _is_mine(call, place, me):
+                call("rm_file", place)
 
 
 def _create(call: Callable[..., Any], place: str, me: dict[str, Any]) -> bool:
@@ -137,7 +138,19 @@ def _beat(call: Callable[..., Any], place: str, me: dict[str, Any], ended: threa
     while not ended.wait(BEAT):
         count += 1
         with contextlib.suppress(Exception):  # the storage fails: others will wait, or take over
+            if not _is_mine(call, place, me):
+                return
             call("pipe_file", place, json.dumps({**me, "beats": count}).encode())
+
+
+def _here() -> str:
+    """The name of this machine, and where it has them its space of process numbers: containers may share a host name."""
+    space = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {space.readlink()}" if space.exists() else socket.gethostname()
+
+
+def _is_mine(call: Callable[..., Any], place: str, me: dict[str, Any]) -> bool:
+    return bool(_holder(call("cat_file", place)).get("id") == me["id"])
 
 
 def _holder(content: bytes) -> dict[str, Any]:

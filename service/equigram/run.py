@@ -610,8 +610,8 @@ def extend_matrices(store: GramStore, spec: JobSpec, groups: Sequence[str], kern
     count, itemsize = len(larger.gram.matrices) - len(gram.matrices), np.dtype(gram.dtype).itemsize
     _check_free_space(spec, matrix_bytes(info.tiling, count, itemsize), "what is added takes")
     store.check_writable()
-    store.add_matrices(larger, groups, kernels)
-    return larger
+    store.add_matrices(groups, kernels)
+    return spec.model_copy(update={"gram": store.info.spec.gram})
 
 
 def repair(

@@ -109,6 +109,8 @@ class RunInfo:
     notes: tuple[str, ...]
     sha256: dict[str, str]
     """Of the images, labels and names that there are, by the name of their array."""
+    names_bytes: dict[str, int]
+    """Bytes of the names of a split that count: an interrupted extension may have stored more."""
 
     @property
     def tiling(self) -> Tiling:
@@ -144,8 +146,9 @@ class GramStore:
 
     @classmethod
     def exists(cls, url: str) -> bool:
-        """Whether a run is stored at ``url``, complete with its images."""
-        return (cls(url)._attributes() or {}).get("state") == "ready"
+        """Whether a run is stored at ``url``, complete with its images; perhaps one that :meth:`open` refuses."""
+        attributes = cls(url)._attributes()
+        return attributes is not None and not _is_unfinished(attributes)
 
     @classmethod
     def open(cls, url: str) -> Self:
@@ -195,6 +198,7 @@ class GramStore:
                 for name, split in splits.items()
                 for kind, values in _arrays_of(split).items()
             },
+            "names_bytes": {name: len(_names_text(split.names)) for name, split in splits.items()},
             "processors": [],
             "python": platform.python_version(),
             "versions": versions(),
@@ -227,8 +231,13 @@ class GramStore:
           StoreMismatchError: it was added before.
         """
         with self._alone():
-            self.__dict__.pop("info", None)
+            self._look_again()
             self._extend(split, more, source)
+
+    def _look_again(self) -> None:
+        """Forget what was read: another process may have changed it."""
+        self.__dict__.pop("info", None)
+        self._opened.clear()
 
     def _extend(self, split: SplitName, more: Split, source: str) -> None:
         info, new = self.info, _sha256(more.images)
@@ -239,13 +248,14 @@ class GramStore:
             )
         before = info.test if split == "test" else info.train
         counts = {"train": info.train, "test": info.test, split: before + len(more.images)}
-        for tile in info.tiling.partial(split):
-            self.discard_tile(tile)
+        labels, names = (self.labels(split), self.names(split)) if before else (None, [])
         digest = hashlib.sha256()
         for block in range(-(-before // info.tile)):
             digest.update(np.ascontiguousarray(self.block(split, block)).data)
         digest.update(np.ascontiguousarray(more.images).data)
         sha256 = {**info.sha256, f"images/{split}": digest.hexdigest()}
+        for tile in info.tiling.partial(split):
+            self.discard_tile(tile)
         with self._storage("add images to the run store"):
             root = self._root_to_write
             if before == 0:
@@ -253,48 +263,61 @@ class GramStore:
                 sha256 |= {f"{kind}/{split}": _sha256(values) for kind, values in _arrays_of(more).items()}
             else:
                 _append(root[f"images/{split}"], before, more.images)
-                labels = self.labels(split)
                 if more.labels is not None and labels is not None:
                     _append(root[f"labels/{split}"], before, more.labels)
                     sha256[f"labels/{split}"] = _sha256(np.concatenate([labels, more.labels]))
-                names = self.names(split)
-                _append(root[f"names/{split}"], len(_names_text(names)), _names_text(["", *more.names]))
+                _append(root[f"names/{split}"], info.names_bytes[split], _names_text(["", *more.names]))
                 sha256[f"names/{split}"] = _sha256(_names_text([*names, *more.names]))
             tiling = Tiling(counts["train"], counts["test"], info.tile)
             for one in info.passes:
                 _add_matrices(root, one, tiling, info.spec.gram)
             if "solution" in root:
                 self._call("rm", f"{self._place[1]}/solution", recursive=True)
+        names_bytes = {**info.names_bytes, split: len(_names_text([*names, *more.names]))}
         added = {"split": split, "source": source, "images": len(more.images), "sha256": new}
         self._change(
             "add images to the run store",
-            lambda attributes: {**counts, "sha256": sha256, "extensions": [*attributes["extensions"], added]},
+            lambda attributes: {
+                **counts,
+                "sha256": sha256,
+                "names_bytes": names_bytes,
+                "extensions": [*attributes["extensions"], added],
+            },
         )
-        self._opened.clear()
+        self._look_again()
 
-    def add_matrices(self, spec: JobSpec, groups: Sequence[str], kernels: Sequence[KernelName]) -> None:
+    def add_matrices(self, groups: Sequence[str], kernels: Sequence[KernelName]) -> None:
         """Add groups and kernels to a run; their tiles are missing then, in passes of their own.
 
         Args:
-          spec: the job with them.
           groups: those that are new, for all kernels.
           kernels: those that are new, for the groups that are not.
+
+        Raises:
+          StoreMismatchError: one of them is there.
         """
-        gram = spec.gram
-        old = [group for group in gram.groups if group not in groups]
-        parts = [{"groups": old, "kernels": kernels}] if kernels else []
-        parts += [{"groups": groups}] if groups else []
-        passes = [one for part in parts for one in GramSpec.model_validate(gram.model_dump() | part).passes]
-        with self._storage("add matrices to the run store"):
-            for one in passes:
-                _add_matrices(self._root_to_write, one, self.info.tiling, gram)
-        self._change(
-            "add matrices to the run store",
-            lambda attributes: {
-                "spec": spec.to_store(),
-                "passes": [*attributes["passes"], *map(dataclasses.asdict, passes)],
-            },
-        )
+        with self._alone():
+            self._look_again()
+            spec = self.info.spec
+            gram = spec.gram
+            there = [name for name in (*groups, *kernels) if name in (*gram.groups, *gram.kernels)]
+            if there:
+                raise StoreMismatchError(f"{self.url} has {there[0]} already; `equigram run` computes what is missing")
+            larger = gram.model_dump() | {"groups": [*gram.groups, *groups], "kernels": [*gram.kernels, *kernels]}
+            parts = [{"groups": gram.groups, "kernels": kernels}] if kernels else []
+            parts += [{"groups": groups}] if groups else []
+            passes = [one for part in parts for one in GramSpec.model_validate(larger | part).passes]
+            with self._storage("add matrices to the run store"):
+                for one in passes:
+                    _add_matrices(self._root_to_write, one, self.info.tiling, gram)
+            fields = spec.model_copy(update={"gram": GramSpec.model_validate(larger)}).to_store()
+            self._change(
+                "add matrices to the run store",
+                lambda attributes: {
+                    "spec": fields,
+                    "passes": [*attributes["passes"], *map(dataclasses.asdict, passes)],
+                },
+            )
 
     @staticmethod
     def _add_split(root: zarr.Group, name: str, split: Split, tile: int) -> None:
@@ -326,7 +349,7 @@ class GramStore:
             if taken and self._call("isdir", path):
                 taken = any(not name.endswith((PROBE, CLAIM, ".partial")) for name in self._children())
         attributes = self._attributes()
-        if (attributes or {}).get("state") == "ready":
+        if attributes is not None and not _is_unfinished(attributes):
             raise StoreExistsError(f"{self.url} has become a run store in the meantime; run again to go on from it")
         return not taken or attributes is not None
 
@@ -375,7 +398,7 @@ class GramStore:
     def info(self) -> RunInfo:
         """The run's metadata."""
         attributes = self._attributes()
-        if attributes is None or attributes.get("state") != "ready":
+        if attributes is None or _is_unfinished(attributes):
             raise self._not_found()
         if attributes.get("format") != FORMAT:
             raise StoreMismatchError(
@@ -405,6 +428,7 @@ class GramStore:
             extensions=tuple(attributes["extensions"]),
             notes=tuple(attributes["notes"]),
             sha256=attributes["sha256"],
+            names_bytes=attributes["names_bytes"],
         )
 
     def check_belongs_to(self, spec: JobSpec) -> None:
@@ -429,7 +453,13 @@ class GramStore:
     def remember(self, spec: JobSpec) -> None:
         """Keep ``spec`` as the job of this run, where it differs in what does not change the matrices."""
         fields = spec.to_store()
-        self._change("write the job into the run store", lambda attributes: {"spec": fields})
+
+        def remembered(attributes: dict[str, Any]) -> dict[str, Any]:
+            same = self.info.spec.to_store()["gram"] == attributes["spec"]["gram"]
+            gram = fields["gram"] if same else attributes["spec"]["gram"]  # there may be more groups meanwhile
+            return {"spec": {**fields, "gram": gram}}
+
+        self._change("write the job into the run store", remembered)
 
     def remember_worker(self, processor: str) -> None:
         """Keep the kind of processor and the versions with which tiles of this run are computed from now on."""
@@ -490,8 +520,8 @@ class GramStore:
 
     def names(self, split: SplitName) -> list[str]:
         """Where each image came from."""
-        text: str = self._read_array(f"names/{split}").tobytes().decode()
-        return text.split("\n")[: len(self._all_rows(split))]
+        text: str = self._read_array(f"names/{split}", range(self.info.names_bytes[split])).tobytes().decode()
+        return text.split("\n")
 
     def small_digests(self, split: SplitName) -> dict[str, str]:
         """SHA-256 of the names and labels of a split as they are stored now, as in :attr:`RunInfo.sha256`."""
@@ -1075,6 +1105,11 @@ def _checksum(attributes: Mapping[str, Any]) -> str:
     """SHA-256 of attributes as JSON stores them."""
     text = json.dumps(json.loads(json.dumps(attributes)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_unfinished(attributes: Mapping[str, Any]) -> bool:
+    """Whether attributes are those of an interrupted creation, and not damaged ones of a run."""
+    return attributes.get("state") == "preparing" and _signed(attributes) == attributes
 
 
 def _signed(attributes: Mapping[str, Any]) -> dict[str, Any]:

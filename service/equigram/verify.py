@@ -121,6 +121,9 @@ def verify(store: GramStore, listener: Listener, samples: int, seed: int = 0) ->
     """
     reports = [_Verification(part, one, listener, samples, seed).run() for one, part in store.passes()]
     found = [finding for report in reports for finding in report.findings]
+    passes = {names for one, _ in store.passes() for names in one.matrices}
+    if passes != set(store.matrices):
+        found.append(Finding(f"the job has the matrices {sorted(store.matrices)}, and its passes {sorted(passes)}"))
     return Report(
         tuple(dict.fromkeys([*found, *_bad_solutions(store)])),
         sum(report.missing for report in reports),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+import equigram.store
 from equigram.errors import DataError, SpecError, StoreMismatchError
 from equigram.events import Event, TileFinished, nobody
 from equigram.plan import Tile, Tiling
@@ -177,6 +178,53 @@ def test_groups_and_kernels_that_are_there_or_do_not_exist_are_refused(
     with pytest.raises(SpecError, match=words):
         extend_matrices(store, spec, groups, kernels)
     assert GramStore.open(store.url).info == before
+
+
+def test_additions_of_two_processes_are_both_kept(spec: JobSpec, tmp_path: Path) -> None:
+    np.savez(tmp_path / "third.npz", x=pixels(5, 9), y=np.arange(5) % 3)
+    first, second = (GramStore.open(run(spec).store.url) for _ in range(2))
+    for store in (first, second):  # both have read what there is before either adds to it
+        assert len(store.labels("train")) == len(store.names("train")) == 10
+    extend(first, spec, "train", str(tmp_path / "more.npz"), None, nobody)
+    extend(second, spec, "train", str(tmp_path / "third.npz"), None, nobody)
+    first, second = GramStore.open(spec.store), GramStore.open(spec.store)
+    assert first.info == second.info
+    extend_matrices(first, spec, ["D4"], [])
+    second.add_matrices(["C3"], [])
+    with pytest.raises(StoreMismatchError, match="has D4 already"):
+        second.add_matrices(["D4"], [])
+    store = GramStore.open(spec.store)
+    assert store.info.spec.gram.groups == ("C1", "C4", "D4", "C3")
+    assert len(store.labels("train")) == len(store.names("train")) == 22
+    first.remember(spec)  # read before D4 and C3 came
+    assert GramStore.open(spec.store).info.spec.gram.groups == ("C1", "C4", "D4", "C3")
+    finish(store, store.info.spec, nobody)
+    assert verify(GramStore.open(spec.store), nobody, samples=2).findings == ()
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_an_extension_that_dies_between_making_room_and_filling_it_leaves_the_run(
+    step: int, spec: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = run(spec).store
+    append, calls = equigram.store._append, list[int]()
+
+    def die(array: Any, count: int, values: Any) -> None:
+        calls.append(count)
+        if len(calls) == step + 1:
+            array.resize((count + len(values), *array.shape[1:]))
+            raise KeyboardInterrupt
+        append(array, count, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(equigram.store, "_append", die)
+        with pytest.raises(KeyboardInterrupt):
+            grow(store, "train", tmp_path / "more.npz")
+    report = verify(GramStore.open(store.url), nobody, samples=1)
+    assert report.findings == ()
+    assert len(GramStore.open(store.url).names("train")) == 10
+    grow(GramStore.open(store.url), "train", tmp_path / "more.npz")
+    assert verify(GramStore.open(store.url), nobody, samples=1).findings == ()
 
 
 def test_an_interrupted_addition_of_a_group_leaves_the_run(spec: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -526,14 +526,21 @@ def test_a_solution_that_finds_no_room_leaves_the_one_before(
 # Its attributes
 
 
-@pytest.mark.parametrize("change", [{"train": 9}, {"preprocessing": None}, {"spec": {}}, {"checksum": "0"}])
-def test_attributes_that_were_changed_are_refused(store: GramStore, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [{"train": 9}, {"preprocessing": None}, {"spec": {}}, {"checksum": "0"}, {"state": "preparing"}, {"state": 1}],
+)
+def test_attributes_that_were_changed_are_refused(store: GramStore, change: dict[str, Any], job: Job) -> None:
     path = Path(store.url, "zarr.json")
     document = json.loads(path.read_text())
     document["attributes"]["equigram"] |= change
     path.write_text(json.dumps(document))
     with pytest.raises(StoreError, match=r"the attributes in zarr.json are damaged, or were edited: their checksum"):
         GramStore.open(store.url)
+    before = files(Path(store.url))
+    with pytest.raises(StoreError, match="are damaged, or were edited"):
+        run(job())
+    assert files(Path(store.url)) == before
 
 
 MAKES_A_STORE = """
