@@ -144,7 +144,7 @@ def _beat(call: Callable[..., Any], place: str, me: dict[str, Any], ended: threa
 
 
 def _here() -> str:
-    """The name of this machine, and where it has them its space of process numbers: containers may share a host name."""
+    """Name of this host and its space of process numbers, where there are any: containers may share a name."""
     space = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()} {space.readlink()}" if space.exists() else socket.gethostname()
 
