@@ -184,7 +184,7 @@ def test_additions_of_two_processes_are_both_kept(spec: JobSpec, tmp_path: Path)
     np.savez(tmp_path / "third.npz", x=pixels(5, 9), y=np.arange(5) % 3)
     first, second = (GramStore.open(run(spec).store.url) for _ in range(2))
     for store in (first, second):  # both have read what there is before either adds to it
-        assert np.size(store.labels("train")) == len(store.names("train")) == 10
+        assert len(np.asarray(store.labels("train"))) == len(store.names("train")) == 10
     extend(first, spec, "train", str(tmp_path / "more.npz"), None, nobody)
     extend(second, spec, "train", str(tmp_path / "third.npz"), None, nobody)
     first, second = GramStore.open(spec.store), GramStore.open(spec.store)
@@ -195,7 +195,7 @@ def test_additions_of_two_processes_are_both_kept(spec: JobSpec, tmp_path: Path)
         second.add_matrices(["D4"], [])
     store = GramStore.open(spec.store)
     assert store.info.spec.gram.groups == ("C1", "C4", "D4", "C3")
-    assert np.size(store.labels("train")) == len(store.names("train")) == 22
+    assert len(np.asarray(store.labels("train"))) == len(store.names("train")) == 22
     first.remember(spec)  # read before D4 and C3 came
     assert GramStore.open(spec.store).info.spec.gram.groups == ("C1", "C4", "D4", "C3")
     finish(store, store.info.spec, nobody)
