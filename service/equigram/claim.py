@@ -1,8 +1,8 @@
 """One process at a time sets up a run store, or changes what it says of its run: the one that holds its claim.
 
-On POSIX the claim is a lock that the kernel gives up when its process ends, however it does. Elsewhere it is an object
-that is created only where none is, and written again every :data:`BEAT` seconds: one that is not written again belongs
-to a process that is gone, and is taken over. Tiles need no claim.
+In a folder the claim is a lock that the kernel gives up when its process ends, however it does. On object storage it is
+an object that is created only where none is, and written again every :data:`BEAT` seconds: one that is not belongs to a
+process that is gone, and is taken over. Tiles need no claim.
 """
 
 from __future__ import annotations

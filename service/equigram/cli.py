@@ -343,7 +343,7 @@ def verify(
     from equigram.driver import check_address
     from equigram.run import repair as repair_tiles
     from equigram.screen import Screen
-    from equigram.store import GramStore
+    from equigram.store import SOLVE_AGAIN, GramStore
     from equigram.verify import verify as verify_store
 
     opened = GramStore.open(store)
@@ -384,7 +384,7 @@ def verify(
     elif (tiles or arrays) and not repair:
         remedy = f"mend it with `equigram verify {shlex.quote(store)} --repair`"
     else:
-        remedy = "`equigram run JOB.yaml` solves again"
+        remedy = SOLVE_AGAIN
     count = len(report.findings)
     raise StoreError(f"{store}: {count:,} {'thing is' if count == 1 else 'things are'} wrong; {remedy}")
 

@@ -339,12 +339,13 @@ def make_plan(spec: JobSpec, found: Survey, store: GramStore | None, listener: L
     shape = (found.height, found.width, found.channels)
     passes = gram.passes if store is None else store.info.passes
     measure = functools.partial(pair_costs, spec, passes, shape)
-    where = "this machine" if resources.address is None else "the cluster"
+    local = resources.address is None
+    where = "this machine" if local else "the cluster"
     listener(Note(f"measuring the cost of a pair on {where} (the first time on a machine, the kernels are compiled)"))
-    with contextlib.nullcontext() if resources.address is None else ray_session(resources):
-        if resources.address is not None:
+    with contextlib.nullcontext() if local else ray_session(resources):
+        if not local:
             check_room(resources, WORKER_BYTES)
-        costs = measure() if resources.address is None else on_a_worker(resources, measure)
+        costs = measure() if local else on_a_worker(resources, measure)
         if store is not None:
             edge = store.info.tile
         elif gram.tile == "auto":
@@ -355,7 +356,7 @@ def make_plan(spec: JobSpec, found: Survey, store: GramStore | None, listener: L
         tiling = Tiling(found.train, found.test, edge)
         memory = max(worker_memory(spec, one.groups, tiling, shape) for one in passes)
         check_worker_memory(spec, memory)
-        if resources.address is not None:
+        if not local:
             check_room(resources, memory)
         workers = wanted_workers(resources, memory)
     done = {} if store is None else {one: part.finished_tiles() for one, part in store.passes()}

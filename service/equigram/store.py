@@ -80,6 +80,7 @@ READERS = 16
 """Chunks that are read at a time where all of them are: object storage takes its time over each."""
 
 SOLVE_AGAIN = "`equigram run JOB.yaml` solves again"
+"""What mends a damaged solution."""
 
 _ZSTD: dict[str, Any] = {"cname": "zstd", "clevel": 3, "shuffle": 1}
 """Blosc as chunks are compressed with: shuffled by bytes, zstd."""
@@ -179,6 +180,7 @@ class GramStore:
         return cls(spec.store)
 
     def _create(self, spec: JobSpec, dataset: Dataset, tile: int, fingerprint: dict[str, int | str]) -> None:
+        """What :meth:`create` does, in a place that is free and claimed."""
         splits = {"train": dataset.train} | ({} if dataset.test is None else {"test": dataset.test})
         attributes: dict[str, Any] = {
             "format": FORMAT,
@@ -369,11 +371,12 @@ class GramStore:
     def check_writable(self) -> None:
         """Raise :class:`StoreError` unless this place can be written; on object storage it is tried."""
         fs, path = self._place
-        self.check_place()
-        if not _is_local(fs):
-            with self._storage("write to the run store"):
-                self._call("pipe_file", f"{path}/{PROBE}", b"equigram")
-                self._call("rm_file", f"{path}/{PROBE}")
+        if _is_local(fs):
+            self.check_place()
+            return
+        with self._storage("write to the run store"):
+            self._call("pipe_file", f"{path}/{PROBE}", b"equigram")
+            self._call("rm_file", f"{path}/{PROBE}")
 
     @property
     def in_this_process(self) -> bool:

@@ -59,7 +59,7 @@ class Finding:
     Attributes:
       what: what, and where.
       tile: the tile to compute again; ``None`` where that would not mend it.
-      array: the matrix whose metadata are to be written again; ``None`` where that would not mend it.
+      array: the matrix, or group of some, whose metadata are to be written again; ``None`` where that mends nothing.
       solved: whether solving again mends it.
     """
 
@@ -103,7 +103,7 @@ class Report:
 
     @property
     def bad_arrays(self) -> list[str]:
-        """The matrices whose metadata are to be written again."""
+        """The matrices and groups whose metadata are to be written again."""
         return sorted({finding.array for finding in self.findings if finding.array is not None})
 
 
