@@ -622,7 +622,7 @@ class GramStore:
         )
 
     def layout_errors(self) -> dict[str, str]:
-        """What is wrong with the metadata of images, matrices and the groups that these are in, by name, as sentences.
+        """What is wrong with the metadata of images, matrices and of all groups, by name, as sentences.
 
         There may be more images than the job needs: an extension that was interrupted leaves them.
         """
@@ -635,7 +635,7 @@ class GramStore:
                 errors[name] = f"{name}: its metadata cannot be read"
             elif shape[:1] < needed[:1] or shape[1:] != needed[1:] or found.dtype != np.float32:
                 errors[name] = f"{name} is {found.dtype} of shape {shape}; the job needs float32 of {needed}"
-        for name, expected in self._expected_matrices():
+        for name, expected in self._expected_nodes():
             found, shape = self._stored_node(name), getattr(expected, "shape", None)
             if found is None:
                 errors[name] = f"{name}: its metadata cannot be read"
@@ -653,19 +653,24 @@ class GramStore:
             except (KeyError, ValueError, TypeError, AttributeError):
                 return None
 
-    def _expected_matrices(self, store: Any = None) -> list[tuple[str, Any]]:
-        """The matrices that there should be, and the groups that they are in, by name; none of them is stored."""
+    def _expected_nodes(self, store: Any = None) -> list[tuple[str, Any]]:
+        """The matrices that there should be, and all groups, by name; none of them is stored."""
         import zarr
 
         root = zarr.open_group({} if store is None else store, mode="w", zarr_format=3)
         for one in (self._only,) if self._only else self.info.passes:
             _add_matrices(root, one, self.info.tiling, self.info.spec.gram)
+        place = f"{self._place[1]}/solution"
+        solved = [names for names in self.matrices if self._call("exists", "/".join((place, *names)))]
+        groups = {name.split("/")[0] for name in self.info.sha256}  # images, labels, names
+        for name in [*sorted(groups), "history", *(f"solution/{group}" for group, _ in solved)]:
+            root.require_group(name)
         return list(root.members(max_depth=None))
 
     def mend_layout(self, names: Iterable[str]) -> None:
-        """Write the metadata of matrices, or of groups that they are in, anew; their chunks stay."""
+        """Write the metadata of matrices, or of groups, anew; what is in them stays."""
         documents: dict[str, Any] = {}
-        self._expected_matrices(documents)
+        self._expected_nodes(documents)
         with self._alone(), self._storage("mend the layout"):
             for name in names:
                 self._put(f"{name}/zarr.json", documents[f"{name}/zarr.json"].to_bytes())

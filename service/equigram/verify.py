@@ -2,7 +2,7 @@
 
 Each check finds what the ones before it cannot:
 
-- layout: the arrays are those of the job, with its shapes, dtype and chunks;
+- layout: the arrays are those of the job, with its shapes, dtype and chunks, and in its groups;
 - images, labels, names: their SHA-256 is the one that was noted when they were stored;
 - solutions: likewise;
 - chunks: full size, matching checksum, finite values;

@@ -205,6 +205,18 @@ def test_lost_metadata_of_matrices_are_written_again(finished: GramStore) -> Non
     assert files(finished) == before
 
 
+@pytest.mark.parametrize("name", ["images", "labels", "names", "history", "solution", "solution/C1"])
+def test_lost_metadata_of_groups_are_written_again(finished: GramStore, name: str) -> None:
+    finished.write_solution("C1", "ntk", {"ridge": np.array([1e-3])}, {"solutions": []})
+    before = files(finished)
+    Path(finished.url, name, "zarr.json").unlink()
+    report = check(finished)
+    assert [finding.what for finding in report.findings] == [f"{name}: its metadata cannot be read"]
+    repair(finished, finished.info.spec, report.bad_tiles, nobody, report.bad_arrays)
+    assert check(GramStore.open(finished.url), ALL).findings == ()
+    assert files(finished) == before
+
+
 def test_damaged_images_do_not_end_the_verification(finished: GramStore) -> None:
     Path(finished.url, "images/test/c/1/0/0/0").write_bytes(b"nothing")
     Path(finished.url, "gram/C1/ntk/c/0/2").write_bytes(b"nothing")
