@@ -446,7 +446,7 @@ def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener, costs: di
       costs: the cost of a pair in each pass on one worker, where it is known already.
     """
     info, tiling, resources = store.info, store.info.tiling, spec.resources
-    finished = {one: (part, part.finished_tiles()) for one, part in store.passes()}
+    finished = {one: (part, part.finished_tiles(tidy=True)) for one, part in store.passes()}
     total, done = len(finished) * tiling.total_pairs, sum(tiles.pairs for _, tiles in finished.values())
     left = {one: (part, tiles) for one, (part, tiles) in finished.items() if len(tiles) < len(tiling)}
     if not left:

@@ -79,6 +79,12 @@ ROW_LISTING = 500
 READERS = 16
 """Chunks that are read at a time where all of them are: object storage takes its time over each."""
 
+PARTIAL = ".partial"
+"""How the names of files and folders end that are being written, of zarr and of this module."""
+
+LEFT_SECONDS = 3600.0
+"""A chunk that has been half written for so long was left by a process that is gone."""
+
 SOLVE_AGAIN = "`equigram run JOB.yaml` solves again"
 """What mends a damaged solution."""
 
@@ -349,7 +355,7 @@ class GramStore:
         with self._storage("look at the place of the run store"):
             taken = self._call("exists", path)
             if taken and self._call("isdir", path):
-                taken = any(not name.endswith((PROBE, CLAIM, ".partial")) for name in self._children())
+                taken = any(not name.endswith((PROBE, CLAIM, PARTIAL)) for name in self._children())
         attributes = self._attributes()
         if attributes is not None and not _is_unfinished(attributes):
             raise StoreExistsError(f"{self.url} has become a run store in the meantime; run again to go on from it")
@@ -599,7 +605,7 @@ class GramStore:
             self._call("pipe_file", f"{path}/{name}", content)
             return
         target = Path(path, name)
-        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL}")
         try:
             try:
                 partial.write_bytes(content)
@@ -611,12 +617,16 @@ class GramStore:
             partial.unlink(missing_ok=True)
             raise
 
-    def finished_tiles(self) -> TileSet:
-        """The tiles whose chunks are all there, in full size, from one listing per matrix."""
+    def finished_tiles(self, *, tidy: bool = False) -> TileSet:
+        """The tiles whose chunks are all there, in full size, from one listing per matrix.
+
+        Args:
+          tidy: delete what killed workers have left half written, as :data:`LEFT_SECONDS` says; for the driver only.
+        """
         return TileSet(
             self.info.tiling,
             {
-                part: np.logical_and.reduce([self._whole_chunks(part, *names) for names in self.matrices])
+                part: np.logical_and.reduce([self._whole_chunks(part, *names, tidy=tidy) for names in self.matrices])
                 for part in self.parts
             },
         )
@@ -783,7 +793,7 @@ class GramStore:
         fs, path = self._place
         with self._alone(), self._storage("write the solution"):
             name = f"solution/{group}/{kernel}"
-            beside = f"{name}.partial" if _is_local(fs) else name
+            beside = f"{name}{PARTIAL}" if _is_local(fs) else name
             try:
                 place = self._root_to_write.create_group(beside, overwrite=True)
                 for key, values in arrays.items():
@@ -963,9 +973,9 @@ class GramStore:
                 values[start - rows.start : stop - rows.start] = part
         return values
 
-    def _whole_chunks(self, part: Part, group: str, kernel: str) -> NDArray[np.bool_]:
+    def _whole_chunks(self, part: Part, group: str, kernel: str, *, tidy: bool = False) -> NDArray[np.bool_]:
         """Which chunks ``(row, col)`` of a matrix are there, as far as their sizes tell."""
-        sizes = self.chunk_sizes(part, group, kernel)
+        sizes = self.chunk_sizes(part, group, kernel, tidy=tidy)
         return sizes > 0 if self.chunk_bytes is None else sizes == self.chunk_bytes
 
     @property
@@ -975,17 +985,20 @@ class GramStore:
             return None
         return chunk_bytes(self.info.tile, np.dtype(self.info.spec.gram.dtype).itemsize)
 
-    def chunk_sizes(self, part: Part, group: str, kernel: str) -> NDArray[np.int32]:
-        """Bytes of the chunks ``[row, col]`` of a matrix, -1 where there is none; temporary files are passed over."""
+    def chunk_sizes(self, part: Part, group: str, kernel: str, *, tidy: bool = False) -> NDArray[np.int32]:
+        """Bytes of the chunks ``[row, col]`` of a matrix, -1 where there is none; temporary files are passed over.
+
+        ``tidy`` is that of :meth:`finished_tiles`.
+        """
         name = f"{part}/{group}/{kernel}"
         sizes = np.full(self.info.tiling.blocks(part), -1, dtype=np.int32)
         with self._storage(f"list {name}"):
-            for row, col, size in self._list_chunks(f"{self._place[1]}/{name}/c", sizes.shape):
+            for row, col, size in self._list_chunks(f"{self._place[1]}/{name}/c", sizes.shape, tidy=tidy):
                 if row.isdecimal() and col.isdecimal() and int(row) < sizes.shape[0] and int(col) < sizes.shape[1]:
                     sizes[int(row), int(col)] = min(size, np.iinfo(np.int32).max)
         return sizes
 
-    def _list_chunks(self, folder: str, shape: tuple[int, ...]) -> Iterator[tuple[str, str, int]]:
+    def _list_chunks(self, folder: str, shape: tuple[int, ...], *, tidy: bool) -> Iterator[tuple[str, str, int]]:
         """Row, column and bytes of the files below a folder, without holding a million entries at the same time."""
         fs, _ = self._place
         if _is_local(fs):
@@ -993,8 +1006,11 @@ class GramStore:
                 for row in rows:
                     if row.is_dir():
                         with os.scandir(row) as files:
-                            chunks = (file for file in files if file.name.isdecimal())  # others may go meanwhile
-                            yield from ((row.name, file.name, file.stat().st_size) for file in chunks)
+                            for file in files:
+                                if file.name.isdecimal():
+                                    yield row.name, file.name, file.stat().st_size
+                                elif tidy and file.name.endswith(PARTIAL):
+                                    _delete_left(Path(file))
             return
         # Object storage lists a thousand objects per request: by rows, where these are about as long.
         places = [folder] if shape[1] < ROW_LISTING else [f"{folder}/{row}" for row in range(shape[0])]
@@ -1054,6 +1070,13 @@ def free_space(url: str) -> int | None:
     with store._storage("look at the place of the run store"):
         usage = shutil.disk_usage(_nearest(Path(path)))
     return usage.free if usage.total else None
+
+
+def _delete_left(partial: Path) -> None:
+    """Delete a half-written file if nobody writes it any more."""
+    with contextlib.suppress(FileNotFoundError):  # written meanwhile
+        if time.time() - partial.stat().st_mtime > LEFT_SECONDS:
+            partial.unlink()
 
 
 def _modified(entry: Mapping[str, Any]) -> datetime:

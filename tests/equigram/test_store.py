@@ -1,6 +1,7 @@
 """The run store: what is in it, who may read it, what becomes of damage, and what it refuses."""
 
 import json
+import os
 import pickle
 import shutil
 import socket
@@ -392,6 +393,20 @@ def test_a_finished_run_is_read_from_a_read_only_place(
     assert_array_equal(again.matrix("gram", "C1", "ntk"), gram)
     with pytest.raises(StoreError, match=r"cannot write tile gram.* Read-only file system; nothing finished is lost"):
         again.write_tile(Tile("gram", 0, 0), {"C1": Kernel(gram[:4, :4], gram[:4, :4])})
+
+
+def test_what_killed_workers_left_half_written_is_deleted_by_the_next_driver(finished: GramStore) -> None:
+    chunk = Path(finished.url, "gram/C1/ntk/c/0/0")
+    old, new = (chunk.with_name(f"0.{name}.partial") for name in ("old", "new"))
+    for partial in (old, new):
+        shutil.copyfile(chunk, partial)
+    long_ago = time.time() - equigram.store.LEFT_SECONDS - 10
+    os.utime(old, (long_ago, long_ago))
+    os.utime(chunk, (long_ago, long_ago))
+    finished.finished_tiles()
+    assert old.exists()
+    run(finished.info.spec)
+    assert (old.exists(), new.exists(), chunk.exists()) == (False, True, True)
 
 
 def test_a_full_disk_leaves_no_torn_chunk(
