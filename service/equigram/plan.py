@@ -88,6 +88,10 @@ class Tiling:
         """The training images along the columns of a tile."""
         return _block(tile.col, self.edge, self.train)
 
+    def train_images(self, block: int) -> slice:
+        """The training images of a block."""
+        return slice(block * self.edge, min((block + 1) * self.edge, self.train))
+
     def pairs(self, tile: Tile) -> int:
         """Image pairs that are computed for a tile; on the diagonal each pair once."""
         rows, cols = len(self.rows(tile)), len(self.cols(tile))

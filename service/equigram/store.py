@@ -575,7 +575,7 @@ class GramStore:
                     f"tile {tile} holds values of the {group} {kernel} that are no finite {dtype}; rescale the images, "
                     "lower w_std or depth, or use gram.dtype: float64"
                 )
-            with self._storage(f"write tile {tile}"):
+            with self._explained(f"write tile {tile}"):
                 for (row, col), chunk in zip(self.info.tiling.chunks(tile), (values, values.T), strict=False):
                     self._put(f"{tile.part}/{group}/{kernel}/c/{row}/{col}", self._encoded(chunk))
 
@@ -706,57 +706,99 @@ class GramStore:
                         self._call("rm_file", f"{self._place[1]}/{tile.part}/{group}/{kernel}/c/{row}/{col}")
 
     def matrix(
-        self, part: Part, group: str, kernel: str, rows: range | None = None, cols: range | None = None
+        self,
+        part: Part,
+        group: str,
+        kernel: str,
+        rows: range | NDArray[np.integer[Any]] | None = None,
+        cols: range | NDArray[np.integer[Any]] | None = None,
     ) -> NDArray[Any]:
-        """A matrix, ``(n, n)`` or ``(m, n)``, in the dtype of the run; all of it, or neighbouring rows and columns.
+        """A matrix, ``(n, n)`` or ``(m, n)``, in the dtype of the run; all of it, or some rows and columns.
+
+        Args:
+          part, group, kernel: which one.
+          rows, cols: increasing indices of images; ``None`` means all. Only the chunks with them are read.
 
         Raises:
           StoreMismatchError: the run has no such matrix.
           IncompleteRunError: tiles are missing.
           DamagedTileError: a chunk fails its checksum or holds values that are not finite; ``error.tile`` names it.
         """
-        info, tiling, name = self.info, self.info.tiling, f"{part}/{group}/{kernel}"
+        info, tiling = self.info, self.info.tiling
         if (group, kernel) not in self.matrices or part not in self.parts:
             raise StoreMismatchError(
-                f"{self.url} holds no matrix {name}; it holds {' and '.join(self.parts)} of the groups "
-                f"{', '.join(info.spec.gram.groups)} and the kernels {', '.join(info.spec.gram.kernels)}"
+                f"{self.url} holds no matrix {part}/{group}/{kernel}; it holds {' and '.join(self.parts)} of the "
+                f"groups {', '.join(info.spec.gram.groups)} and the kernels {', '.join(info.spec.gram.kernels)}"
             )
-        whole = map(range, tiling.shape(part))
-        rows, cols = (all_of if some is None else some for all_of, some in zip(whole, (rows, cols), strict=True))
-        blocks_y, blocks_x = (range(side.start // info.tile, -(-side.stop // info.tile)) for side in (rows, cols))
-        result = np.empty((len(rows), len(cols)), info.spec.gram.dtype)
-        for row in blocks_y:
-            block = tiling.rows(Tile(part, row, 0))
-            window = range(max(rows.start, block.start), min(rows.stop, block.stop))
-            values, wrong = self._read_window(part, group, kernel, window, cols)
+        shape = tiling.shape(part)
+        along, across = (
+            _by_block(np.arange(count) if some is None else np.asarray(some), info.tile)
+            for some, count in zip((rows, cols), shape, strict=True)
+        )
+        places = [(row, col) for row in along for col in across]
+        size = (sum(into.stop - into.start for into, _ in side.values()) for side in (along, across))
+        result = np.empty(tuple(size), info.spec.gram.dtype)
+        for (row, col), values in zip(places, self.read_blocks(part, group, kernel, places), strict=True):
+            (into_y, from_y), (into_x, from_x) = along[row], across[col]
+            result[into_y, into_x] = values[from_y][:, from_x]
+        return result
+
+    def read_blocks(
+        self, part: Part, group: str, kernel: str, places: Sequence[tuple[int, int]]
+    ) -> Iterator[NDArray[Any]]:
+        """The chunks (row, col) of a matrix, in this order, in the dtype of the run; raises as :meth:`matrix`."""
+        name = f"{part}/{group}/{kernel}"
+        chunks = [(part, group, kernel, row, col) for row, col in places]
+        for (row, col), (values, wrong) in zip(places, self.read_chunks(chunks), strict=True):
             if wrong:
-                there = self._whole_chunks(part, group, kernel)[np.ix_(blocks_y, blocks_x)]
+                there = self._whole_chunks(part, group, kernel)[*np.transpose(places)]
                 if not there.all():
                     raise IncompleteRunError(
                         f"{self.url}: {there.size - np.count_nonzero(there)} of {there.size} chunks of {name} are "
                         "missing; `equigram run JOB.yaml` computes them"
                     )
-                strip = np.hstack([self._read_chunk(part, group, kernel, row, col) for col in blocks_x])
-                top, left = window.start - block.start, cols.start - blocks_x.start * info.tile
-                values = strip[top : top + len(window), left : left + len(cols)]
-            result[window.start - rows.start : window.stop - rows.start] = values
-        return result
-
-    def _read_chunk(self, part: Part, group: str, kernel: str, row: int, col: int) -> NDArray[Any]:
-        values, wrong = self.read_chunk(part, group, kernel, row, col)
-        if wrong:
-            tile = tile_of(part, row, col)
-            raise DamagedTileError(
-                f"{self.url}: chunk {row}, {col} of {part}/{group}/{kernel} (tile {tile}) is damaged: {wrong}; "
-                "`equigram run JOB.yaml` computes that tile again",
-                tile,
-            )
-        return values
+                tile = tile_of(part, row, col)
+                raise DamagedTileError(
+                    f"{self.url}: chunk {row}, {col} of {name} (tile {tile}) is damaged: {wrong}; `equigram run "
+                    "JOB.yaml` computes that tile again",
+                    tile,
+                )
+            yield values
 
     def read_chunk(self, part: Part, group: str, kernel: str, row: int, col: int) -> tuple[NDArray[Any], str]:
-        """The values of a chunk of a matrix, and what is wrong with them, if anything."""
-        tile = Tile(part, row, col)
-        return self._read_window(part, group, kernel, self.info.tiling.rows(tile), self.info.tiling.cols(tile))
+        """The values of a chunk of a matrix, and what is wrong with them, if anything.
+
+        Several times faster than through zarr, which takes a millisecond for each chunk.
+        """
+        name, tile = f"{part}/{group}/{kernel}", Tile(part, row, col)
+        with self._explained(f"read {name}"):
+            try:
+                content = bytes(self._call("cat_file", f"{self._place[1]}/{name}/c/{row}/{col}"))
+            except (FileNotFoundError, IsADirectoryError):
+                return np.empty((0, 0)), "it is missing"
+        values, wrong = self._decoded(content)
+        if not wrong:
+            values = values[: len(self.info.tiling.rows(tile)), : len(self.info.tiling.cols(tile))]
+            wrong = "" if np.isfinite(values).all() else "it holds values that are not finite"
+        return values, wrong
+
+    def _decoded(self, content: bytes) -> tuple[NDArray[Any], str]:
+        """The values of what :meth:`_encoded` made, and what is wrong with them, if anything."""
+        import google_crc32c
+        import numcodecs
+
+        nothing, body = np.empty((0, 0)), content[:-4]
+        if google_crc32c.value(body) != int.from_bytes(content[-4:], "little"):
+            return nothing, "its checksum does not match"
+        if self.info.spec.gram.compression == "zstd":
+            try:
+                body = bytes(numcodecs.Blosc().decode(body))
+            except RuntimeError:
+                return nothing, "it cannot be decompressed"
+        edge, dtype = self.info.tile, np.dtype(self.info.spec.gram.dtype).newbyteorder("<")
+        if len(body) != edge * edge * dtype.itemsize:
+            return nothing, f"it holds {len(body)} bytes, not {edge * edge * dtype.itemsize}"
+        return np.frombuffer(body, dtype).reshape(edge, edge), ""
 
     def read_chunks(self, chunks: Iterable[tuple[Part, str, str, int, int]]) -> Iterator[tuple[NDArray[Any], str]]:
         """What :meth:`read_chunk` says of each, in this order; several are read at a time, and a few ahead."""
@@ -771,16 +813,6 @@ class GramStore:
                     yield pending.popleft().result()
             finally:
                 pool.shutdown(cancel_futures=True)
-
-    def _read_window(self, part: Part, group: str, kernel: str, rows: range, cols: range) -> tuple[NDArray[Any], str]:
-        """The values of rows and columns of a matrix, and what is wrong with them, if anything."""
-        with self._storage(f"read {part}/{group}/{kernel}"):
-            try:
-                matrix = self._array(part, group, kernel)
-                values = np.asarray(matrix[rows.start : rows.stop, cols.start : cols.stop])
-            except ValueError as error:  # zarr raises it when a checksum does not match
-                return np.empty((0, 0)), str(error)
-        return values, "" if np.isfinite(values).all() else "it holds values that are not finite"
 
     # ------------------------------------------------------------------ solutions
 
@@ -1043,12 +1075,17 @@ class GramStore:
 
     @contextlib.contextmanager
     def _storage(self, doing: str) -> Iterator[None]:
-        """Turn whatever the storage raises into one sentence, and silence into an error."""
+        """Turn whatever the storage raises into one sentence, and the silence of zarr into an error."""
         import zarr
 
+        with self._explained(doing), zarr.config.set({"async.timeout": ANSWER_SECONDS}):
+            yield
+
+    @contextlib.contextmanager
+    def _explained(self, doing: str) -> Iterator[None]:
+        """Turn whatever the storage raises into one sentence."""
         try:
-            with zarr.config.set({"async.timeout": ANSWER_SECONDS}):
-                yield
+            yield
         except (EquigramError, EquikernelError):
             raise
         except Exception as error:
@@ -1070,6 +1107,17 @@ def free_space(url: str) -> int | None:
     with store._storage("look at the place of the run store"):
         usage = shutil.disk_usage(_nearest(Path(path)))
     return usage.free if usage.total else None
+
+
+def _by_block(images: NDArray[np.integer[Any]], edge: int) -> dict[int, tuple[slice, slice | NDArray[np.integer[Any]]]]:
+    """Where increasing images lie: by block their place among ``images``, and in the block."""
+    found: dict[int, tuple[slice, slice | NDArray[np.integer[Any]]]] = {}
+    for block in np.unique(images // edge).tolist():
+        start, stop = np.searchsorted(images, (block * edge, (block + 1) * edge)).tolist()
+        inside = images[start:stop] - block * edge
+        gapless = inside[-1] - inside[0] == len(inside) - 1
+        found[block] = slice(start, stop), slice(int(inside[0]), int(inside[-1]) + 1) if gapless else inside
+    return found
 
 
 def _delete_left(partial: Path) -> None:
