@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 SOURCES := service workers tests benchmarks examples docs deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak scaling bench lint format lock clean
+.PHONY: help install demo test soak storage scaling bench lint format lock clean
 
 help:           ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test: $(STAMP)  ## every test but the soaks
 
 soak: $(STAMP)   ## hundreds of faults against real runs, an hour or so; SOAK_FAULTS=200
 	$(BIN)/python -m pytest -m soak -s -o faulthandler_timeout=0
+
+storage: $(STAMP)  ## requests to object storage, verification over a network, compression
+	$(BIN)/python benchmarks/storage.py
 
 scaling: $(STAMP)  ## how many tiles a second the driver hands out, and how many workers that keeps busy
 	$(BIN)/python benchmarks/scaling.py

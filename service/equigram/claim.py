@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
@@ -39,6 +40,11 @@ SETTLE = 1.0
 PATIENCE = 900.0
 """Seconds to wait for it."""
 
+QUIET = 5.0
+"""Seconds to wait before that is said."""
+
+_LOG = logging.getLogger("equigram")
+
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
@@ -48,7 +54,7 @@ def lock(folder: Path) -> Iterator[None]:
       StoreError: another process has it for longer than :data:`PATIENCE`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    place, began = folder / NAME, time.monotonic()
+    place, patience = folder / NAME, _Patience(str(folder))
     while True:
         file = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -58,7 +64,7 @@ def lock(folder: Path) -> Iterator[None]:
             os.close(file)
             raise
         os.close(file)
-        _wait(began, str(folder), "another process on this machine")
+        patience.wait("another process on this machine")
     try:
         yield
     finally:
@@ -94,9 +100,9 @@ def claim(call: Callable[..., Any], folder: str) -> Iterator[None]:
     Raises:
       StoreError: another process has it for longer than :data:`PATIENCE`.
     """
-    place, began = f"{folder}/{NAME}", time.monotonic()
+    place, patience = f"{folder}/{NAME}", _Patience(folder)
     me = {"host": _here(), "process": os.getpid(), "id": uuid.uuid4().hex}
-    seen, since = b"", began
+    seen, since = b"", time.monotonic()
     while not _create(call, place, me):
         with contextlib.suppress(FileNotFoundError):
             now = bytes(call("cat_file", place))
@@ -110,7 +116,7 @@ def claim(call: Callable[..., Any], folder: str) -> Iterator[None]:
                 if _is_mine(call, place, me):
                     break
                 continue
-            _wait(began, folder, f"process {holder.get('process', '?')} on {holder.get('host', '?')}")
+            patience.wait(f"process {holder.get('process', '?')} on {holder.get('host', '?')}")
     ended = threading.Event()
     beats = threading.Thread(target=_beat, args=(call, place, me, ended), daemon=True)
     beats.start()
@@ -171,10 +177,21 @@ def alive(process: int) -> bool:
     return process > 0
 
 
-def _wait(began: float, folder: str, holder: str) -> None:
-    if time.monotonic() - began > PATIENCE:
-        raise StoreError(
-            f"{folder}: {holder} has been setting up this store, or changing it, for more than {PATIENCE:.0f} s; end "
-            "it, or run again when it is ready"
-        )
-    time.sleep(LOOK)
+class _Patience:
+    """Waits for another process, says so once, and ends."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder, self._began, self._said = folder, time.monotonic(), False
+
+    def wait(self, holder: str) -> None:
+        """Wait a little."""
+        waited = time.monotonic() - self._began
+        if waited > PATIENCE:
+            raise StoreError(
+                f"{self._folder}: {holder} has been setting up this store, or changing it, for more than "
+                f"{PATIENCE:.0f} s; end it, or run again when it is ready"
+            )
+        if waited > QUIET and not self._said:
+            self._said = True
+            _LOG.warning("waiting for %s, which sets up %s or changes it, or died while it did", holder, self._folder)
+        time.sleep(LOOK)

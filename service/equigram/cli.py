@@ -324,7 +324,9 @@ def plot(
 @_command
 def verify(
     store: StoreArgument,
-    repair: Annotated[bool, typer.Option("--repair", help="Delete what is wrong, and compute it again.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Compute, load, solve or write again what is wrong.")
+    ] = False,
     samples: Annotated[
         int, typer.Option(min=0, metavar="NUMBER", help="Tiles that are computed anew, and minors that are taken.")
     ] = 8,
@@ -337,13 +339,13 @@ def verify(
 
     Reads every chunk (size, checksum, finite values, the same bits on both sides of the diagonal), computes the kernel
     of every image with itself and compares it with the diagonal, bounds every entry by Cauchy-Schwarz, takes
-    eigenvalues of some principal minors, and computes some tiles anew: the same bits on the same kind of processor,
-    else to 5e-6 (float32).
+    eigenvalues of some principal minors, and computes an entry of every tile and all of some tiles anew: the same bits
+    on the same kind of processor, else to 5e-6 (float32).
     """
     from equigram.driver import check_address
-    from equigram.run import repair as repair_tiles
+    from equigram.run import mend
     from equigram.screen import Screen
-    from equigram.store import SOLVE_AGAIN, GramStore
+    from equigram.store import GramStore
     from equigram.verify import verify as verify_store
 
     opened = GramStore.open(store)
@@ -365,26 +367,21 @@ def verify(
         if report.missing:
             out.print("next: equigram run JOB.yaml computes what is missing")
         return
-    beyond = any(finding.beyond for finding in report.findings)
-    tiles, arrays = report.bad_tiles, report.bad_arrays
-    solved = any(finding.solved for finding in report.findings)
-    if repair and not beyond and (tiles or arrays):
+    if repair:
         spec = _on_cluster(opened.info.spec, address)
         check_address(spec.resources)
         with Screen(err) as screen:
-            repair_tiles(opened, spec, tiles, screen, arrays)
-        mended = [f"metadata written again: {', '.join(arrays)}"] if arrays else []
-        mended += [f"computed again: {_some(len(tiles), 'tile')}"] if tiles else []
-        more = "`equigram verify` looks at the tiles of those" if arrays else "`equigram run JOB.yaml` solves with them"
-        out.print(f"{'; '.join(mended)}; {more}", soft_wrap=True)
-        if not solved:
+            done = mend(opened, spec, report, screen)
+        if report.bad_arrays or report.bad_data:
+            then = "`equigram verify` looks at the rest now"
+        else:
+            then = "`equigram run JOB.yaml` solves with them"
+        out.print(f"{'; '.join(done) or 'nothing could be mended'}; {then}", soft_wrap=True)
+        if not report.beyond:
             return
-    if beyond:
-        remedy = "no tile can mend that; delete the store and run its job again"
-    elif (tiles or arrays) and not repair:
-        remedy = f"mend it with `equigram verify {shlex.quote(store)} --repair`"
-    else:
-        remedy = SOLVE_AGAIN
+    remedy = (
+        "make the store again" if report.beyond else f"mend it with `equigram verify {shlex.quote(store)} --repair`"
+    )
     count = len(report.findings)
     raise StoreError(f"{store}: {count:,} {'thing is' if count == 1 else 'things are'} wrong; {remedy}")
 
@@ -497,20 +494,23 @@ def import_(
     """Fill the store of a job with Gram matrices that were computed elsewhere.
 
     MATRICES holds `gram/<group>/<kernel>` (n, n) and `cross/<group>/<kernel>` (m, n) for the images of the job in their
-    order in the store, NaN where a value is missing. Tiles that are complete there and missing in the store are taken,
-    after some of them were computed here and found equal up to rounding; `equigram run` computes the rest.
+    order in the store, NaN where a value is missing. Taken are tiles that are missing in the store, and complete there
+    in the matrices of all groups and kernels that are computed together, after some of them were computed here and
+    found equal up to rounding; `equigram run` computes the rest.
     """
     from equigram.importing import check_source, import_matrices
     from equigram.run import prepare
     from equigram.screen import Screen
+    from equigram.storage import configure
 
     spec = _load(job, None)
+    configure(spec.storage_options)
     check_source(source)  # before a store is made
     with Screen(err) as screen:
         store, _ = prepare(spec, screen)
         taken = import_matrices(store, source, screen, samples, seed)
     missing = sum(len(store.info.tiling) - len(part.finished_tiles()) for _, part in store.passes())
-    why = f": they are not in {source}, or not whole or not finite there" if missing else ""
+    why = f": they are not in all matrices of {source}, or not whole or not finite there" if missing else ""
     out.print(f"{spec.store}: {_some(taken, 'tile')} imported, {missing:,} missing{why}", soft_wrap=True)
     out.print(f"next: equigram run {shlex.quote(str(job))}", soft_wrap=True)
 

@@ -66,7 +66,10 @@ def export_run(
     kind = re.search(r"\.(npz|zarr)/?$", output)
     if kind is None:
         raise SpecError(f"{output}: export writes .npz files and .zarr groups; choose a name that ends so")
-    whole = kind[1] == "npz"
+    if store.is_inside(output):
+        raise SpecError(f"{output} is in the run store {store.url}, which holds its run alone; choose another place")
+    if (whole := kind[1] == "npz") and "://" in output:
+        raise SpecError(f"{output}: an .npz file is written to this machine only; export a .zarr, which may be any URL")
     sizes = [len(rows[row_split(part)]) * len(rows["train"]) for part, _, _ in matrices]
     needed = np.dtype(info.spec.gram.dtype).itemsize * (sum(sizes) if whole else max(sizes))
     if needed > (available := available_memory()):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from equigram.data.locations import locate
 from equigram.data.sources import some
 from equigram.errors import DataError, EquigramError
 from equigram.events import Progress
@@ -50,8 +51,8 @@ def import_matrices(store: GramStore, source: str, listener: Listener, samples: 
     names = [f"{part}/{group}/{kernel}" for part in store.parts for group, kernel in store.matrices]
     if not any(name in arrays for name in names):
         raise DataError(
-            f"{source} holds none of the matrices {', '.join(names)}, but {some(sorted(arrays.arrays))}; give them "
-            "these names"
+            f"{source} holds none of the matrices {', '.join(names)}, but {some(sorted(arrays.arrays)) or 'nothing'}; "
+            "give them these names"
         )
     for matrix in store.parts:
         _check_names(store, arrays, row_split(matrix))
@@ -110,6 +111,8 @@ class _Source:
                         "available; write it as a zarr, which is read tile by tile"
                     )
                 return dict(file)
+        if "://" in self.place:
+            locate(self.place)  # zarr asks several things at once, and leaves unheard what fails second
         members = zarr.open_group(self.place, mode="r").members(max_depth=None)
         return {name: array for name, array in members if isinstance(array, zarr.Array)}
 
@@ -117,7 +120,7 @@ class _Source:
     def _unreadable(what: str, kind: str, error: Exception) -> DataError:
         reason = " ".join(str(error).split()) or type(error).__name__
         if "allow_pickle" in reason:
-            reason = "it holds Python objects, or something else than arrays"
+            reason = "it is no .npz file, or holds Python objects"
         return DataError(f"{what} cannot be read as {kind}: {reason}; nothing was imported")
 
     def __contains__(self, name: str) -> bool:

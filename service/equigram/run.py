@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 
     from equigram.dispatch import Executor
     from equigram.spec import Pass, ResourceSpec
+    from equigram.verify import Report
     from equikernel.network import Architecture
 
 WORKER_BYTES = 350 * 2**20
@@ -581,7 +582,7 @@ def extend(
     needed = matrix_bytes(tiling, matrices, itemsize) - matrix_bytes(info.tiling, matrices, itemsize)
     _check_free_space(spec, needed + 4 * more.images.size, "what is added takes")
     store.check_writable()
-    store.extend(split, more, data)
+    store.extend(split, more, data, labels)
 
 
 def extend_matrices(store: GramStore, spec: JobSpec, groups: Sequence[str], kernels: Sequence[KernelName]) -> JobSpec:
@@ -615,15 +616,69 @@ def extend_matrices(store: GramStore, spec: JobSpec, groups: Sequence[str], kern
     return spec.model_copy(update={"gram": store.info.spec.gram})
 
 
-def repair(
-    store: GramStore, spec: JobSpec, tiles: Iterable[Tile], listener: Listener, arrays: Sequence[str] = ()
-) -> None:
-    """Write the metadata of ``arrays`` anew, delete ``tiles``, and compute all that are missing."""
-    if arrays:
-        store.mend_layout(arrays)
+def repair(store: GramStore, spec: JobSpec, tiles: Iterable[Tile], listener: Listener) -> None:
+    """Delete ``tiles``, and compute all that are missing."""
     for tile in tiles:
         store.discard_tile(tile)
     compute_tiles(store, spec, listener)
+
+
+def mend(store: GramStore, spec: JobSpec, report: Report, listener: Listener) -> list[str]:
+    """Mend what a verification has found, as far as it can be.
+
+    Args:
+      store: the run.
+      spec: its job, which may name other resources than the store does.
+      report: of :func:`equigram.verify.verify`.
+      listener: told of everything.
+
+    Returns:
+      What was done, in words.
+
+    Raises:
+      StoreMismatchError: images, labels or names are to be read again, and are not what they were.
+      TileFailedError, ClusterError, ...: as :func:`run`.
+    """
+    done = []
+    if report.bad_arrays:
+        store.mend_layout(report.bad_arrays)
+        done.append(f"metadata written again: {', '.join(report.bad_arrays)}")
+    if report.bad_data:
+        load_again(store, report.bad_data, listener)
+        done.append(f"read from the job's data again: {', '.join(report.bad_data)}")
+    if report.bad_tiles:
+        repair(store, spec, report.bad_tiles, listener)
+        done.append(f"computed again: {len(report.bad_tiles):,} tile{'' if len(report.bad_tiles) == 1 else 's'}")
+    if report.bad_solutions:
+        finish(store, spec, listener)
+        done.append("solved again")
+    return done
+
+
+def load_again(store: GramStore, names: Iterable[str], listener: Listener) -> None:
+    """Read images, labels or names from the sources of the job, and of what was added, and store them anew.
+
+    Raises:
+      DataError: a source cannot be read.
+      StoreMismatchError: they are not what they were when the run was made; nothing was changed.
+    """
+    info = store.info
+
+    def told(what: str, done: int, total: int) -> None:
+        listener(Progress(what, done, total))
+
+    dataset = load_dataset(info.spec.data, square=needs_square(info.spec), progress=told)
+    splits: dict[SplitName, Split] = {"train": dataset.train}
+    if dataset.test is not None:
+        splits["test"] = dataset.test
+    for added in info.extensions:
+        split: SplitName = added["split"]
+        more = load_more(
+            added["source"], added["labels"], split, info.preprocessing, dataset.train.labels, info.classes,
+            progress=told,
+        )  # fmt: skip
+        splits[split] = splits[split].joined(more) if split in splits else more
+    store.restore(names, splits)
 
 
 def solve(store: GramStore, spec: JobSpec, listener: Listener) -> list[Result]:

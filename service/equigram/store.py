@@ -10,7 +10,7 @@ attribute ``equigram``         the job, software versions, normalisation constan
 ``gram/<group>/<kernel>``      ``(n, n)``, chunk = tile, both triangles filled
 ``cross/<group>/<kernel>``     ``(m, n)``, test against training images
 ``solution/<group>/<kernel>``  coefficients, predictions; metrics as attributes
-``history``                    what happened, in files of JSON lines
+``history/events``             what happened, in files of JSON lines
 =============================  ===========================================================================
 
 A tile is done when all its chunks are there with the right size; every chunk ends with a CRC-32C, checked on reading.
@@ -24,6 +24,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import operator
 import os
 import platform
 import shutil
@@ -54,7 +55,7 @@ from equigram.errors import (
     StoreMismatchError,
     StoreNotFoundError,
 )
-from equigram.plan import Part, SplitName, Tile, TileSet, Tiling, chunk_bytes, row_split, tile_of
+from equigram.plan import Part, SplitName, Tile, TileSet, Tiling, chunk_bytes, tile_of
 from equigram.spec import GramSpec, JobSpec, KernelName, Pass
 from equikernel.errors import EquikernelError, NonFiniteKernelError
 
@@ -79,11 +80,17 @@ ROW_LISTING = 500
 READERS = 16
 """Chunks that are read at a time where all of them are: object storage takes its time over each."""
 
+HISTORY, EVENTS = "history", "history/events"
+"""A group, and the folder of its files: of what is no array, readers of zarr complain once then, not for each file."""
+
 PARTIAL = ".partial"
 """How the names of files and folders end that are being written, of zarr and of this module."""
 
 LEFT_SECONDS = 3600.0
 """A chunk that has been half written for so long was left by a process that is gone."""
+
+LOAD_AGAIN = "`equigram verify --repair` reads them from the job's data again"
+"""What mends damaged images, labels and names."""
 
 SOLVE_AGAIN = "`equigram run JOB.yaml` solves again"
 """What mends a damaged solution."""
@@ -221,10 +228,10 @@ class GramStore:
             tiling = Tiling(attributes["train"], attributes["test"], tile)
             for one in spec.gram.passes:
                 _add_matrices(root, one, tiling, spec.gram)
-            root.create_group("history")
+            root.create_group(HISTORY)
             root.attrs["equigram"] = _signed({**attributes, "state": "ready"})
 
-    def extend(self, split: SplitName, more: Split, source: str) -> None:
+    def extend(self, split: SplitName, more: Split, source: str, labels: str | None = None) -> None:
         """Add images to a split; the tiles with them, and those of the block that they fill up, are missing then.
 
         Interrupted, it leaves the run as it was, but for some tiles that are missing: what is added counts when the
@@ -234,20 +241,21 @@ class GramStore:
           split: which.
           more: the images, treated as those that are there, with labels if these have any.
           source: what they are called; a source is added once.
+          labels: what their labels are called, if they are elsewhere.
 
         Raises:
           StoreMismatchError: it was added before.
         """
         with self._alone():
             self._look_again()
-            self._extend(split, more, source)
+            self._extend(split, more, source, labels)
 
     def _look_again(self) -> None:
         """Forget what was read: another process may have changed it."""
         self.__dict__.pop("info", None)
         self._opened.clear()
 
-    def _extend(self, split: SplitName, more: Split, source: str) -> None:
+    def _extend(self, split: SplitName, more: Split, source: str, labels_source: str | None) -> None:
         info, new = self.info, _sha256(more.images)
         known = [(one["split"], one["sha256"]) for one in info.extensions]
         if (split, new) in [*known, (split, info.sha256.get(f"images/{split}"))]:
@@ -257,9 +265,9 @@ class GramStore:
         before = info.test if split == "test" else info.train
         counts = {"train": info.train, "test": info.test, split: before + len(more.images)}
         labels, names = (self.labels(split), self.names(split)) if before else (None, [])
-        digest = hashlib.sha256()
-        for block in range(-(-before // info.tile)):
-            digest.update(np.ascontiguousarray(self.block(split, block)).data)
+        digest = self._images_hash(split)
+        if before and digest.hexdigest() != info.sha256[f"images/{split}"]:
+            raise DamagedArrayError(f"{self.url}: images/{split} holds other values than were stored; {LOAD_AGAIN}")
         digest.update(np.ascontiguousarray(more.images).data)
         sha256 = {**info.sha256, f"images/{split}": digest.hexdigest()}
         for tile in info.tiling.partial(split):
@@ -282,7 +290,7 @@ class GramStore:
             if "solution" in root:
                 self._call("rm", f"{self._place[1]}/solution", recursive=True)
         names_bytes = {**info.names_bytes, split: len(_names_text([*names, *more.names]))}
-        added = {"split": split, "source": source, "images": len(more.images), "sha256": new}
+        added = {"split": split, "source": source, "labels": labels_source, "images": len(more.images), "sha256": new}
         self._change(
             "add images to the run store",
             lambda attributes: {
@@ -293,6 +301,11 @@ class GramStore:
             },
         )
         self._look_again()
+        # Written meanwhile by somebody who did not know of the images.
+        there = {part: self._any_chunks(part) for part in self.parts}
+        for tile in info.tiling.partial(split):
+            if any(there[tile.part][chunk] for chunk in info.tiling.chunks(tile)):
+                self.discard_tile(tile)
 
     def add_matrices(self, groups: Sequence[str], kernels: Sequence[KernelName]) -> None:
         """Add groups and kernels to a run; their tiles are missing then, in passes of their own.
@@ -327,6 +340,31 @@ class GramStore:
                 },
             )
 
+    def restore(self, names: Iterable[str], splits: Mapping[SplitName, Split]) -> None:
+        """Store images, labels or names anew: ``images/train``, for example.
+
+        Args:
+          names: which arrays.
+          splits: all images of each split, as they were stored.
+
+        Raises:
+          StoreMismatchError: they are not what was stored; nothing was changed.
+        """
+        arrays = {f"{kind}/{name}": v for name, split in splits.items() for kind, v in _arrays_of(split).items()}
+        chosen = {name: arrays.get(name) for name in names}
+        for name, values in chosen.items():
+            if values is None or _sha256(values) != self.info.sha256[name]:
+                raise StoreMismatchError(
+                    f"{name} of {self.url} cannot be mended: the sources of the job hold something else now than when "
+                    "it was made; restore them, or the store from a copy"
+                )
+        with self._alone(), self._storage("store the images anew"):
+            for name, values in chosen.items():
+                assert values is not None
+                chunks = (self.info.tile, *values.shape[1:]) if name.startswith("images/") else values.shape
+                _add_array(self._root_to_write, name, values, chunks)
+        self._opened.clear()
+
     @staticmethod
     def _add_split(root: zarr.Group, name: str, split: Split, tile: int) -> None:
         """Write the images, labels and names of a split."""
@@ -344,6 +382,8 @@ class GramStore:
         if not self._is_free():
             time.sleep(LOOK)  # another process may be making a store of it just now
             if not self._is_free():
+                if "gram" in self._children():
+                    raise self._without_attributes()
                 raise StoreMismatchError(
                     f"{self.url} already holds something that is not an equigram run, and is left alone; "
                     "choose another place for `store`"
@@ -383,6 +423,12 @@ class GramStore:
         with self._storage("write to the run store"):
             self._call("pipe_file", f"{path}/{PROBE}", b"equigram")
             self._call("rm_file", f"{path}/{PROBE}")
+
+    def is_inside(self, place: str) -> bool:
+        """Whether a path or URL is in this store."""
+        fs, path = self._place
+        other, inside = type(self)(place)._place
+        return _protocols(fs) == _protocols(other) and f"{inside}/".startswith(f"{path}/")
 
     @property
     def in_this_process(self) -> bool:
@@ -523,20 +569,40 @@ class GramStore:
         return self.images(split, self._block_rows(split, index))
 
     def labels(self, split: SplitName) -> NDArray[Any] | None:
-        """Class indices ``(n,)`` int64, targets ``(n, k)`` float64, or ``None`` where the images have no labels."""
+        """Class indices ``(n,)`` int64, targets ``(n, k)`` float64, or ``None`` where the images have no labels.
+
+        Raises:
+          DamagedArrayError: they are damaged, or not those that were stored.
+        """
         name = f"labels/{split}"
-        return self._read_array(name, self._all_rows(split)) if name in self.info.sha256 else None
+        return self._checked(name, self._all_rows(split)) if name in self.info.sha256 else None
 
     def names(self, split: SplitName) -> list[str]:
-        """Where each image came from."""
-        text: str = self._read_array(f"names/{split}", range(self.info.names_bytes[split])).tobytes().decode()
+        """Where each image came from.
+
+        Raises:
+          DamagedArrayError: they are damaged, or not those that were stored.
+        """
+        stored = self._checked(f"names/{split}", range(self.info.names_bytes[split]))
+        text: str = stored.tobytes().decode()
         return text.split("\n")
 
-    def small_digests(self, split: SplitName) -> dict[str, str]:
-        """SHA-256 of the names and labels of a split as they are stored now, as in :attr:`RunInfo.sha256`."""
-        labels = self.labels(split)
-        digests = {} if labels is None else {f"labels/{split}": _sha256(labels)}
-        return digests | {f"names/{split}": _sha256(_names_text(self.names(split)))}
+    def _checked(self, name: str, rows: range) -> NDArray[Any]:
+        """Rows of a small array, if they are what was stored."""
+        values = self._read_array(name, rows, LOAD_AGAIN)
+        if _sha256(values) != self.info.sha256[name]:
+            raise DamagedArrayError(f"{self.url}: {name} holds other values than were stored; {LOAD_AGAIN}")
+        return values
+
+    def images_digest(self, split: SplitName) -> str:
+        """SHA-256 of the images of a split as they are stored now, as in :attr:`RunInfo.sha256`."""
+        return str(self._images_hash(split).hexdigest())
+
+    def _images_hash(self, split: SplitName) -> Any:
+        digest, tiling = hashlib.sha256(), self.info.tiling
+        for block in range(tiling.test_blocks if split == "test" else tiling.train_blocks):
+            digest.update(np.ascontiguousarray(self.block(split, block)).data)
+        return digest
 
     def _all_rows(self, split: SplitName) -> range:
         """The images that count: an interrupted extension may have stored more."""
@@ -561,6 +627,7 @@ class GramStore:
 
         Raises:
           NonFiniteKernelError: a value is not finite in the dtype of the run; nothing of that matrix is stored.
+          StoreMismatchError: images were added to the run meanwhile, and this tile needs some of them.
         """
         self.write_values(tile, {(group, kernel): getattr(kernels[group], kernel) for group, kernel in self.matrices})
 
@@ -578,6 +645,33 @@ class GramStore:
             with self._explained(f"write tile {tile}"):
                 for (row, col), chunk in zip(self.info.tiling.chunks(tile), (values, values.T), strict=False):
                     self._put(f"{tile.part}/{group}/{kernel}/c/{row}/{col}", self._encoded(chunk))
+        tiling, edge = self.info.tiling, self.info.tile
+        if len(tiling.rows(tile)) < edge or len(tiling.cols(tile)) < edge:
+            self._discard_if_extended(tile)
+
+    def _discard_if_extended(self, tile: Tile) -> None:
+        """Delete a tile that was written in ignorance of images that belong in it.
+
+        :meth:`extend` deletes such tiles when it has told of the images; a later one is deleted here by its writer.
+        """
+        attributes = self._attributes()
+        if attributes is not None and self._is_extended(attributes):
+            self.discard_tile(tile)
+            raise self._was_extended()
+
+    def _is_extended(self, attributes: Mapping[str, Any]) -> bool:
+        """Whether images were added, or the run was made anew, since its attributes were read."""
+        info = self.info
+        return (attributes.get("train"), attributes.get("test"), attributes.get("created")) != (
+            info.train,
+            info.test,
+            info.created,
+        )
+
+    def _was_extended(self) -> StoreMismatchError:
+        return StoreMismatchError(
+            f"images were added to {self.url} by another process meanwhile; what is finished is kept: run again"
+        )
 
     def _encoded(self, values: NDArray[Any]) -> bytes:
         """A chunk as zarr stores it: little-endian, filled up with NaN, perhaps compressed, and its CRC-32C."""
@@ -634,24 +728,28 @@ class GramStore:
     def layout_errors(self) -> dict[str, str]:
         """What is wrong with the metadata of images, matrices and of all groups, by name, as sentences.
 
-        There may be more images than the job needs: an extension that was interrupted leaves them.
+        They may be for more images than the job has: an extension that was interrupted leaves them.
         """
         info, errors = self.info, {}
-        for part in self.parts:
-            name, needed = f"images/{row_split(part)}", (info.tiling.shape(part)[0], *info.image_shape)
-            found = self._stored_node(name)
-            shape = getattr(found, "shape", ())
-            if found is None:
+        for name in info.sha256:
+            found, (kind, _, split) = self._stored_node(name), name.partition("/")
+            count = info.names_bytes[split] if kind == "names" else info.train if split == "train" else info.test
+            shape = tuple(getattr(found, "shape", ()))
+            if not shape:
                 errors[name] = f"{name}: its metadata cannot be read"
-            elif shape[:1] < needed[:1] or shape[1:] != needed[1:] or found.dtype != np.float32:
-                errors[name] = f"{name} is {found.dtype} of shape {shape}; the job needs float32 of {needed}"
+            elif shape[0] < count or (kind == "images" and shape[1:] != info.image_shape):
+                needed = (count, *info.image_shape) if kind == "images" else (count, *shape[1:])
+                errors[name] = f"{name} has the shape {shape}; the job needs {needed}"
+            elif _document(found) != _document(_like(found, kind)):
+                errors[name] = f"{name}: its metadata are not those that it was made with"
         for name, expected in self._expected_nodes():
-            found, shape = self._stored_node(name), getattr(expected, "shape", None)
+            found = self._stored_node(name)
+            shape, needed = (tuple(getattr(node, "shape", ())) for node in (found, expected))
             if found is None:
                 errors[name] = f"{name}: its metadata cannot be read"
-            elif getattr(found, "shape", None) != shape:
-                errors[name] = f"{name} has the shape {getattr(found, 'shape', None)}; the job needs {shape}"
-            elif _document(found) != _document(expected):
+            elif not _may_be_shape_of(name, shape, needed):
+                errors[name] = f"{name} has the shape {shape}; the job needs {needed}"
+            elif _document(found, needed) != _document(expected):
                 errors[name] = f"{name}: its metadata are not those of the job"
         return errors
 
@@ -673,7 +771,7 @@ class GramStore:
         place = f"{self._place[1]}/solution"
         solved = [names for names in self.matrices if self._call("exists", "/".join((place, *names)))]
         groups = {name.split("/")[0] for name in self.info.sha256}  # images, labels, names
-        for name in [*sorted(groups), "history", *(f"solution/{group}" for group, _ in solved)]:
+        for name in [*sorted(groups), HISTORY, *(f"solution/{group}" for group, _ in solved)]:
             root.require_group(name)
         return list(root.members(max_depth=None))
 
@@ -702,8 +800,13 @@ class GramStore:
         with self._storage(f"delete tile {tile}"):
             for row, col in self.info.tiling.chunks(tile):
                 for group, kernel in self.matrices:
-                    with contextlib.suppress(FileNotFoundError):
-                        self._call("rm_file", f"{self._place[1]}/{tile.part}/{group}/{kernel}/c/{row}/{col}")
+                    place = f"{self._place[1]}/{tile.part}/{group}/{kernel}/c/{row}/{col}"
+                    try:
+                        self._call("rm_file", place)
+                    except FileNotFoundError:
+                        pass
+                    except (IsADirectoryError, PermissionError):
+                        self._call("rm", place, recursive=True)
 
     def matrix(
         self,
@@ -819,11 +922,17 @@ class GramStore:
     def write_solution(
         self, group: str, kernel: str, arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]
     ) -> None:
-        """Store named arrays and JSON attributes of a solution, replacing an older one once they are whole."""
+        """Store named arrays and JSON attributes of a solution, replacing an older one once they are whole.
+
+        Raises:
+          StoreMismatchError: images were added to the run meanwhile.
+        """
         sha256 = {name: _sha256(values) for name, values in arrays.items()}
         fields = {**attributes, "sha256": sha256}
         fs, path = self._place
         with self._alone(), self._storage("write the solution"):
+            if self._is_extended(self._attributes() or {}):
+                raise self._was_extended()
             name = f"solution/{group}/{kernel}"
             beside = f"{name}{PARTIAL}" if _is_local(fs) else name
             try:
@@ -852,7 +961,7 @@ class GramStore:
                 return None
             except ValueError:
                 document = {}
-        fields = document.get("attributes")
+        fields = document.get("attributes") if isinstance(document, dict) else None
         if fields == {}:
             return None  # an interrupted solver stage
         if not isinstance(fields, dict) or fields.pop("checksum", None) != _checksum(fields):
@@ -884,7 +993,7 @@ class GramStore:
     def write_history(self, name: str, lines: Sequence[str]) -> None:
         """Keep lines of JSON in a file of the history; names are in the order of time."""
         with self._storage("write the history"):
-            self._call("pipe_file", f"{self._place[1]}/history/{name}.jsonl", "".join(f"{x}\n" for x in lines).encode())
+            self._put(f"{EVENTS}/{name}.jsonl", "".join(f"{line}\n" for line in lines).encode())
 
     def history_files(self) -> dict[str, datetime]:
         """The names of the files of the history, in the order of time, and when each was last written."""
@@ -893,7 +1002,7 @@ class GramStore:
             fs.invalidate_cache()
             found = {}
             with contextlib.suppress(FileNotFoundError):
-                for entry in self._call("ls", f"{path}/history", detail=True):
+                for entry in self._call("ls", f"{path}/{EVENTS}", detail=True):
                     name = str(entry["name"]).rsplit("/", 1)[-1]
                     if name.endswith(".jsonl"):
                         found[name.removesuffix(".jsonl")] = _modified(entry)
@@ -903,7 +1012,7 @@ class GramStore:
         """The events of this run in the order of time, or those in some files; a line that is none is passed over."""
         for name in self.history_files() if names is None else names:
             with self._storage("read the history"):
-                text = self._call("cat_file", f"{self._place[1]}/history/{name}.jsonl").decode(errors="replace")
+                text = self._call("cat_file", f"{self._place[1]}/{EVENTS}/{name}.jsonl").decode(errors="replace")
             for one in text.splitlines():
                 with contextlib.suppress(ValueError):
                     yield json.loads(one)
@@ -948,13 +1057,34 @@ class GramStore:
         """The attribute ``equigram`` of the root group; ``None`` where there is no run."""
         with self._storage("open the run store"):
             try:
-                document = json.loads(self._call("cat_file", f"{self._place[1]}/zarr.json"))
-                return dict(document["attributes"]["equigram"])
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError):
+                content = self._call("cat_file", f"{self._place[1]}/zarr.json")
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return None
+        try:
+            return dict(json.loads(content)["attributes"]["equigram"])
+        except (ValueError, KeyError, TypeError):
+            return None
 
-    def _not_found(self) -> StoreNotFoundError:
-        return StoreNotFoundError(f"{self.url} is not a finished run store; make one with `equigram run JOB.yaml`")
+    def _not_found(self) -> StoreError:
+        """What to raise where there are no attributes of a run."""
+        with self._storage("open the run store"):
+            bucket = self._place[1].partition("/")[0]
+            if _is_s3(self.url) and not self._call("exists", bucket):
+                return StoreNotFoundError(f"{self.url}: the bucket {bucket} does not exist")
+            lost = self._attributes() is None and "gram" in self._children()
+        return (
+            self._without_attributes()
+            if lost
+            else StoreNotFoundError(f"{self.url} is not a finished run store; make one with `equigram run JOB.yaml`")
+        )
+
+    def _without_attributes(self) -> StoreError:
+        """What to raise where matrices are, and no attributes of a run."""
+        return StoreError(
+            f"{self.url} holds matrices, but its zarr.json, which tells of the run, is gone or damaged; restore that "
+            'file from a copy, or write {"zarr_format": 3, "node_type": "group"} in its place, give the job another '
+            f"`store`, and take the matrices with `equigram import JOB.yaml {self.url}`"
+        )
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -980,9 +1110,7 @@ class GramStore:
     def _opened(self) -> dict[tuple[str, ...], Any]:
         return {}
 
-    def _read_array(
-        self, name: str, rows: range | None = None, remedy: str = "delete the store and run again"
-    ) -> NDArray[Any]:
+    def _read_array(self, name: str, rows: range | None = None, remedy: str = LOAD_AGAIN) -> NDArray[Any]:
         """An array, or some of its rows, a chunk at a time."""
         with self._storage(f"read {name}"):
             try:
@@ -1009,6 +1137,13 @@ class GramStore:
         """Which chunks ``(row, col)`` of a matrix are there, as far as their sizes tell."""
         sizes = self.chunk_sizes(part, group, kernel, tidy=tidy)
         return sizes > 0 if self.chunk_bytes is None else sizes == self.chunk_bytes
+
+    def _any_chunks(self, part: Part) -> NDArray[np.bool_]:
+        """Where at least one of the matrices has a chunk, ``(row, col)``."""
+        there: NDArray[np.bool_] = np.logical_or.reduce(
+            [self.chunk_sizes(part, *names) >= 0 for names in self.matrices]
+        )
+        return there
 
     @property
     def chunk_bytes(self) -> int | None:
@@ -1171,9 +1306,25 @@ def _identity(spec: JobSpec, tile: int) -> list[tuple[str, Any]]:
     return [(f"{section}.{field}", value) for section, fields in sections.items() for field, value in fields.items()]
 
 
-def _document(node: Any) -> str:
-    """The metadata of an array or group in a form that can be compared."""
-    return json.dumps(node.metadata.to_dict(), sort_keys=True, default=str)
+def _document(node: Any, shape: tuple[int, ...] | None = None) -> str:
+    """The metadata of an array or group in a form that can be compared; with another shape if one is given."""
+    fields = node.metadata.to_dict()
+    return json.dumps({**fields, "shape": list(shape)} if shape else fields, sort_keys=True, default=str)
+
+
+def _may_be_shape_of(name: str, shape: tuple[int, ...], needed: tuple[int, ...]) -> bool:
+    """Whether a matrix is that large, or larger by images that an interrupted extension was to add."""
+    large = len(shape) == len(needed) and all(map(operator.ge, shape, needed))
+    return large and (name.startswith("cross/") or len(set(shape)) == len(set(needed)))
+
+
+def _like(array: Any, kind: str) -> Any:
+    """An array as this module makes those of images, labels and names, of the shape, dtype and chunks of another."""
+    import zarr
+
+    allowed = {"images": ("float32",), "labels": ("int64", "float64"), "names": ("uint8",)}[kind]
+    dtype = next((one for one in allowed if array.dtype == one), allowed[0])
+    return _make_array(zarr.open_group({}, mode="w"), kind, array.shape, np.dtype(dtype), array.chunks)
 
 
 def _sha256(values: NDArray[Any]) -> str:
@@ -1215,24 +1366,34 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 def _add_array(
     group: zarr.Group, name: str, values: NDArray[Any], chunks: tuple[int, ...], *, overwrite: bool = True
 ) -> None:
-    """Store an array of finite floats, class indices or text, a chunk at a time.
+    """Store an array of finite floats, class indices or text, a chunk at a time."""
+    array = _make_array(group, name, values.shape, values.dtype, chunks, overwrite=overwrite)
+    for start in range(0, len(values), array.chunks[0]):
+        array[start : start + array.chunks[0]] = values[start : start + array.chunks[0]]
 
-    A chunk that is lost later reads as values that it cannot hold: NaN, -1 or the character 0.
-    """
+
+def _make_array(
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    chunks: tuple[int, ...],
+    *,
+    overwrite: bool = True,
+) -> Any:
+    """An array without chunks. One that is lost later reads as values that cannot be: NaN, -1 or the character 0."""
     from zarr.codecs import Crc32cCodec, ZstdCodec
 
-    array: Any = group.create_array(
+    return group.create_array(
         name,
-        shape=values.shape,
-        dtype=values.dtype,
-        chunks=tuple(max(1, min(c, s)) for c, s in zip(chunks, values.shape, strict=True)),
+        shape=shape,
+        dtype=dtype,
+        chunks=tuple(max(1, min(c, s)) for c, s in zip(chunks, shape, strict=True)),
         compressors=[ZstdCodec(), Crc32cCodec()],
-        fill_value={"f": float("nan"), "i": -1}.get(values.dtype.kind, 0),
+        fill_value={"f": float("nan"), "i": -1}.get(dtype.kind, 0),
         config={"write_empty_chunks": True},
         overwrite=overwrite,
     )
-    for start in range(0, len(values), array.chunks[0]):
-        array[start : start + array.chunks[0]] = values[start : start + array.chunks[0]]
 
 
 def _names_text(names: Sequence[str]) -> NDArray[np.uint8]:

@@ -10,18 +10,18 @@ Each check finds what the ones before it cannot:
 - diagonal: the kernel of every image with itself, computed anew;
 - Cauchy-Schwarz: ``|K(f, f')| <= √(K(f, f) K(f', f'))`` for every entry;
 - eigenvalues: principal minors of the train matrix, chosen at random, are positive semi-definite;
+- places: an entry of every tile, chosen at random, computed anew, so that no chunk is in the place of another;
 - recomputation: tiles chosen at random, computed anew.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from equigram.errors import IncompleteRunError, StoreError
+from equigram.errors import DamagedArrayError, IncompleteRunError, StoreError
 from equigram.events import Progress
 from equigram.plan import Part, SplitName, Tile, TileSet, is_diagonal, row_split, tile_of
 from equigram.store import SAME_SOFTWARE, versions
@@ -30,13 +30,14 @@ from equikernel.kernel import KernelFunction
 from equikernel.worker import processor_kind
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
     from numpy.typing import NDArray
 
     from equigram.events import Listener
     from equigram.spec import Pass
     from equigram.store import GramStore
+    from equikernel.kernel import Block
 
     Array = NDArray[np.float64]
 
@@ -60,18 +61,20 @@ class Finding:
       what: what, and where.
       tile: the tile to compute again; ``None`` where that would not mend it.
       array: the matrix, or group of some, whose metadata are to be written again; ``None`` where that mends nothing.
+      data: the images, labels or names that are to be loaded again; ``None`` where that mends nothing.
       solved: whether solving again mends it.
     """
 
     what: str
     tile: Tile | None = None
     array: str | None = None
+    data: str | None = None
     solved: bool = False
 
     @property
     def beyond(self) -> bool:
         """Whether nothing mends it but making the store again."""
-        return self.tile is None and self.array is None and not self.solved
+        return self.tile is None and self.array is None and self.data is None and not self.solved
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,21 @@ class Report:
     def bad_arrays(self) -> list[str]:
         """The matrices and groups whose metadata are to be written again."""
         return sorted({finding.array for finding in self.findings if finding.array is not None})
+
+    @property
+    def bad_data(self) -> list[str]:
+        """The images, labels and names to load again."""
+        return sorted({finding.data for finding in self.findings if finding.data is not None})
+
+    @property
+    def bad_solutions(self) -> bool:
+        """Whether to solve again."""
+        return any(finding.solved for finding in self.findings)
+
+    @property
+    def beyond(self) -> bool:
+        """Whether something is wrong that nothing mends but making the store again."""
+        return any(finding.beyond for finding in self.findings)
 
 
 def verify(store: GramStore, listener: Listener, samples: int, seed: int = 0) -> Report:
@@ -167,16 +185,24 @@ class _Verification:
             same_software and processors <= {processor_kind(engine)} and self._function.engine.name in SAME_BITS
         )
 
+    @property
+    def _allowed(self) -> float:
+        """Largest difference between what is stored and computed now, relative to ``√(K(f, f) K(f', f'))``."""
+        return 0.0 if self._to_the_bit else self._tolerance
+
     def run(self) -> Report:
         """All checks; those that need the images are left out where these are damaged."""
         missing = images = minors = anew = 0
-        for name, what in self._store.layout_errors().items():
-            self._findings.append(Finding(what, array=None if name.startswith("images/") else name))
-        if not self._findings:
+        errors = self._store.layout_errors()
+        for name, what in errors.items():
+            is_data = name in self._info.sha256
+            self._findings.append(Finding(what, data=name) if is_data else Finding(what, array=name))
+        whole = self._images_are_whole(errors)
+        if errors.keys() <= self._info.sha256.keys():
             stored = self._stored_tiles()
             missing = len(self._info.tiling) - len(stored)
             diagonals: dict[tuple[str, str, str], Array] = {}
-            if self._images_are_whole():
+            if whole:
                 try:
                     diagonals = self._self_kernels()
                     images = self._info.train + self._info.test
@@ -214,28 +240,24 @@ class _Verification:
                     self._found(tile_of(part, row, col), what)
         return list(TileSet(self._info.tiling, present))
 
-    def _images_are_whole(self) -> bool:
-        """Whether the images, labels and names can be read, and the images are those that were stored."""
-        tiling, store, noted = self._info.tiling, self._store, self._info.sha256
-        blocks: dict[SplitName, int] = {"train": tiling.train_blocks, "test": tiling.test_blocks}
+    def _images_are_whole(self, unreadable: Container[str]) -> bool:
+        """Whether the images, labels and names can be read, and are those that were stored."""
         before = len(self._findings)
-        for split, count in blocks.items():
-            if not count:
+        for name, noted in self._info.sha256.items():
+            if name in unreadable:
                 continue
-            digest = hashlib.sha256()
+            kind, _, split = name.partition("/")
+            which: SplitName = "test" if split == "test" else "train"
             try:
-                for index in range(count):
-                    digest.update(np.ascontiguousarray(store.block(split, index)).data)
-                found = {f"images/{split}": digest.hexdigest()} | store.small_digests(split)
-            except StoreError as error:
-                self._findings.append(Finding(str(error)))
-                continue
-            for name, value in found.items():
-                if value != noted.get(name):
-                    self._findings.append(
-                        Finding(f"{name} holds other values than were stored when the run was made; delete the store")
-                    )
-        return len(self._findings) == before
+                if kind == "images" and self._store.images_digest(which) != noted:
+                    self._findings.append(Finding(f"{name} holds other values than were stored", data=name))
+                elif kind == "labels":
+                    self._store.labels(which)
+                elif kind == "names":
+                    self._store.names(which)
+            except DamagedArrayError as error:
+                self._findings.append(Finding(str(error), data=name))
+        return len(self._findings) == before and not any(name in unreadable for name in self._info.sha256)
 
     def _self_kernels(self) -> dict[tuple[str, str, str], Array]:
         """The kernels ``(n,)`` of every image with itself in the dtype of the run, by split, group and kernel."""
@@ -259,7 +281,8 @@ class _Verification:
         return {key: np.concatenate(values) for key, values in parts.items()}
 
     def _check_values(self, tiles: list[Tile], diagonals: dict[tuple[str, str, str], Array]) -> None:
-        """Every stored value: checksums, symmetry, the diagonal, and Cauchy-Schwarz."""
+        """Every stored value: checksums, symmetry, the diagonal, Cauchy-Schwarz, and an entry of each tile anew."""
+        chosen, entries = self._sampled_entries() if diagonals else ({}, {})
         matrices, chunks = self._store.matrices, self._info.tiling.chunks
         reads = self._store.read_chunks(
             (tile.part, *names, *chunk) for tile in tiles for names in matrices for chunk in chunks(tile)
@@ -276,8 +299,49 @@ class _Verification:
                 if is_diagonal(tile) and not np.array_equal(values, values.T):
                     self._found(tile, f"the {name} is not symmetric")
                 if diagonals:
-                    self._check_bounds(tile, name, values, *self._of_tile(diagonals, tile, group, kernel))
+                    scale = self._of_tile(diagonals, tile, group, kernel)
+                    self._check_bounds(tile, name, values, *scale)
+                if entries:
+                    row, col = chosen[row_split(tile.part)][tile.row], chosen["train"][tile.col]
+                    entry, computed = values[row, col], entries[tile.part, group, kernel][tile.row, tile.col]
+                    if abs(entry - computed) > self._allowed * np.sqrt(scale[0][row] * scale[1][col]):
+                        self._found(
+                            tile,
+                            f"entry {row}, {col} of the {name} is {entry:.9g} in the store, and {computed:.9g} "
+                            "computed now",
+                        )
         self._listener(Progress("checking tiles", len(tiles), len(tiles)))
+
+    def _sampled_entries(self) -> tuple[dict[SplitName, list[int]], dict[tuple[Part, str, str], Array]]:
+        """An image of each block, by its place in it, and the kernels of these with each other, by matrix."""
+        tiling, store = self._info.tiling, self._store
+        chosen: dict[SplitName, list[int]] = {}
+        prepared: dict[SplitName, list[Block]] = {}
+        for part in store.parts:
+            split = row_split(part)
+            blocks = [tiling.rows(Tile(part, block, 0)) for block in range(tiling.blocks(part)[0])]
+            chosen[split] = [int(self._rng.integers(len(block))) for block in blocks]
+            images = [block.start + place for block, place in zip(blocks, chosen[split], strict=True)]
+            prepared[split] = [
+                self._function.prepare(np.concatenate([store.images(split, range(i, i + 1)) for i in some]))
+                for some in (images[start : start + MINOR] for start in range(0, len(images), MINOR))
+            ]
+        entries = {
+            (part, *names): np.full(tiling.blocks(part), np.nan) for part in store.parts for names in store.matrices
+        }
+        for part in store.parts:
+            for y, row in enumerate(prepared[row_split(part)]):
+                for x, col in enumerate(prepared["train"]):
+                    if part == "gram" and x < y:
+                        continue
+                    kernels = self._function(row) if part == "gram" and x == y else self._function(row, col)
+                    for group, kernel in store.matrices:
+                        values = getattr(kernels[group], kernel).astype(self._dtype)
+                        height, width = values.shape
+                        entries[part, group, kernel][y * MINOR : y * MINOR + height, x * MINOR : x * MINOR + width] = (
+                            values
+                        )
+        return chosen, entries
 
     def _read(self, tile: Tile, group: str, kernel: str) -> Array | None:
         """The values of a tile, if all of its chunks are whole and its transpose is the same."""
@@ -321,7 +385,7 @@ class _Verification:
     def _compare(self, tile: Tile, name: str, stored: Array, computed: Array, scale: Array) -> None:
         """Find a tile whose values are not those that are computed now."""
         error = np.abs(stored - computed)
-        wrong = error > (0 if self._to_the_bit else self._tolerance) * scale
+        wrong = error > self._allowed * scale
         if wrong.any():
             place = np.unravel_index(int((error / np.where(scale > 0, scale, 1)).argmax()), error.shape)
             self._found(

@@ -223,7 +223,7 @@ def test_a_missing_tile_is_nothing_wrong_and_a_damaged_solution_is(copy: Place) 
     shutil.rmtree(copy / "run/solution/C4/ntk/coefficients")
     done = copy.command("verify", "run", "--samples", 0, folder=copy.folder)
     assert done.code == 1
-    assert done.err.splitlines()[-1] == "error: run: 1 thing is wrong; `equigram run JOB.yaml` solves again"
+    assert done.err.splitlines()[-1] == "error: run: 1 thing is wrong; mend it with `equigram verify run --repair`"
     np.savez(copy / "new.npz", x=np.zeros((1, 8, 8, 1), np.uint8))
     done = copy.command("predict", "run", "new.npz", folder=copy.folder)
     assert (done.code, done.out) == (1, "")

@@ -119,6 +119,10 @@ def test_places_that_cannot_be_written_are_refused(store: GramStore, tmp_path: P
     assert (tmp_path / "mine.zarr/notes.txt").exists()
     with pytest.raises(StoreError, match=r"cannot write the export: .*No such file or directory"):
         export_run(store, str(tmp_path / "nowhere/out.npz"))
+    with pytest.raises(SpecError, match=r"run/gram/out.zarr is in the run store .*, which holds its run alone"):
+        export_run(store, f"{store.url}/gram/out.zarr")
+    with pytest.raises(SpecError, match=r"an .npz file is written to this machine only; export a .zarr"):
+        export_run(store, "memory://out.npz")
 
 
 @pytest.mark.parametrize("kind", ["npz", "zarr"])

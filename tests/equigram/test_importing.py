@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from numpy.testing import assert_array_equal
 
 from equigram.errors import DataError
@@ -189,6 +192,17 @@ def test_what_cannot_be_read_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("not an array")
     with pytest.raises(DataError, match=rf"{name} cannot be read as an \.npz file or a zarr group: \S"):
         check_source(str(tmp_path / name))
+
+
+def test_a_server_that_does_not_answer_is_said_in_one_line(job: Job, tmp_path: Path) -> None:
+    spec = job(storage_options={"s3": {"endpoint_url": "http://127.0.0.1:9", "key": "none", "secret": "none"}})
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({**spec.to_store(), "storage_options": spec.storage_options}))
+    command = [str(Path(sys.executable).with_name("equigram")), "import", "job.yaml", "s3://bucket/x.zarr"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "http://127.0.0.1:9/bucket" in done.stderr
+    assert not Path(spec.store).exists()
 
 
 def test_a_file_without_matrices_is_refused(spec: JobSpec, create: Create, tmp_path: Path) -> None:

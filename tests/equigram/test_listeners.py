@@ -118,7 +118,12 @@ def test_the_history_does_not_disturb_readers_of_zarr(job: Job, create: Create) 
     store = create(job(**PLAIN))
     history = History(store, unheard)
     history(STORY[0])
-    assert {name for name, _ in zarr.open_group(store.url, mode="r").groups()} >= {"images", "gram", "history"}
+    root = zarr.open_group(store.url, mode="r")
+    assert {name for name, _ in root.groups()} >= {"images", "gram", "history"}
+    history(STORY[-1])
+    with pytest.warns(zarr.errors.ZarrUserWarning) as warned:
+        dict(root.members(max_depth=None))
+    assert len(warned) == 1
 
 
 def test_a_history_that_cannot_be_written_is_told_once_and_costs_nothing(job: Job, create: Create) -> None:
@@ -135,7 +140,9 @@ def test_a_history_that_cannot_be_written_is_told_once_and_costs_nothing(job: Jo
 
 def test_a_line_that_was_cut_off_is_passed_over(job: Job, create: Create) -> None:
     store = create(job(**PLAIN))
-    Path(store.url, "history/1-here-7-000000.jsonl").write_text('{"event": "Note", "text": "whole"}\n{"event": "No')
+    folder = Path(store.url, "history/events")
+    folder.mkdir()
+    (folder / "1-here-7-000000.jsonl").write_text('{"event": "Note", "text": "whole"}\n{"event": "No')
     assert list(store.history()) == [{"event": "Note", "text": "whole"}]
 
 

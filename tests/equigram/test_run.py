@@ -169,7 +169,7 @@ def test_options_of_storage_come_from_the_job_and_are_not_kept(
     assert run(spec).results
     files = fsspec.filesystem("s3")
     assert "hush" not in files.cat_file(f"{bucket}/run/zarr.json").decode()
-    assert all("hush" not in text.decode() for text in files.cat(f"{bucket}/run/history/*").values())
+    assert all("hush" not in text.decode() for text in files.cat(f"{bucket}/run/history/events/*").values())
     TileActor({"s3": {"secret": "other"}}, GramStore(spec.store), spec.network, ("C1",), "reference", "float64", 1)
     assert fsspec.config.conf["s3"] == {**options["s3"], "secret": "other"}
 
@@ -435,8 +435,8 @@ def test_an_image_without_kernel_is_refused_before_anything_is_stored(simple: Jo
 
 
 def test_a_file_of_somebody_else_in_the_history_is_passed_over(begun: GramStore, simple: Job) -> None:
-    Path(begun.url, "history").mkdir(exist_ok=True)
-    Path(begun.url, "history/notes.jsonl").write_text("mine\n")
+    Path(begun.url, "history/events").mkdir(parents=True, exist_ok=True)
+    Path(begun.url, "history/events/notes.jsonl").write_text("mine\n")
     assert run(simple()).results
 
 

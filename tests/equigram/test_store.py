@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import equigram.store
 from equigram import claim
+from equigram.data import Split
 from equigram.errors import (
     DamagedArrayError,
     DamagedTileError,
@@ -31,6 +33,7 @@ from equigram.errors import (
     StoreNotFoundError,
 )
 from equigram.events import nobody
+from equigram.importing import import_matrices
 from equigram.plan import Tile
 from equigram.run import run
 from equigram.solve.stage import solve_run
@@ -272,17 +275,47 @@ def test_images_that_are_lost_or_damaged_are_not_read_as_zeros(store: GramStore,
     kind, split, *_ = name.split("/")
     read: Any = getattr(store, kind)
     flip_a_byte(Path(store.url, name))
-    with pytest.raises(StoreError, match=f"{kind}/{split} is damaged: .*checksum.*; delete the store and run again"):
+    with pytest.raises(StoreError, match=f"{kind}/{split} is damaged: .*checksum.*; `equigram verify --repair`"):
         read(split)
     Path(store.url, name).unlink()
-    with pytest.raises(StoreError, match=f"{kind}/{split} is damaged: a chunk is missing; delete the store"):
+    with pytest.raises(StoreError, match=f"{kind}/{split} is damaged: a chunk is missing; `equigram verify"):
         read(split)
 
 
 def test_an_array_that_is_lost_is_an_error_in_a_sentence(store: GramStore) -> None:
     shutil.rmtree(Path(store.url, "images"))
-    with pytest.raises(StoreError, match=r"images/train is gone, or its metadata are damaged .KeyError.; delete"):
+    with pytest.raises(
+        StoreError, match=r"images/train is gone, or its metadata are damaged .KeyError.; `equigram verify"
+    ):
         store.images("train")
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_matrices_without_their_metadata_are_not_said_to_be_nothing(
+    finished: GramStore, job: Job, create: Create, tmp_path: Path, content: str | None
+) -> None:
+    path = Path(finished.url, "zarr.json")
+    path.unlink() if content is None else path.write_text(content)
+    words = r"run holds matrices, but its zarr.json, which tells of the run, is gone or damaged; restore that file"
+    with pytest.raises(StoreError, match=words):
+        GramStore.open(finished.url)
+    with pytest.raises(StoreError, match=words):
+        create(job(finished.url))
+    path.write_text('{"zarr_format": 3, "node_type": "group"}')  # as the message says
+    other = create(job(tmp_path / "other"))
+    assert import_matrices(other, finished.url, nobody, samples=2) == len(other.info.tiling)
+
+
+def test_an_edge_tile_of_a_writer_that_does_not_know_of_more_images_is_not_kept(finished: GramStore) -> None:
+    ignorant = GramStore.open(finished.url)
+    images = np.full((3, *ignorant.info.image_shape), 0.5, np.float32)
+    finished.extend("train", Split(images, np.zeros(3, np.int64), ("a", "b", "c")), "more")
+    ignorant.write_values(Tile("gram", 0, 0), {names: np.ones((4, 4)) for names in ignorant.matrices})
+    with pytest.raises(StoreMismatchError, match=r"images were added to .* by another process meanwhile; what is fini"):
+        ignorant.write_values(EDGE_TILE, {names: np.ones((4, 2)) for names in ignorant.matrices})
+    assert EDGE_TILE not in GramStore.open(finished.url).finished_tiles()
+    with pytest.raises(StoreMismatchError, match="images were added to"):
+        ignorant.write_solution("C1", "ntk", {"ridge": np.zeros(1)}, {})
 
 
 # Where it may be
@@ -611,7 +644,12 @@ def test_of_two_processes_that_make_a_store_one_waits_for_the_other(
 
 @pytest.mark.parametrize("place", ["folder", "bucket"])
 def test_the_claim_of_a_process_that_was_killed_is_taken_over(
-    place: str, store: GramStore, job: Job, create: Create, request: pytest.FixtureRequest, tmp_path: Path
+    place: str,
+    job: Job,
+    create: Create,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     where = f"{request.getfixturevalue('bucket')}/run" if place == "bucket" else str(tmp_path / "other")
     spec = job(where)
@@ -623,8 +661,11 @@ def test_the_claim_of_a_process_that_was_killed_is_taken_over(
         assert process.stdout.readline() == b"1\n"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(claim, "PATIENCE", 1.0)
+            patch.setattr(claim, "QUIET", 0.1)
             with pytest.raises(StoreError, match=r"has been setting up this store, or changing it, for more than 1 s"):
                 create(spec)
+        (said,) = [record.message for record in caplog.records if record.name == "equigram"]
+        assert re.match(rf"waiting for .*process.*, which sets up {where.removeprefix('s3://')} or changes it", said)
         process.kill()
     create(spec)
     assert GramStore.exists(where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from numpy.testing import assert_array_equal
 
 import equigram.verify
-from equigram.errors import StoreError
+from equigram.errors import DamagedArrayError, StoreError, StoreMismatchError
 from equigram.events import nobody
 from equigram.plan import Part, Tile, tile_of
-from equigram.run import repair
+from equigram.run import extend, finish, mend, repair
 from equigram.spec import JobSpec
 from equigram.store import GramStore
 from equigram.verify import Report, verify
@@ -149,6 +151,7 @@ def test_a_matrix_that_is_not_positive_is_found(finished: GramStore, monkeypatch
     write(finished, "gram/C1/nngp", (slice(0, 4), slice(4, 8)), block)
     write(finished, "gram/C1/nngp", (slice(4, 8), slice(0, 4)), block.T)
     monkeypatch.setattr(equigram.verify._Verification, "_check_anew", lambda *_: 0)
+    monkeypatch.setattr(equigram.verify._Verification, "_sampled_entries", lambda _: ({}, {}))
     findings = check(finished, ALL).findings
     words = "the C1 nngp of the images of tile gram[0, 1] is not positive semi-definite: eigenvalues from -"
     assert [finding.what.startswith(words) for finding in findings] == 3 * [True]
@@ -159,8 +162,7 @@ def test_other_images_are_found(finished: GramStore) -> None:
     images = finished.images("train")
     write(finished, "images/train", (7,), images[7] + 0.01)
     (finding,) = check(finished, ALL).findings
-    assert finding.what.startswith("images/train holds other values than were stored when the run was made")
-    assert finding.beyond
+    assert (finding.what, finding.data) == ("images/train holds other values than were stored", "images/train")
 
 
 @pytest.mark.parametrize("name", ["labels/train", "labels/test", "names/test"])
@@ -168,11 +170,104 @@ def test_other_labels_and_names_and_lost_ones_are_found(finished: GramStore, nam
     array: Any = zarr.open_group(finished.url, mode="r+")[name]
     array[0] = array[0] ^ 1
     (finding,) = check(finished).findings
-    assert finding.what.startswith(f"{name} holds other values")
+    assert f"{name} holds other values than were stored" in finding.what
+    assert finding.data == name
+    Path(finished.url, name, "c/0").unlink()
+    (finding,) = check(finished).findings
+    assert f"{name} is damaged: a chunk is missing" in finding.what
     shutil.rmtree(Path(finished.url, name))
     (finding,) = check(finished).findings
-    assert f"{name} is gone" in finding.what
-    assert finding.beyond
+    assert finding.what == f"{name}: its metadata cannot be read"
+    assert finding.data == name
+
+
+@pytest.mark.parametrize("extended", [False, True])
+def test_images_labels_and_names_are_read_from_their_sources_again(
+    finished: GramStore, tmp_path: Path, npz: Path, extended: bool
+) -> None:
+    if extended:
+        images = np.random.default_rng(7).integers(0, 200, (3, 8, 8)).astype(np.uint8)
+        np.savez(tmp_path / "more.npz", x=images, y=np.arange(3))
+        extend(finished, finished.info.spec, "train", str(tmp_path / "more.npz"), None, nobody)
+        finish(finished, finished.info.spec, nobody)
+    before = {name: finished.images("train").tobytes() for name in ("images/train",)}
+    labels, names = finished.labels("train"), finished.names("train")
+    shutil.rmtree(Path(finished.url, "images/train"))
+    shutil.rmtree(Path(finished.url, "names"))
+    array: Any = zarr.open_group(finished.url, mode="r+")["labels/train"]
+    array[0] = array[0] ^ 1
+    report = check(finished)
+    assert report.bad_data == ["images/train", "labels/train", "names/test", "names/train"]
+    assert not report.beyond
+    again = GramStore.open(finished.url)
+    with pytest.raises(DamagedArrayError, match="labels/train holds other values than were stored; `equigram verify"):
+        again.labels("train")
+    assert mend(again, again.info.spec, report, nobody) == [
+        "metadata written again: names",
+        "read from the job's data again: images/train, labels/train, names/test, names/train",
+    ]
+    assert again.images("train").tobytes() == before["images/train"]
+    assert_array_equal(again.labels("train"), labels)
+    assert again.names("train") == names
+    assert check(again, ALL).findings == ()
+    sources = dict(np.load(npz))
+    sources["y_train"][0] = 1
+    np.savez(npz, **sources)
+    array = zarr.open_group(again.url, mode="r+")["labels/train"]
+    array[0] = array[0] ^ 1
+    report = check(again)
+    with pytest.raises(StoreMismatchError, match=r"labels/train of .* cannot be mended: the sources of the job hold"):
+        mend(again, again.info.spec, report, nobody)
+
+
+@pytest.mark.parametrize("change", [{"fill_value": 0.0}, {"shape": [10, 8, 8, 1]}, {"attributes": {"mine": 1}}])
+def test_other_metadata_of_images_are_found_and_mended(finished: GramStore, change: dict[str, Any]) -> None:
+    path = Path(finished.url, "images/train/zarr.json")
+    before = files(finished)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    report = check(finished)
+    assert report.bad_data == ["images/train"]
+    mend(finished, finished.info.spec, report, nobody)
+    assert check(finished, ALL).findings == ()
+    assert {name: len(content) for name, content in files(finished).items()} == {
+        name: len(content) for name, content in before.items()
+    }
+
+
+def test_a_chunk_in_the_place_of_another_is_found_and_both_are_mended(finished: GramStore) -> None:
+    before = files(finished)
+    one, other = (Path(finished.url, f"cross/C4/ntk/c/0/{col}") for col in (0, 1))
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    report = check(finished, 0)
+    assert report.bad_tiles == [Tile("cross", 0, 0), Tile("cross", 0, 1)]
+    assert all(re.match(r"entry \d, \d of the C4 ntk of tile", finding.what) for finding in report.findings)
+    mend(finished, finished.info.spec, report, nobody)
+    assert check(finished, ALL).findings == ()
+    assert files(finished) == before
+
+
+def test_a_folder_in_the_place_of_a_chunk_is_mended(finished: GramStore) -> None:
+    before = files(finished)
+    chunk = Path(finished.url, "gram/C1/ntk/c/0/1")
+    chunk.unlink()
+    (chunk / "sub").mkdir(parents=True)
+    report = check(finished)
+    assert report.bad_tiles == [Tile("gram", 0, 1)]
+    mend(finished, finished.info.spec, report, nobody)
+    assert files(finished) == before
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{", '{"attributes": 3}'])
+def test_a_damaged_solution_is_solved_again(finished: GramStore, content: str) -> None:
+    finish(finished, finished.info.spec, nobody)
+    arrays, _ = finished.solution("C1", "ntk")
+    Path(finished.url, "solution/C1/ntk/zarr.json").write_text(content)
+    report = check(finished)
+    assert report.bad_solutions
+    assert mend(finished, finished.info.spec, report, nobody) == ["solved again"]
+    assert_array_equal(finished.solution("C1", "ntk")[0]["coefficients"], arrays["coefficients"])
 
 
 def test_a_damaged_solution_is_found(finished: GramStore) -> None:
@@ -186,7 +281,7 @@ def test_a_damaged_solution_is_found(finished: GramStore) -> None:
 
 def test_an_image_without_kernel_is_found(finished: GramStore, monkeypatch: pytest.MonkeyPatch) -> None:
     write(finished, "images/train", (7,), np.float32(1e30))
-    monkeypatch.setattr(equigram.verify._Verification, "_images_are_whole", lambda _: True)
+    monkeypatch.setattr(equigram.verify._Verification, "_images_are_whole", lambda *_: True)
     (finding,) = check(finished).findings
     words = "an image has no kernel with itself: the C1 nngp of images/train[7] is no finite float32"
     assert finding.what == words
@@ -200,7 +295,7 @@ def test_lost_metadata_of_matrices_are_written_again(finished: GramStore) -> Non
     report = check(finished)
     assert report.bad_arrays == ["cross/C1/nngp", "gram/C1", "gram/C1/ntk"]
     assert not any(finding.beyond for finding in report.findings)
-    repair(finished, finished.info.spec, report.bad_tiles, nobody, report.bad_arrays)
+    mend(finished, finished.info.spec, report, nobody)
     assert check(GramStore.open(finished.url), ALL).findings == ()
     assert files(finished) == before
 
@@ -212,7 +307,7 @@ def test_lost_metadata_of_groups_are_written_again(finished: GramStore, name: st
     Path(finished.url, name, "zarr.json").unlink()
     report = check(finished)
     assert [finding.what for finding in report.findings] == [f"{name}: its metadata cannot be read"]
-    repair(finished, finished.info.spec, report.bad_tiles, nobody, report.bad_arrays)
+    mend(finished, finished.info.spec, report, nobody)
     assert check(GramStore.open(finished.url), ALL).findings == ()
     assert files(finished) == before
 
@@ -220,7 +315,7 @@ def test_lost_metadata_of_groups_are_written_again(finished: GramStore, name: st
 def test_damaged_images_do_not_end_the_verification(finished: GramStore) -> None:
     Path(finished.url, "images/test/c/1/0/0/0").write_bytes(b"nothing")
     Path(finished.url, "gram/C1/ntk/c/0/2").write_bytes(b"nothing")
-    tile, images = check(finished, ALL).findings
+    images, tile = check(finished, ALL).findings
     assert "images/test is damaged" in images.what
     assert tile.what == "chunk 0, 2 of gram/C1/ntk has 7 bytes, not 68"
 

@@ -34,6 +34,13 @@ class Split:
     names: tuple[str, ...]
     """Where each image came from: its path relative to the source, or ``train_images[17]``."""
 
+    def joined(self, more: Split) -> Split:
+        """These images, and more of the same shape and kind of labels behind them."""
+        labels = None
+        if self.labels is not None and more.labels is not None:
+            labels = np.concatenate([self.labels, more.labels])
+        return Split(np.concatenate([self.images, more.images]), labels, self.names + more.names)
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
