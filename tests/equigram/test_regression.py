@@ -1,4 +1,4 @@
-"""Kernel regression and its metrics, against scikit-learn and SciPy."""
+"""Kernel regression, against scikit-learn and SciPy."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ from equigram.errors import DataError, SolverError, SpecError
 from equigram.solve import (
     Solution,
     Targets,
-    accuracy,
     class_targets,
-    confusion_matrix,
-    mean_squared_error,
     memory_needed,
     nested_subset,
     real_targets,
@@ -141,7 +138,7 @@ def test_memory_stays_within_what_is_announced(order: Any) -> None:
 def test_blocks_of_rows_do_not_change_the_solution(monkeypatch: pytest.MonkeyPatch) -> None:
     gram, cross, values = problem()
     whole = predict(gram, cross, values)
-    monkeypatch.setattr("equigram.solve.regression._BLOCK", 3 * len(gram))
+    monkeypatch.setattr("equigram.solve.matrices.BLOCK", 3 * len(gram))
     np.testing.assert_allclose(predict(gram, cross, values), whole, rtol=1e-9)
 
 
@@ -517,42 +514,3 @@ def test_a_subset_that_does_not_exist_is_refused(
 
 
 # Metrics
-
-SCORES = np.array([[0.9, 0.1, 0.0], [0.2, 0.5, 0.3], [0.4, 0.4, 0.2], [0.0, 0.1, 0.9]])
-
-
-def test_accuracy_is_the_share_of_largest_predictions_at_the_label() -> None:
-    assert accuracy(SCORES, np.array([0, 1, 0, 1])) == 0.75
-
-
-def test_the_confusion_matrix_counts_true_classes_in_rows() -> None:
-    np.testing.assert_array_equal(confusion_matrix(SCORES, np.array([0, 1, 0, 1])), [[2, 0, 0], [0, 1, 1], [0, 0, 0]])
-
-
-def test_the_mean_squared_error_is_over_images_and_columns() -> None:
-    assert mean_squared_error(np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[1.0, 0.0], [3.0, 0.0]])) == 5.0
-
-
-@pytest.mark.parametrize("metric", [accuracy, confusion_matrix])
-@pytest.mark.parametrize(
-    ("scores", "labels", "error", "text"),
-    [
-        (SCORES, [0, 1], SpecError, "predictions (4, 3) and labels (2,) must have shapes (m, k) and (m,)"),
-        (SCORES, [0, 1, 2, 3], DataError, "image 3 has label 3, but the predictions have classes 0 to 2"),
-        (SCORES[:0], [], DataError, "there is no prediction in an array of shape (0, 3)"),
-        (SCORES * np.nan, [0, 1, 2, 2], DataError, "the prediction of image 0, column 0 is nan; it must be finite"),
-    ],
-)
-def test_metrics_of_classes_refuse_what_they_cannot_count(
-    metric: Any, scores: Float64s, labels: list[int], error: type[Exception], text: str
-) -> None:
-    with pytest.raises(error) as caught:
-        metric(scores, np.array(labels, dtype=np.int64))
-    assert str(caught.value).startswith(text)
-
-
-def test_the_mean_squared_error_refuses_other_shapes_and_nan() -> None:
-    with pytest.raises(SpecError, match=r"predictions \(4, 3\) and true values \(4, 2\) must have one shape"):
-        mean_squared_error(SCORES, SCORES[:, :2])
-    with pytest.raises(DataError, match="the true value of image 0, column 0 is nan"):
-        mean_squared_error(SCORES, SCORES * np.nan)

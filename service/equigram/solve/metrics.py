@@ -1,4 +1,4 @@
-"""How good predictions are: accuracy, mean squared error, confusion matrix."""
+"""How good predictions are, and how sure: accuracies, errors, likelihoods, calibrated probabilities."""
 
 from __future__ import annotations
 
@@ -23,6 +23,45 @@ def accuracy(predictions: NDArray[np.floating[Any]], labels: NDArray[np.integer[
     """
     _check_classes(predictions, labels)
     return float(np.mean(predictions.argmax(axis=1) == labels))
+
+
+def accuracy_interval(
+    predictions: NDArray[np.floating[Any]], labels: NDArray[np.integer[Any]], confidence: float = 0.95
+) -> tuple[float, float]:
+    """Bounds of the accuracy on images like these, by Wilson's score interval for a binomial proportion.
+
+    Args:
+      predictions: (m, k) floats, one column per class.
+      labels: (m,) integers in 0 … k - 1.
+      confidence: the share of such intervals that hold the accuracy, between 0 and 1.
+
+    Raises:
+      SpecError: the shapes disagree.
+      DataError: there are no images, a prediction is not finite, or a label is no column.
+    """
+    from scipy.stats import binomtest
+
+    _check_classes(predictions, labels)
+    right = int(np.count_nonzero(predictions.argmax(axis=1) == labels))
+    low, high = binomtest(right, len(labels)).proportion_ci(confidence, method="wilson")
+    return float(low), float(high)
+
+
+def balanced_accuracy(predictions: NDArray[np.floating[Any]], labels: NDArray[np.integer[Any]]) -> float:
+    """Mean over the classes that occur of the share of their images that are predicted right, in 0 … 1.
+
+    Args:
+      predictions: (m, k) floats, one column per class.
+      labels: (m,) integers in 0 … k - 1.
+
+    Raises:
+      SpecError: the shapes disagree.
+      DataError: there are no images, a prediction is not finite, or a label is no column.
+    """
+    counts = confusion_matrix(predictions, labels)
+    images = counts.sum(axis=1)
+    there = images > 0
+    return float(np.mean(np.diagonal(counts)[there] / images[there]))
 
 
 def confusion_matrix(predictions: NDArray[np.floating[Any]], labels: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
@@ -61,6 +100,74 @@ def mean_squared_error(predictions: NDArray[np.floating[Any]], values: NDArray[n
     _check_values(predictions, "prediction")
     _check_values(values, "true value")
     return float(np.mean(np.square(predictions.astype(np.float64) - values)))
+
+
+def negative_log_likelihood(
+    predictions: NDArray[np.floating[Any]], variances: NDArray[np.floating[Any]], values: NDArray[np.floating[Any]]
+) -> float:
+    """Mean of ``½ log(2π σ²) + (value - prediction)² / (2 σ²)`` over all images and columns, in nats.
+
+    Args:
+      predictions: (m, k) floats.
+      variances: σ², (m,) floats above 0, the same for all columns of an image; with the noise, if there is any.
+      values: (m, k) floats, the true targets.
+
+    Raises:
+      SpecError: the shapes disagree.
+      DataError: there are no images, something is not finite, or a variance is not above 0.
+    """
+    mean_squared_error(predictions, values)  # checks both
+    if variances.shape != predictions.shape[:1]:
+        raise SpecError(f"variances {variances.shape} do not fit predictions {predictions.shape}; pass one per image")
+    wrong = np.flatnonzero(~(np.isfinite(variances) & (variances > 0)))
+    if wrong.size:
+        raise DataError(
+            f"the variance of image {wrong[0]} is {variances[wrong[0]]:g}; it must be above 0: add the variance of "
+            "the noise, which is the ridge"
+        )
+    spread = variances.astype(np.float64)[:, None]
+    squares = np.square(predictions.astype(np.float64) - values)
+    return float(np.mean(0.5 * np.log(2 * np.pi * spread) + squares / (2 * spread)))
+
+
+def inverse_temperature(predictions: NDArray[np.floating[Any]], labels: NDArray[np.integer[Any]]) -> float:
+    """β for which ``softmax(β predictions)`` gives the labels the largest likelihood (Guo et al. 2017).
+
+    Args:
+      predictions: (n, k) floats for images whose labels were not used to predict them: predictions that leave the
+        image out.
+      labels: (n,) integers in 0 … k - 1.
+
+    Returns:
+      0.01 to 100: separable classes would have an infinite one.
+
+    Raises:
+      SpecError: the shapes disagree.
+      DataError: there are no images, a prediction is not finite, or a label is no column.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import logsumexp
+
+    _check_classes(predictions, labels)
+    right = predictions[np.arange(len(labels)), labels]
+
+    def loss(exponent: float) -> float:
+        beta = 10.0**exponent
+        return float(np.mean(logsumexp(beta * predictions, axis=1) - beta * right))
+
+    return float(10.0 ** minimize_scalar(loss, bounds=(-2.0, 2.0), method="bounded").x)
+
+
+def probabilities(predictions: NDArray[np.floating[Any]], beta: float) -> NDArray[np.float64]:
+    """``softmax(β predictions)``: (m, k) float64, each row of sum 1.
+
+    Args:
+      predictions: (m, k) floats, one column per class.
+      beta: from :func:`inverse_temperature`.
+    """
+    from scipy.special import softmax
+
+    return np.asarray(softmax(beta * predictions.astype(np.float64), axis=1))
 
 
 def _check_classes(predictions: NDArray[np.floating[Any]], labels: NDArray[np.integer[Any]]) -> None:

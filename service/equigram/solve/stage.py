@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from equigram.errors import DataError, SolverError
 from equigram.solve.metrics import accuracy, mean_squared_error
-from equigram.solve.regression import Solution, Targets, class_targets, nested_subset, real_targets, solve
+from equigram.solve.regression import Solution, solve
+from equigram.solve.targets import Targets, class_targets, nested_subset, real_targets
 from equigram.spec import SolveSpec
 from equigram.store import GramStore
 
