@@ -143,8 +143,8 @@ def run(
         gram: {groups: [C1, C4], kernels: [nngp, ntk], dtype: float32,
                tile: auto, engine: auto}
         resources: {workers: auto, cpus_per_worker: 1, gpus_per_worker: 0}
-        solve: {ridge: [1e-4, 1e-2], kernels: [nngp, ntk],
-                train_sizes: [10, 30]}
+        solve: {ridge: [1e-4, 1e-2], choose: auto, kernels: [nngp, ntk],
+                train_sizes: [10, 30], method: auto}
         storage_options: null              # {s3: {endpoint_url: ...}}
 
     Predictions are `mean(Y) + K(x, X) (K(X, X) + ridge s I)^-1 (Y - mean(Y))`, with one-hot or real targets Y and s the
@@ -272,7 +272,7 @@ def predict(
         str | None, typer.Option(metavar="KERNEL", help="nngp or ntk; by default the last that was solved.")
     ] = None,
     ridge: Annotated[
-        float | None, typer.Option(metavar="NUMBER", help="One of the job's ridge values; by default the first.")
+        float | None, typer.Option(metavar="NUMBER", help="One of the job's ridge values; by default the chosen one.")
     ] = None,
 ) -> None:
     """Predict new images with a finished run, and write a CSV line for each.

@@ -263,7 +263,9 @@ def on_a_worker(resources: ResourceSpec, function: Callable[[], T]) -> T:
     import ray
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-    task: Any = ray.remote(lambda: function()).options(**_share(resources))  # Ray takes no callables but functions
+    task: Any = ray.remote(lambda: function()).options(
+        **share_of_a_worker(resources)
+    )  # Ray takes no callables but functions
     wait = CAPACITY_SECONDS if resources.wait is None else max(resources.wait, CAPACITY_SECONDS)
     try:
         returned: T = ray.get(task.remote(), timeout=wait)
@@ -279,7 +281,7 @@ def on_a_worker(resources: ResourceSpec, function: Callable[[], T]) -> T:
     return returned
 
 
-def _share(resources: ResourceSpec) -> dict[str, Any]:
+def share_of_a_worker(resources: ResourceSpec) -> dict[str, Any]:
     """What Ray gives to a worker, but for its memory."""
     return {
         "num_cpus": resources.cpus_per_worker,
@@ -300,7 +302,7 @@ def _nodes(resources: ResourceSpec) -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and asked <= (node.get("Labels") or {}).items()]
 
 
-def _check_local_cluster() -> None:
+def check_local_cluster() -> None:
     """Raise :class:`ClusterError` if a process of the cluster that this one has started is gone.
 
     Ray itself notices after a minute, and then waits for its node for ever.
@@ -414,7 +416,7 @@ class OnRay:
     def capacity(self) -> int:
         """How many workers there should be now."""
         if self._spec.resources.address is None:
-            _check_local_cluster()
+            check_local_cluster()
         return target_workers(self._spec.resources, self._memory)
 
     def start(self) -> int:
@@ -423,7 +425,7 @@ class OnRay:
 
         gram, resources = self._spec.gram, self._spec.resources
         actor: Any = ray.remote(self._actor).options(
-            **_share(resources), memory=self._memory, max_restarts=0, max_concurrency=TILES_IN_FLIGHT
+            **share_of_a_worker(resources), memory=self._memory, max_restarts=0, max_concurrency=TILES_IN_FLIGHT
         )
         options = self._spec.storage_options
         handle = actor.remote(

@@ -30,11 +30,12 @@ class Note(Event):
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """``done`` of ``total`` things of the kind ``what`` are done."""
+    """``done`` of ``total`` things of the kind ``what`` are done; ``detail`` says more than their number."""
 
     what: str
     done: int
     total: int
+    detail: str = ""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def draw_run(store: GramStore, folder: str | Path) -> list[Path]:
     """Draw everything that a run has to show into ``folder``: PNG files, whose paths are returned.
 
     Heat maps of the train matrices sorted by class, their eigenvalue spectra, and where it was solved with test
-    labels the confusion matrices and learning curves, both for the first ridge value that has a solution.
+    labels the confusion matrices and learning curves, both for the ridge values that were chosen.
 
     Raises:
       IncompleteRunError: tiles of the train matrices are missing; nothing was drawn.
@@ -59,12 +59,12 @@ def draw_run(store: GramStore, folder: str | Path) -> list[Path]:
             spectra[name] = np.linalg.eigvalsh(gram[np.ix_(some, some)].astype(np.float64))
             if class_labels is None or test_labels is None or not store.has_solution(group, kernel):
                 continue
-            arrays, _ = store.solution(group, kernel)
-            ridge = float(arrays["ridge"][0])
-            matrix = confusion_matrix(arrays["predictions"][0], test_labels)
+            arrays, fields = store.solution(group, kernel)
+            ridge = float(arrays["ridge"][fields["chosen"]])
+            matrix = confusion_matrix(arrays["predictions"][fields["chosen"]], test_labels)
             path = folder / f"confusion-{group}-{kernel}.png"
             written.append(plot.confusion(matrix, info.classes, f"{name}: test images, ridge {ridge:g}", path))
-            results = [result for result in stored_results(store, group, kernel) if result.ridge == ridge]
+            results = [result for result in stored_results(store, group, kernel) if result.chosen]
             curves[name] = _learning_curve(results, class_labels)
     written.append(plot.spectrum(spectra, folder / "spectrum.png"))
     if any(len(curve) > 1 for curve in curves.values()):

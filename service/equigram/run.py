@@ -43,9 +43,19 @@ from equigram.events import (
 )
 from equigram.listeners import FLUSH_SECONDS, History, driver_of
 from equigram.local import InProcess
-from equigram.plan import Plan, SplitName, Tile, TileSet, Tiling, choose_edge, image_bytes, matrix_bytes, worker_bytes
-from equigram.solve.regression import memory_needed
-from equigram.solve.stage import Result, check_solvable, solve_run
+from equigram.plan import (
+    LARGEST_TILE,
+    Plan,
+    SplitName,
+    Tile,
+    TileSet,
+    Tiling,
+    choose_edge,
+    image_bytes,
+    matrix_bytes,
+    worker_bytes,
+)
+from equigram.solve.stage import Result, check_memory, check_solvable, choose_method, solve_run
 from equigram.spec import JobSpec, KernelName
 from equigram.storage import configure
 from equigram.store import SAME_SOFTWARE, GramStore, free_space, versions
@@ -258,13 +268,6 @@ def needs_square(spec: JobSpec) -> bool:
     return any(not keeps_rectangles(group) for group in spec.gram.groups)
 
 
-def solver_memory(spec: JobSpec, train: int, test: int) -> int:
-    """Bytes that the solver stage needs for ``train`` and ``test`` images; 0 without one."""
-    if spec.solve is None:
-        return 0
-    return memory_needed(train) + test * train * np.dtype(spec.gram.dtype).itemsize
-
-
 def worker_memory(spec: JobSpec, groups: tuple[str, ...], tiling: Tiling, image_shape: tuple[int, int, int]) -> int:
     """Bytes that a worker needs at most for a pass over ``groups``, for images of ``(H, W, C)``."""
     gram, threads = spec.gram, spec.resources.cpus_per_worker
@@ -281,22 +284,26 @@ def worker_memory(spec: JobSpec, groups: tuple[str, ...], tiling: Tiling, image_
     return WORKER_BYTES + engine.working_bytes(*image_shape) + blocks
 
 
-def check_solver(spec: JobSpec, found: Survey) -> None:
-    """Raise unless the solver stage can hold its matrices and solve with these labels.
+def check_solver(spec: JobSpec, found: Survey, tile: int = LARGEST_TILE) -> int:
+    """Raise unless the solver stage has the memory that it needs, and can solve with these labels.
+
+    Args:
+      spec: the job.
+      found: its images.
+      tile: the edge of the tiles, as far as it is known.
+
+    Returns:
+      Bytes that the stage needs; 0 without one.
 
     Raises:
       DataError, SpecError: the labels do not allow the regressions that the job asks for.
-      ResourceError: the matrices do not fit in memory.
+      ResourceError: there is not enough memory.
     """
-    if spec.solve is not None:
-        check_solvable(spec.solve, found.labels, found.classes)
-    needed, available = solver_memory(spec, found.train, found.test), available_memory()
-    if needed > available:
-        raise ResourceError(
-            f"solving with {found.train} training images needs {format_bytes(needed)} of memory, and "
-            f"{format_bytes(available)} are available; take fewer images (data.per_class), a larger machine, or set "
-            "`solve: null` to compute the Gram matrices only"
-        )
+    if spec.solve is None:
+        return 0
+    columns = check_solvable(spec.solve, found.labels, found.classes)
+    itemsize = np.dtype(spec.gram.dtype).itemsize
+    return check_memory(spec.solve, found.train, itemsize, tile, columns)
 
 
 def check_worker_memory(spec: JobSpec, needed: int) -> None:
@@ -378,7 +385,7 @@ def make_plan(spec: JobSpec, found: Survey, store: GramStore | None, listener: L
         work=work,
         store_bytes=matrix_bytes(tiling, matrices, itemsize) + image_bytes(tiling, int(np.prod(shape))),
         worker_bytes=memory,
-        solver_bytes=solver_memory(spec, found.train, found.test),
+        solver_bytes=check_solver(spec, found, edge),
     )
 
 
@@ -685,9 +692,10 @@ def solve(store: GramStore, spec: JobSpec, listener: Listener) -> list[Result]:
     """Do the regressions that the job asks for, on the matrices in the store."""
     if spec.solve is None:
         return []
-    return solve_run(
-        store, spec.solve, spec.solved_kernels, lambda done, total: listener(Progress("solve", done, total))
-    )
+    resources = spec.resources
+    on_cluster = resources.address is not None and choose_method(spec.solve, store.info.train) == "iterative"
+    with ray_session(resources) if on_cluster else contextlib.nullcontext():
+        return solve_run(store, spec.solve, spec.solved_kernels, listener, resources if on_cluster else None)
 
 
 @dataclass(frozen=True)
@@ -723,7 +731,7 @@ def predict(
       store: the run.
       images: a folder, an image file, an .npz, .npy or zarr; any fsspec URL. Treated as the training images were.
       group, kernel: which Gram matrix; by default the last group of the job and the last solved kernel.
-      ridge: one of the job's ridge values; by default the first.
+      ridge: one of the job's ridge values; by default the one that was chosen.
       progress: called with the images done and their number.
 
     Raises:
@@ -741,9 +749,13 @@ def predict(
             f"kernels {', '.join(spec.gram.kernels)}"
         )
     together = next(one.groups for one in info.passes if (group, kernel) in one.matrices)
-    arrays, _ = store.solution(group, kernel)
+    arrays, fields = store.solution(group, kernel)
     ridges = arrays["ridge"].tolist()
-    chosen = 0 if ridge is None else next((i for i, value in enumerate(ridges) if np.isclose(value, ridge)), None)
+    chosen = (
+        fields["chosen"]
+        if ridge is None
+        else next((i for i, value in enumerate(ridges) if np.isclose(value, ridge)), None)
+    )
     if chosen is None:
         choices = ", ".join(f"{value:g}" for value in ridges)
         raise SpecError(f"the run has no solution for ridge {ridge:g}; choose one of {choices}")

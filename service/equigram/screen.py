@@ -55,6 +55,8 @@ class _Stage:
     """When a line was last written about it."""
     done: int
     total: int
+    detail: str = ""
+    """What is said instead of the speed."""
 
     @property
     def finished(self) -> bool:
@@ -66,6 +68,8 @@ class _Stage:
 
     def speed(self, now: float) -> str:
         """Things per second, and the time left or, at the end, taken: ``"1,234 pairs/s, 12 min left"``."""
+        if self.detail:
+            return self.detail
         if self.done == self.first or not self.seconds:
             return ""
         rate = (self.done - self.first) / self.seconds
@@ -120,8 +124,8 @@ class Screen:
         match event:
             case Note(text):
                 self._note(text)
-            case Progress(what, done, total):
-                self._progress(what, done, total)
+            case Progress(what, done, total, detail):
+                self._progress(what, done, total, detail)
             case ComputationStarted():
                 if event.missing_tiles < event.tiles:
                     done = event.tiles - event.missing_tiles
@@ -139,7 +143,7 @@ class Screen:
             self._notes.add(text)
             self._console.print(Text(f"note: {text}", style="yellow"), soft_wrap=True)
 
-    def _progress(self, what: str, done: int, total: int) -> None:
+    def _progress(self, what: str, done: int, total: int, detail: str) -> None:
         """``done`` of ``total`` things of a stage are done."""
         now = self._clock()
         stage = self._stages.get(what)
@@ -149,13 +153,14 @@ class Screen:
             title = STAGES.get(what, what)
             bar = self._bars.add_task(title, total=total)
             stage = self._stages[what] = _Stage(title, bar, now, done, now, now, done, total)
-        stage.done, stage.total, stage.heard = done, total, now
+        stage.done, stage.total, stage.heard, stage.detail = done, total, now, detail
         self._bars.update(stage.bar, completed=done, total=total, stage=stage)
         due = stage.seconds >= WORTH_A_LINE if stage.finished else now - stage.told >= LINE_SECONDS
         if self._bars.disable and due:
             stage.told = now
             share = f"{done:,} of {total:,}" + ("" if stage.finished else f" ({done / total:.0%})")
-            self._console.print(f"{stage.title}: {share}, {stage.speed(now)}".rstrip(", "), soft_wrap=True)
+            line = f"{stage.title}: {detail or f'{share}, {stage.speed(now)}'}"
+            self._console.print(line.rstrip(", "), soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
@@ -196,27 +201,39 @@ def summary(history: Iterable[Mapping[str, Any]]) -> str:
 
 
 def results_table(results: Sequence[Result]) -> Table:
-    """A row for each network, kernel and ridge value with all training images; ``*`` marks what warnings are about."""
+    """A row for each network, kernel and ridge value with all training images.
+
+    ``<`` marks the ridge values that were chosen, ``*`` what warnings are about.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     whole = [result for result in results if result.train_size is None]
+    several = any(not result.chosen for result in whole)
     columns: list[tuple[str, Callable[[Result], str | None]]] = [
-        ("network", lambda r: r.group),
+        ("group", lambda r: r.group),
         ("kernel", lambda r: r.kernel),
-        ("images", lambda r: f"{r.images:,}"),
-        ("ridge", lambda r: f"{r.ridge:g}"),
-        ("accuracy", lambda r: _number(r.accuracy, ".3f")),
-        ("mse", lambda r: _number(r.mean_squared_error, "#.4g")),
-        ("residual", lambda r: _number(r.residual, ".1e")),
-        ("condition", lambda r: _number(r.condition, ".1e")),
+        ("ridge", lambda r: f"{r.ridge:g}" + (" <" if r.chosen else "  ") * several),
+        ("accuracy", _accuracy),
+        ("mse", lambda r: _number(r.mean_squared_error, "#.3g")),
+        ("left out\nmse", lambda r: _number(r.left_out_error, "#.3g")),
+        ("resid.", lambda r: _number(r.residual, ".0e")),
+        ("cond.", lambda r: _number(r.condition, ".1e")),
         ("", lambda r: "*" if r.warning else None),
     ]
     shown = [(title, [cell(result) for result in whole]) for title, cell in columns]
     shown = [(title, cells) for title, cells in shown if any(cells)]
     for title, _ in shown:
-        table.add_column(title, no_wrap=True, justify="left" if title in ("network", "kernel", "") else "right")
+        table.add_column(title, no_wrap=True, justify="left" if title in ("group", "kernel", "") else "right")
     for row in zip(*(cells for _, cells in shown), strict=True):
         table.add_row(*(cell or ("-" if title else "") for (title, _), cell in zip(shown, row, strict=True)))
     return table
+
+
+def _accuracy(result: Result) -> str | None:
+    """The accuracy and half of its 95% interval."""
+    if result.accuracy is None or result.accuracy_interval is None:
+        return _number(result.accuracy, ".3f")
+    low, high = result.accuracy_interval
+    return f"{result.accuracy:.3f}±{(high - low) / 2:.3f}".replace("±0", "±")
 
 
 def warnings(results: Sequence[Result], dtype: str) -> Iterator[str]:
@@ -231,23 +248,24 @@ def warnings(results: Sequence[Result], dtype: str) -> Iterator[str]:
 
 
 def comparison(results: Sequence[Result]) -> Group | None:
-    """Which network did better at which training size, by kernel, with the first ridge value; ``None`` without sizes.
+    """Which network did better at which training size, by kernel, with the chosen ridge; ``None`` without sizes.
 
     Better is a higher accuracy or, for regression, a lower mean squared error on the test images.
     """
-    ridge = results[0].ridge
+    ridges = {result.ridge for result in results if result.chosen}
     classes = any(result.accuracy is not None for result in results)
     scores = {
         (result.train_size, result.kernel, result.group): score
         for result in results
-        if result.ridge == ridge and (score := result.accuracy if classes else result.mean_squared_error) is not None
+        if result.chosen and (score := result.accuracy if classes else result.mean_squared_error) is not None
     }
     images = {result.train_size: result.images for result in results}
     if len(images) < 2 or not scores:
         return None
     groups = list(dict.fromkeys(result.group for result in results))
     kernels = list(dict.fromkeys(result.kernel for result in results))
-    what = f"test {'accuracy' if classes else 'mean squared error'}, ridge {ridge:g}"
+    ridge = f"ridge {ridges.pop():g}" if len(ridges) == 1 else "the chosen ridge each"
+    what = f"test {'accuracy' if classes else 'mean squared error'}, {ridge}"
     title = f"which network did better: {what}" if len(groups) > 1 else what
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("training\nimages", no_wrap=True, justify="right")

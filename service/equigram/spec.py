@@ -192,11 +192,28 @@ class SolveSpec(_Section):
     """Kernel regression on the finished matrices."""
 
     ridge: Several[Annotated[float, Field(ge=0, strict=True)]] = (1e-6, 1e-4, 1e-2)
-    """Ridge values λ in units of the mean diagonal of the train Gram matrix; the first is the one to predict with."""
+    """Ridge values λ in units of the mean diagonal of the train Gram matrix."""
+    choose: Literal["auto", "first", "leave_one_out", "folds"] = "auto"
+    """Which of them to predict with: the ``first``, or that with the smallest mean squared error on training images
+    that are left out, one at a time (in closed form) or in ``folds``; never on test images. ``auto`` leaves out one at
+    a time where the matrix fits in memory, else takes the first."""
+    folds: Annotated[int, Field(ge=2, strict=True)] = 5
+    """Parts that the training images are split into for ``choose: folds``, at random by ``data.seed``."""
     kernels: Several[KernelName] | None = None
     """Kernels to predict with; without it all of ``gram.kernels``."""
     train_sizes: Several[Count] | None = None
     """Learning curve: also solve with only so many training images per class (of all images in regression)."""
+    method: Literal["auto", "direct", "tiled", "iterative"] = "auto"
+    """``direct`` factorises in memory, ``tiled`` in the store, ``iterative`` runs conjugate gradients over the stored
+    tiles; ``auto`` is direct where that fits in memory, else iterative."""
+    memory: Annotated[float, Field(gt=0, strict=True)] | None = None
+    """GiB of memory that the solver may use; without it nine tenths of what is available."""
+    tolerance: Annotated[float, Field(gt=0, lt=1, strict=True)] = 1e-8
+    """Relative residual at which conjugate gradients stop."""
+    steps: Count = 1000
+    """Steps of conjugate gradients at most."""
+    rank: Count = 512
+    """Rank of their preconditioner: a higher one takes memory, and fewer steps."""
 
 
 class JobSpec(_Section):

@@ -10,6 +10,7 @@ attribute ``equigram``         the job, software versions, normalisation constan
 ``gram/<group>/<kernel>``      ``(n, n)``, chunk = tile, both triangles filled
 ``cross/<group>/<kernel>``     ``(m, n)``, test against training images
 ``solution/<group>/<kernel>``  coefficients, predictions; metrics as attributes
+``factor/<group>/<kernel>``    ``(n, n)`` float64, Cholesky factors of matrices that no memory holds
 ``history/events``             what happened, in files of JSON lines
 =============================  ===========================================================================
 
@@ -287,8 +288,9 @@ class GramStore:
             tiling = Tiling(counts["train"], counts["test"], info.tile)
             for one in info.passes:
                 _add_matrices(root, one, tiling, info.spec.gram)
-            if "solution" in root:
-                self._call("rm", f"{self._place[1]}/solution", recursive=True)
+            for name in ("solution", "factor"):
+                if name in root:
+                    self._call("rm", f"{self._place[1]}/{name}", recursive=True)
         names_bytes = {**info.names_bytes, split: len(_names_text([*names, *more.names]))}
         added = {"split": split, "source": source, "labels": labels_source, "images": len(more.images), "sha256": new}
         self._change(
@@ -644,7 +646,8 @@ class GramStore:
                 )
             with self._explained(f"write tile {tile}"):
                 for (row, col), chunk in zip(self.info.tiling.chunks(tile), (values, values.T), strict=False):
-                    self._put(f"{tile.part}/{group}/{kernel}/c/{row}/{col}", self._encoded(chunk))
+                    name = f"{tile.part}/{group}/{kernel}/c/{row}/{col}"
+                    self._put(name, self._encoded(chunk, compress=self._compressed))
         tiling, edge = self.info.tiling, self.info.tile
         if len(tiling.rows(tile)) < edge or len(tiling.cols(tile)) < edge:
             self._discard_if_extended(tile)
@@ -673,7 +676,7 @@ class GramStore:
             f"images were added to {self.url} by another process meanwhile; what is finished is kept: run again"
         )
 
-    def _encoded(self, values: NDArray[Any]) -> bytes:
+    def _encoded(self, values: NDArray[Any], *, compress: bool) -> bytes:
         """A chunk as zarr stores it: little-endian, filled up with NaN, perhaps compressed, and its CRC-32C."""
         import google_crc32c
         import numcodecs
@@ -684,7 +687,6 @@ class GramStore:
             whole[: values.shape[0], : values.shape[1]] = values
             values = whole
         values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
-        compress = self.info.spec.gram.compression == "zstd"
         content = bytes(numcodecs.Blosc(**_ZSTD).encode(values)) if compress else values.tobytes()
         checksum: int = google_crc32c.value(content)
         return content + checksum.to_bytes(4, "little")
@@ -868,24 +870,37 @@ class GramStore:
                 )
             yield values
 
+    def diagonal(self, group: str, kernel: str) -> NDArray[Any]:
+        """The diagonal (n,) of a train matrix, in the dtype of the run; raises as :meth:`matrix`."""
+        blocks = range(self.info.tiling.train_blocks)
+        tiles = self.read_blocks("gram", group, kernel, [(block, block) for block in blocks])
+        return np.concatenate([np.diagonal(tile) for tile in tiles])
+
     def read_chunk(self, part: Part, group: str, kernel: str, row: int, col: int) -> tuple[NDArray[Any], str]:
         """The values of a chunk of a matrix, and what is wrong with them, if anything.
 
         Several times faster than through zarr, which takes a millisecond for each chunk.
         """
-        name, tile = f"{part}/{group}/{kernel}", Tile(part, row, col)
+        tile, dtype = Tile(part, row, col), np.dtype(self.info.spec.gram.dtype)
+        shape = len(self.info.tiling.rows(tile)), len(self.info.tiling.cols(tile))
+        return self._read_chunk(f"{part}/{group}/{kernel}", row, col, shape, dtype, compressed=self._compressed)
+
+    def _read_chunk(
+        self, name: str, row: int, col: int, shape: tuple[int, int], dtype: np.dtype[Any], *, compressed: bool
+    ) -> tuple[NDArray[Any], str]:
+        """The values of a chunk as far as they count, and what is wrong with them, if anything."""
         with self._explained(f"read {name}"):
             try:
                 content = bytes(self._call("cat_file", f"{self._place[1]}/{name}/c/{row}/{col}"))
             except (FileNotFoundError, IsADirectoryError):
                 return np.empty((0, 0)), "it is missing"
-        values, wrong = self._decoded(content)
+        values, wrong = self._decoded(content, dtype, compressed=compressed)
         if not wrong:
-            values = values[: len(self.info.tiling.rows(tile)), : len(self.info.tiling.cols(tile))]
+            values = values[: shape[0], : shape[1]]
             wrong = "" if np.isfinite(values).all() else "it holds values that are not finite"
         return values, wrong
 
-    def _decoded(self, content: bytes) -> tuple[NDArray[Any], str]:
+    def _decoded(self, content: bytes, dtype: np.dtype[Any], *, compressed: bool) -> tuple[NDArray[Any], str]:
         """The values of what :meth:`_encoded` made, and what is wrong with them, if anything."""
         import google_crc32c
         import numcodecs
@@ -893,23 +908,33 @@ class GramStore:
         nothing, body = np.empty((0, 0)), content[:-4]
         if google_crc32c.value(body) != int.from_bytes(content[-4:], "little"):
             return nothing, "its checksum does not match"
-        if self.info.spec.gram.compression == "zstd":
+        if compressed:
             try:
                 body = bytes(numcodecs.Blosc().decode(body))
             except RuntimeError:
                 return nothing, "it cannot be decompressed"
-        edge, dtype = self.info.tile, np.dtype(self.info.spec.gram.dtype).newbyteorder("<")
+        edge = self.info.tile
         if len(body) != edge * edge * dtype.itemsize:
             return nothing, f"it holds {len(body)} bytes, not {edge * edge * dtype.itemsize}"
-        return np.frombuffer(body, dtype).reshape(edge, edge), ""
+        return np.frombuffer(body, dtype.newbyteorder("<")).reshape(edge, edge), ""
+
+    @property
+    def _compressed(self) -> bool:
+        return self.info.spec.gram.compression == "zstd"
 
     def read_chunks(self, chunks: Iterable[tuple[Part, str, str, int, int]]) -> Iterator[tuple[NDArray[Any], str]]:
         """What :meth:`read_chunk` says of each, in this order; several are read at a time, and a few ahead."""
+        return self._ahead(self.read_chunk, chunks)
+
+    def _ahead(
+        self, read: Callable[..., tuple[NDArray[Any], str]], chunks: Iterable[tuple[Any, ...]]
+    ) -> Iterator[tuple[NDArray[Any], str]]:
+        """What ``read`` says of each, in this order; several are read at a time, and a few ahead."""
         pending: deque[Future[tuple[NDArray[Any], str]]] = deque()
         with self._storage("read chunks"), ThreadPoolExecutor(READERS) as pool:
             try:
                 for chunk in chunks:
-                    pending.append(pool.submit(self.read_chunk, *chunk))
+                    pending.append(pool.submit(read, *chunk))
                     if len(pending) > READERS:
                         yield pending.popleft().result()
                 while pending:
@@ -987,6 +1012,70 @@ class GramStore:
             if _sha256(values) != names[name]:
                 raise DamagedArrayError(f"{self.url}: {name} of {group} {kernel} is damaged; {SOLVE_AGAIN}")
         return arrays, fields
+
+    # ------------------------------------------------------------------ factors
+
+    def begin_factor(self, group: str, kernel: str, fields: Mapping[str, Any]) -> int:
+        """Make room for the Cholesky factor of a train matrix; one that was begun with the same ``fields`` goes on.
+
+        Returns:
+          How many columns of tiles are finished, from the left.
+        """
+        name, blocks = f"factor/{group}/{kernel}", self.info.tiling.train_blocks
+        signed = _signed({**fields, "train": self.info.train})
+        with self._alone(), self._storage("make room for a factor"):
+            try:
+                document = json.loads(self._call("cat_file", f"{self._place[1]}/{name}/zarr.json"))
+                begun = document["attributes"] == signed
+            except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+                begun = False
+            if not begun:
+                from zarr.codecs import Crc32cCodec
+
+                self._root_to_write.create_array(
+                    name,
+                    shape=(self.info.train, self.info.train),
+                    dtype="float64",
+                    chunks=(self.info.tile, self.info.tile),
+                    compressors=[Crc32cCodec()],
+                    fill_value=float("nan"),
+                    attributes=signed,
+                    overwrite=True,
+                )
+                return 0
+        there = self._sizes(name, (blocks, blocks)) == chunk_bytes(self.info.tile, 8)
+        whole = [bool(there[col:, col].all()) for col in range(blocks)]
+        return whole.index(False) if False in whole else blocks
+
+    def write_factor(self, group: str, kernel: str, row: int, col: int, values: NDArray[np.float64]) -> None:
+        """Store a tile of a factor; what is above the diagonal of it counts, too, and is 0."""
+        with self._explained(f"write the factor of {group} {kernel}"):
+            self._put(f"factor/{group}/{kernel}/c/{row}/{col}", self._encoded(values, compress=False))
+
+    def read_factor(self, group: str, kernel: str, places: Iterable[tuple[int, int]]) -> Iterator[NDArray[np.float64]]:
+        """The tiles (row, col) of a factor, in this order.
+
+        Raises:
+          DamagedArrayError: one is missing or damaged.
+        """
+        name, images = f"factor/{group}/{kernel}", self.info.tiling.train_images
+
+        def read(row: int, col: int) -> tuple[NDArray[Any], str]:
+            (top, left), dtype = map(images, (row, col)), np.dtype(np.float64)
+            shape = top.stop - top.start, left.stop - left.start
+            return self._read_chunk(name, row, col, shape, dtype, compressed=False)
+
+        chosen = list(places)
+        for (row, col), (values, wrong) in zip(chosen, self._ahead(read, chosen), strict=True):
+            if wrong:
+                self.discard_factor(group, kernel)
+                raise DamagedArrayError(f"{self.url}: chunk {row}, {col} of {name} is damaged: {wrong}; {SOLVE_AGAIN}")
+            yield values
+
+    def discard_factor(self, group: str, kernel: str) -> None:
+        """Delete a factor, if there is one."""
+        with self._alone(), self._storage("delete a factor"), contextlib.suppress(FileNotFoundError):
+            self._call("rm", f"{self._place[1]}/factor/{group}/{kernel}", recursive=True)
 
     # ------------------------------------------------------------------ history
 
@@ -1157,8 +1246,11 @@ class GramStore:
 
         ``tidy`` is that of :meth:`finished_tiles`.
         """
-        name = f"{part}/{group}/{kernel}"
-        sizes = np.full(self.info.tiling.blocks(part), -1, dtype=np.int32)
+        return self._sizes(f"{part}/{group}/{kernel}", self.info.tiling.blocks(part), tidy=tidy)
+
+    def _sizes(self, name: str, blocks: tuple[int, int], *, tidy: bool = False) -> NDArray[np.int32]:
+        """Bytes of the chunks of an array, -1 where there is none."""
+        sizes = np.full(blocks, -1, dtype=np.int32)
         with self._storage(f"list {name}"):
             for row, col, size in self._list_chunks(f"{self._place[1]}/{name}/c", sizes.shape, tidy=tidy):
                 if row.isdecimal() and col.isdecimal() and int(row) < sizes.shape[0] and int(col) < sizes.shape[1]:

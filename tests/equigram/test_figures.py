@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from equigram import figures, plot
 from equigram.data import fingerprint, load_dataset
 from equigram.errors import DamagedTileError, IncompleteRunError, StoreError
+from equigram.events import nobody
 from equigram.figures import draw_run
 from equigram.solve.stage import solve_run, stored_results
 from equigram.spec import JobSpec
@@ -51,7 +52,7 @@ def make_run(folder: Path, labels: Any = None, *, test: int = 6, **sections: Any
     store = GramStore.create(spec, dataset, 8, fingerprint(spec.data))
     compute(store)
     if spec.solve is not None:
-        solve_run(store, spec.solve, spec.solved_kernels, lambda done, total: None)
+        solve_run(store, spec.solve, spec.solved_kernels, nobody)
     return store
 
 
@@ -123,17 +124,17 @@ def test_the_confusion_matrix_agrees_with_the_accuracy(tmp_path: Path, drawn: di
     store = make_run(tmp_path)
     draw_run(store, tmp_path)
     counts, classes, title = drawn["confusion-C1-ntk.png"]
-    best = next(r for r in stored_results(store, "C1", "ntk") if r.train_size is None and r.ridge == 1e-3)
+    best = next(r for r in stored_results(store, "C1", "ntk") if r.train_size is None and r.chosen)
     assert_array_equal(counts.sum(axis=1), [2, 2, 2])
     assert best.accuracy == pytest.approx(np.trace(counts) / 6)
-    assert (classes, title) == (("0", "1", "2"), "C1 NTK: test images, ridge 0.001")
+    assert (classes, title) == (("0", "1", "2"), f"C1 NTK: test images, ridge {best.ridge:g}")
 
 
 def test_the_learning_curve_ends_with_all_images(tmp_path: Path, drawn: dict[str, tuple[Any, ...]]) -> None:
     store = make_run(tmp_path)
     draw_run(store, tmp_path)
     (curves,) = drawn["learning-curves.png"]
-    accuracy = {r.images // 3: r.accuracy for r in stored_results(store, "C4", "nngp") if r.ridge == 1e-3}
+    accuracy = {r.images // 3: r.accuracy for r in stored_results(store, "C4", "nngp") if r.chosen}
     assert curves["C4 NNGP"] == sorted(accuracy.items())
     assert [size for size, _ in curves["C4 NNGP"]] == [1, 2, 4]
 
@@ -145,19 +146,12 @@ def test_of_unequal_classes_all_images_are_no_point_of_the_learning_curve(
     assert [size for size, _ in drawn["learning-curves.png"][0]["C1 NTK"]] == [1, 2]
 
 
-def test_the_figures_are_of_the_first_ridge_that_has_a_solution(
-    tmp_path: Path, drawn: dict[str, tuple[Any, ...]]
+@pytest.mark.parametrize("ridge", [(1e-3, 0.1), (0.1, 1e-3)])
+def test_the_figures_are_of_the_chosen_ridge(
+    tmp_path: Path, drawn: dict[str, tuple[Any, ...]], ridge: tuple[float, ...]
 ) -> None:
-    store = make_run(tmp_path)
-    for group in ("C1", "C4"):
-        for kernel in ("nngp", "ntk"):
-            arrays, attributes = store.solution(group, kernel)
-            kept = {name: values if name == "offset" else values[1:] for name, values in arrays.items()}
-            store.write_solution(group, kernel, kept, attributes)
-    draw_run(store, tmp_path)
-    assert drawn["confusion-C4-ntk.png"][2].endswith("ridge 0.1")
-    accuracy = [r.accuracy for r in stored_results(store, "C4", "ntk") if r.ridge == 0.1]
-    assert [share for _, share in drawn["learning-curves.png"][0]["C4 NTK"]] == accuracy
+    draw_run(make_run(tmp_path, solve={"ridge": ridge, "train_sizes": [1, 2], "choose": "first"}), tmp_path)
+    assert drawn["confusion-C4-ntk.png"][2].endswith(f"ridge {ridge[0]:g}")
 
 
 @pytest.mark.parametrize(

@@ -313,9 +313,8 @@ def test_a_cluster_where_nobody_answers_is_refused(simple: Job) -> None:
 def test_matrices_that_do_not_fit_in_memory_are_refused_with_both_numbers(
     simple: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(equigram.run, "available_memory", lambda: 10 * 2**20)
-    words = r"solving with 10 training images needs 48\.0 MiB of memory, and 10\.0 MiB are available; take fewer"
-    refuses(simple(), ResourceError, words)
+    words = r"solving with 10 training images needs 48\.0 MiB of memory with method 'direct', and 10\.2 MiB may be used"
+    refuses(simple(solve={"method": "direct", "memory": 0.01}), ResourceError, words)
 
 
 def test_a_worker_that_does_not_fit_in_memory_is_refused_with_both_numbers(

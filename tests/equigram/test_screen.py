@@ -1,5 +1,6 @@
 """What a person sees: bars on a terminal, few plain lines elsewhere, and tables that fit 80 columns."""
 
+import dataclasses
 import io
 import re
 from collections.abc import Iterator
@@ -213,7 +214,7 @@ def test_a_time_is_told_in_the_unit_that_fits(seconds: float, words: str) -> Non
 def result(group: str = "C1", kernel: str = "ntk", **fields: Any) -> Result:
     values: dict[str, Any] = {
         "train_size": None, "images": 160, "ridge": 1e-4, "accuracy": 0.9, "mean_squared_error": 0.05,
-        "residual": 1e-12, "condition": 1e6, "warning": None,
+        "residual": 1e-12, "condition": 1e6, "warning": None, "chosen": True,
     }  # fmt: skip
     return Result(group=group, kernel=kernel, **{**values, **fields})
 
@@ -232,14 +233,26 @@ def words(line: str) -> list[str]:
 
 def test_results_have_a_row_for_each_network_kernel_and_ridge() -> None:
     rows = shown(results_table([result(), result("C4", ridge=0.01, accuracy=0.95, condition=1.2e16, warning="ill")]))
-    assert words(rows[0]) == ["network", "kernel", "images", "ridge", "accuracy", "mse", "residual", "condition"]
-    assert words(rows[2]) == ["C1", "ntk", "160", "0.0001", "0.900", "0.05000", "1.0e-12", "1.0e+06"]
-    assert words(rows[3]) == ["C4", "ntk", "160", "0.01", "0.950", "0.05000", "1.0e-12", "1.2e+16", "*"]
+    assert words(rows[0]) == ["group", "kernel", "ridge", "accuracy", "mse", "resid.", "cond."]
+    assert words(rows[2]) == ["C1", "ntk", "0.0001", "0.900", "0.0500", "1e-12", "1.0e+06"]
+    assert words(rows[3]) == ["C4", "ntk", "0.01", "0.950", "0.0500", "1e-12", "1.2e+16", "*"]
+
+
+def test_the_chosen_ridge_is_marked_and_why_is_shown() -> None:
+    results = [
+        result(left_out_error=0.25, accuracy_interval=(0.875, 0.925), chosen=False),
+        result(ridge=0.01, left_out_error=0.125, accuracy_interval=(0.87, 0.93)),
+    ]
+    rows = shown(results_table(results))
+    assert words(rows[0]) == ["left", "out"]
+    assert words(rows[2 + 1])[2:7] == ["0.0001", "0.900±.025", "0.0500", "0.250", "1e-12"]
+    assert words(rows[3 + 1])[2:8] == ["0.01", "<", "0.900±.030", "0.0500", "0.125", "1e-12"]
 
 
 def test_the_widest_results_fit_80_columns() -> None:
-    wide = result("C4", "nngp", images=100_000, ridge=1.25e-6, mean_squared_error=1.2345e-5, warning="ill")
-    assert max(map(len, shown(results_table([wide])))) <= 80
+    fields: dict[str, Any] = {"mean_squared_error": 1.2345e-5, "left_out_error": 1.2345e-5, "warning": "ill"}
+    wide = result("C4", "nngp", images=100_000, ridge=1.25e-6, accuracy_interval=(0.88, 0.91), **fields)
+    assert max(map(len, shown(results_table([wide, dataclasses.replace(wide, chosen=False)])))) <= 80
 
 
 def test_columns_without_a_value_are_left_out() -> None:
@@ -247,14 +260,14 @@ def test_columns_without_a_value_are_left_out() -> None:
     assert "accuracy" not in shown(results_table(regression))[0]
     unlabelled = [result(accuracy=None, mean_squared_error=None)]
     assert words(shown(results_table(unlabelled))[0]) == [
-        "network", "kernel", "images", "ridge", "residual", "condition",
+        "group", "kernel", "ridge", "resid.", "cond.",
     ]  # fmt: skip
 
 
 def test_a_ridge_without_a_solution_has_dashes() -> None:
     failed = result(ridge=0, accuracy=None, mean_squared_error=None, residual=None, condition=None, warning="not p. d.")
     rows = shown(results_table([failed, result()]))
-    assert words(rows[2]) == ["C1", "ntk", "160", "0", "-", "-", "-", "-", "*"]
+    assert words(rows[2]) == ["C1", "ntk", "0", "-", "-", "-", "-", "*"]
 
 
 def test_the_results_of_smaller_training_sets_are_in_the_comparison_only() -> None:
@@ -268,7 +281,7 @@ def test_the_comparison_says_which_network_did_better_at_which_size() -> None:
         result("C4", accuracy=0.84, train_size=4, images=20), result("C4", accuracy=0.9),
         result("C1", "nngp", accuracy=0.8, train_size=4, images=20), result("C1", "nngp", accuracy=0.9),
         result("C4", "nngp", accuracy=0.7, train_size=4, images=20), result("C4", "nngp", accuracy=0.91),
-        result("C1", accuracy=0.1, ridge=0.5),
+        result("C1", accuracy=0.1, ridge=0.5, chosen=False),
     ]  # fmt: skip
     table = shown(comparison(results))
     assert table[0] == "which network did better: test accuracy, ridge 0.0001"
@@ -307,6 +320,11 @@ def test_a_single_network_is_not_compared() -> None:
     table = shown(comparison([result(train_size=4, images=20), result()]))
     assert table[0] == "test accuracy, ridge 0.0001"
     assert not any("better" in row for row in table)
+
+
+def test_each_network_is_compared_with_the_ridge_that_was_chosen_for_it() -> None:
+    small = result(train_size=4, images=20, ridge=0.1)
+    assert shown(comparison([small, result()]))[0] == "test accuracy, the chosen ridge each"
 
 
 def test_without_training_sizes_or_scores_there_is_no_comparison() -> None:

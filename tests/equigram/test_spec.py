@@ -262,8 +262,14 @@ def test_a_job_without_what_it_needs_is_refused(tmp_path: Path, text: str, words
             "resources: {cpu: 1}",
             "resources.cpu: no such field. Allowed here: workers, cpus_per_worker, gpus_per_worker",
         ),
-        ("solve: {ridges: 1}", "solve.ridges: no such field; did you mean 'ridge'? Allowed here: ridge, kernels, trai"),
-        ("solve: {store: b}", "solve.store: no such field; it belongs to the top level. Allowed here: ridge, kernels"),
+        (
+            "solve: {ridges: 1}",
+            "solve.ridges: no such field; did you mean 'ridge'? Allowed here: ridge, choose, folds, kernels, trai",
+        ),
+        (
+            "solve: {store: b}",
+            "solve.store: no such field; it belongs to the top level. Allowed here: ridge, choose, folds, kernels",
+        ),
         ("gram: {1: 2}", "gram: 1 is not the name of a field. Allowed here: groups, kernels, dtype, tile, compression"),
     ],
 )
@@ -322,7 +328,7 @@ def test_an_unknown_field_is_refused_with_a_suggestion(tmp_path: Path, more: str
         ),
         (
             "solve: 3",
-            "solve: 3 is not allowed; it must be null, or a section with the fields ridge, kernels, train_siz",
+            "solve: 3 is not allowed; it must be null, or a section with the fields ridge, choose, folds, kernels, t",
         ),
         ("solve: {ridge: -1}", "solve.ridge[0]: -1 is not allowed; it must be a number of 0 or more"),
         ("solve: {ridge: .inf}", "solve.ridge[0]: inf is not allowed; it must be a number of 0 or more"),

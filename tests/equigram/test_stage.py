@@ -10,9 +10,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 from sklearn.kernel_ridge import KernelRidge
 
-from equigram.errors import DataError, IncompleteRunError, SolverError, SpecError
+from equigram.errors import DataError, IncompleteRunError, ResourceError, SolverError, SpecError
+from equigram.events import Event, Progress, nobody
 from equigram.plan import Tile
-from equigram.solve.stage import Result, check_solvable, solve_run, stored_results
+from equigram.solve import accuracy_interval, balanced_accuracy
+from equigram.solve.stage import Result, check_memory, check_solvable, choose_method, solve_run, stored_results
 from equigram.spec import JobSpec, SolveSpec
 from equigram.store import GramStore
 
@@ -46,7 +48,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 
 
 def solved(store: GramStore, *kernels: str, **fields: Any) -> list[Result]:
-    return solve_run(store, SolveSpec(**fields), kernels or ("ntk",), lambda done, total: None)
+    return solve_run(store, SolveSpec(**fields), kernels or ("ntk",), nobody)
 
 
 def ridge_regression(
@@ -86,11 +88,11 @@ def test_predictions_are_those_of_scikit_learn(finish: Finish, dtype: str) -> No
 
 def test_a_learning_curve_takes_the_first_images_of_each_class(finish: Finish) -> None:
     store = finish()
-    told: list[tuple[int, int]] = []
+    told: list[Event] = []
     spec = SolveSpec(ridge=(0.1,), train_sizes=(2, 1))
-    results = solve_run(store, spec, ("ntk",), lambda done, total: told.append((done, total)))
+    results = solve_run(store, spec, ("ntk",), told.append)
     assert [(r.train_size, r.images) for r in results] == [(1, 3), (2, 6), (None, 10)]
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert told == [Progress("solve", done, 3) for done in range(4)]
     labels, truth = store.labels("train"), store.labels("test")
     assert labels is not None
     chosen = sorted(np.flatnonzero(labels == label)[i] for label in range(3) for i in range(2))
@@ -175,7 +177,7 @@ def test_without_test_images_there_are_coefficients_only(finish: Finish, save: C
 def test_missing_tiles_are_not_solved(finish: Finish) -> None:
     store = finish()
     store.discard_tile(Tile("cross", 0, 0))
-    with pytest.raises(IncompleteRunError, match="1 of 6 chunks of cross/C1/ntk are missing"):
+    with pytest.raises(IncompleteRunError, match="1 of 3 chunks of cross/C1/ntk are missing"):
         solved(store)
 
 
@@ -188,3 +190,117 @@ def test_labels_are_judged_before_anything_is_computed() -> None:
     with pytest.raises(SpecError, match="2"):
         check_solvable(SolveSpec(train_sizes=(1, 2)), labels, ("a", "b"))
     check_solvable(SolveSpec(train_sizes=(1,)), labels, ("a", "b"))
+
+
+def test_what_is_solved_is_not_solved_again(finish: Finish, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = finish()
+    first = solved(store, ridge=(0.1, 1.0), train_sizes=(1,))
+    with monkeypatch.context() as patch:
+        patch.setattr(GramStore, "matrix", lambda *_: pytest.fail("a matrix is read"))
+        patch.setattr(GramStore, "write_solution", lambda *_: pytest.fail("a solution is written"))
+        assert solved(store, ridge=(0.1, 1.0), train_sizes=(1,)) == first
+        assert solved(store, ridge=(0.1, 1.0), train_sizes=(1,), memory=3.0) == first
+    assert len(solved(store, ridge=(0.1, 1.0))) == 2
+    assert len(solved(store, ridge=(0.1, 2.0))) == 2
+    Path(store.url, "solution/C1/ntk/ridge/c/0").write_bytes(b"damaged")
+    assert len(solved(store, ridge=(0.1, 2.0))) == 2
+    assert store.solution("C1", "ntk")[0]["ridge"].shape == (2,)
+
+
+def test_the_ridge_is_chosen_on_training_images_that_are_left_out(finish: Finish) -> None:
+    store, ridges = finish(gram={"kernels": ["ntk"], "dtype": "float64"}), (1e-6, 1e-2, 1e-1, 1e3)
+    gram, values = store.matrix("gram", "C1", "ntk"), np.eye(3)[store.labels("train")]
+    errors = []
+    for ridge in ridges:
+        missed = []
+        for image in range(10):
+            rest = np.delete(np.arange(10), image)
+            offset, scale = values[rest].mean(axis=0), np.diagonal(gram).mean()
+            matrix = gram[np.ix_(rest, rest)] + ridge * scale * np.eye(9)
+            missed.append(offset + gram[image, rest] @ np.linalg.solve(matrix, values[rest] - offset) - values[image])
+        errors.append(np.mean(np.square(missed)))
+    results = solved(store, ridge=ridges)
+    assert [result.left_out_error for result in results] == pytest.approx(errors)
+    best = int(np.argmin(errors))
+    assert [result.chosen for result in results] == [index == best for index in range(4)]
+    arrays, fields = store.solution("C1", "ntk")
+    assert fields["chosen"] == best
+    assert_array_equal(arrays["ridge"], ridges)
+    first = solved(store, ridge=ridges, choose="first")
+    assert [result.chosen for result in first] == [True, False, False, False]
+    assert [result.left_out_error for result in first] == 4 * [None]
+
+
+def test_the_ridge_is_chosen_by_folds(finish: Finish) -> None:
+    store, ridges = finish(gram={"kernels": ["ntk"], "dtype": "float64"}), (1e-4, 1e-1, 1e3)
+    gram, values = store.matrix("gram", "C1", "ntk"), np.eye(3)[store.labels("train")]
+    parts = np.array_split(np.random.default_rng(0).permutation(10), 3)
+    results = solved(store, ridge=ridges, choose="folds", folds=3)
+    for result, ridge in zip(results, ridges, strict=True):
+        missed = []
+        for part in parts:
+            rest = np.setdiff1d(np.arange(10), part)
+            missed.append(
+                ridge_regression(gram[np.ix_(rest, rest)], gram[np.ix_(part, rest)], values[rest], ridge) - values[part]
+            )
+        assert result.left_out_error == pytest.approx(np.mean(np.square(np.concatenate(missed))))
+    assert [result.chosen for result in results] == [
+        result.left_out_error == min(r.left_out_error or 9 for r in results) for result in results
+    ]
+    with pytest.raises(SpecError, match=r"solve.folds = 11 parts cannot be made of 10 training images"):
+        check_solvable(SolveSpec(choose="folds", folds=11), store.labels("train"), ("a", "b", "c"))
+
+
+@pytest.mark.parametrize("method", ["tiled", "iterative"])
+def test_other_methods_find_the_same(finish: Finish, method: str) -> None:
+    store = finish(gram={"kernels": ["ntk"]})
+    fields: dict[str, Any] = {"ridge": (1e-3, 1e-1), "choose": "first", "train_sizes": (2,)}
+    direct = solved(store, **fields)
+    expected, _ = store.solution("C1", "ntk")
+    events: list[Event] = []
+    spec = SolveSpec.model_validate({**fields, "method": method, "memory": 0.5, "tolerance": 1e-10})
+    found = solve_run(store, spec, ("ntk",), events.append)
+    arrays, _ = store.solution("C1", "ntk")
+    for name in ("coefficients", "predictions"):
+        assert_allclose(arrays[name], expected[name], rtol=1e-6, atol=1e-8)
+    small = "direct" if method == "tiled" else method
+    assert [one.method for one in found] == [small, small, method, method]
+    assert [one.accuracy for one in found] == [one.accuracy for one in direct]
+    assert [one.chosen for one in found] == [one.chosen for one in direct]
+    told = [event for event in events if isinstance(event, Progress) and event.what != "solve"]
+    assert told
+    if method == "iterative":
+        assert "after 1 steps" in told[0].detail
+        assert told[0].detail.startswith("residual ")
+
+
+def test_a_ridge_cannot_be_chosen_without_the_matrix_in_memory(finish: Finish) -> None:
+    store = finish()
+    with pytest.raises(
+        SpecError, match=r"solve.choose = 'folds' needs the matrix in memory, and the method here is 'it"
+    ):
+        solved(store, choose="folds", method="iterative")
+    with pytest.raises(SpecError, match=r"solve.choose = 'leave_one_out' needs the matrix in memory"):
+        check_memory(SolveSpec(choose="leave_one_out", method="tiled"), 10, 4, 4, 3)
+
+
+def test_the_method_follows_the_memory() -> None:
+    assert choose_method(SolveSpec(memory=1.0), 5000) == "direct"
+    assert choose_method(SolveSpec(memory=1.0), 20_000) == "iterative"
+    assert choose_method(SolveSpec(memory=1.0, method="tiled"), 10) == "tiled"
+    check_memory(SolveSpec(memory=2.0), 30_000, 4, 256, 9)
+    with pytest.raises(ResourceError, match=r"with 30,000 training images needs .* with method 'direct', and 2.0 GiB"):
+        check_memory(SolveSpec(memory=2.0, method="direct"), 30_000, 4, 256, 9)
+    with pytest.raises(ResourceError, match=r"with method 'iterative', and .* take a lower solve.rank, fewer images"):
+        check_memory(SolveSpec(memory=0.1), 30_000, 4, 256, 9)
+
+
+def test_accuracies_have_intervals_and_a_balanced_form(finish: Finish) -> None:
+    store = finish()
+    (result,) = solved(store, ridge=(0.1,))
+    predictions = store.solution("C1", "ntk")[0]["predictions"][0]
+    labels = store.labels("test")
+    assert labels is not None
+    assert result.accuracy_interval == accuracy_interval(predictions, labels)
+    assert result.balanced_accuracy == balanced_accuracy(predictions, labels)
+    assert stored_results(store, "C1", "ntk") == [result]

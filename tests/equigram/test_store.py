@@ -95,7 +95,7 @@ assert not {"equigram", "equikernel"} & set(sys.modules)
 
 
 def test_a_run_is_read_and_solved_with_nothing_but_zarr_and_numpy(finished: GramStore, tmp_path: Path) -> None:
-    solve_run(finished, SolveSpec(ridge=(1e-2,)), ("ntk",), lambda done, total: None)
+    solve_run(finished, SolveSpec(ridge=(1e-2,)), ("ntk",), nobody)
     command = [sys.executable, "-c", READER, finished.url, str(tmp_path / "predictions.npy")]
     subprocess.run(command, check=True, timeout=60)
     arrays, _ = finished.solution("C1", "ntk")

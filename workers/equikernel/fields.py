@@ -52,7 +52,8 @@ def _describe_one(detail: ErrorDetails, model: type[BaseModel]) -> tuple[str, st
         case "extra_forbidden":
             unknown = str(detail["loc"][-1])
             names = _fields(annotation)
-            hint = suggestion(unknown, names) or _elsewhere(model, unknown)
+            elsewhere = _elsewhere(model, unknown)
+            hint = elsewhere if unknown in model.model_fields else suggestion(unknown, names) or elsewhere
             return f"{field}.{unknown}".lstrip("."), f"no such field{hint or '.'} Allowed here: {', '.join(names)}"
         case "invalid_key":
             return field, f"{_short(value)} is not the name of a field. Allowed here: {', '.join(_fields(annotation))}"

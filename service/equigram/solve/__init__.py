@@ -24,6 +24,7 @@ from equigram.solve.spectrum import (
     solve_path,
 )
 from equigram.solve.targets import Targets, class_targets, nested_subset, real_targets
+from equigram.solve.tiled import solve_tiled
 
 __all__ = [
     "ArrayOperator",
@@ -50,4 +51,5 @@ __all__ = [
     "solve",
     "solve_iteratively",
     "solve_path",
+    "solve_tiled",
 ]

@@ -21,7 +21,7 @@ import numpy as np
 import scipy.linalg
 
 from equigram.errors import SolverError, SpecError
-from equigram.solve.matrices import Float64s
+from equigram.solve.matrices import Float64s, ritz_values
 from equigram.solve.operators import Operator
 from equigram.solve.regression import EPS, Solution, advice_on_dtype, check_ridge, finish
 from equigram.solve.targets import Targets
@@ -183,20 +183,11 @@ def _product(operator: Operator, ridge: float, values: Float64s) -> Float64s:
     return operator.multiply(values) + ridge * values
 
 
-def _ritz_values(vectors: Float64s, images: Float64s) -> Float64s:
-    """Eigenvalues of a symmetric matrix in the span of vectors (n, k), from its products with these; increasing."""
-    squares, directions = scipy.linalg.eigh(vectors.T @ vectors)
-    keep = squares > len(vectors) * EPS * squares[-1]
-    directions = directions[:, keep] / np.sqrt(squares[keep])
-    inner = directions.T @ (vectors.T @ images) @ directions
-    return np.asarray(scipy.linalg.eigvalsh((inner + inner.T) / 2))
-
-
 def _condition(preconditioner: Preconditioner, ridge: float, scaled: Float64s, product: Float64s) -> float:
     """The condition number of A + λ I, from below: the solution is made of the smallest eigenvalues most of all."""
     largest, smallest = float(preconditioner.values[0]) + ridge, float(preconditioner.values[-1]) + ridge
     if scaled.any():
-        smallest = max(min(smallest, float(_ritz_values(scaled, product)[0])), ridge)
+        smallest = max(min(smallest, float(ritz_values(scaled, product)[0])), ridge)
     return largest / smallest if smallest > 0 else math.inf
 
 
@@ -207,7 +198,7 @@ def _not_positive_definite(operator: Operator, ridge: float, direction: Float64s
             f"conjugate gradients overflow float64 with ridge {ridge:g}; take a larger ridge, or scale the targets"
         )
     basis, _ = np.linalg.qr(direction)
-    smallest = float(_ritz_values(basis, operator.multiply(basis))[0])
+    smallest = float(ritz_values(basis, operator.multiply(basis))[0])
     enough = float(f"1e{math.ceil(math.log10(max(-2 * smallest, float(np.finfo(operator.dtype).eps))))}")
     return SolverError(
         f"the train Gram matrix of {operator.count} images plus ridge {ridge:g} is not positive definite: its smallest "

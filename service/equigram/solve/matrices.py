@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 from numpy.typing import NDArray
 
 from equigram.errors import SolverError, SpecError
@@ -149,3 +150,15 @@ def _no_kernel(gram: Floats) -> SolverError:
                 "verify the run store"
             )
     raise AssertionError("every entry is one of a kernel")
+
+
+def ritz_values(vectors: Float64s, images: Float64s) -> Float64s:
+    """Eigenvalues of a symmetric matrix in the span of vectors (n, k), from its products with these; increasing.
+
+    They lie between the smallest and the largest eigenvalue of the matrix.
+    """
+    squares, directions = scipy.linalg.eigh(vectors.T @ vectors)
+    keep = squares > len(vectors) * float(np.finfo(np.float64).eps) * squares[-1]
+    directions = directions[:, keep] / np.sqrt(squares[keep])
+    inner = directions.T @ (vectors.T @ images) @ directions
+    return np.asarray(scipy.linalg.eigvalsh((inner + inner.T) / 2))

@@ -8,10 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from equigram.solve.matrices import Float64s, Floats, mean_diagonal, triangle
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from equigram.store import GramStore
 
 
@@ -65,21 +68,30 @@ class StoredOperator:
       store: a run whose train matrices are complete.
       group, kernel: which of them.
       memory: bytes of tiles to keep.
+      places: the tiles (row, col) of the upper triangle that there are; the others count as 0. ``None`` means all.
+      scale: s, where it is known.
 
     Raises (also :meth:`multiply`):
       IncompleteRunError, DamagedTileError: a tile is missing or damaged.
       SolverError: the diagonal is negative somewhere, or 0 everywhere.
     """
 
-    def __init__(self, store: GramStore, group: str, kernel: str, memory: int = 0) -> None:
+    def __init__(
+        self,
+        store: GramStore,
+        group: str,
+        kernel: str,
+        memory: int = 0,
+        places: Sequence[tuple[int, int]] | None = None,
+        scale: float | None = None,
+    ) -> None:
         self._store, self._names, self._tiling = store, (group, kernel), store.info.tiling
         self.count, self.dtype = store.info.train, np.dtype(store.info.spec.gram.dtype)
-        blocks = self._tiling.train_blocks
-        places = [(row, col) for row in range(blocks) for col in range(row, blocks)]
-        room = int(memory // (self._tiling.edge**2 * self.dtype.itemsize))
+        places = upper_triangle(store) if places is None else places
+        room = memory // tile_bytes(store)
         self._kept_places, self._places = places[:room], places[room:]
         self._kept: list[Floats] = []
-        self.scale = stored_scale(store, group, kernel)
+        self.scale = stored_scale(store, group, kernel) if scale is None else scale
 
     def multiply(self, values: Float64s) -> Float64s:
         """A ``values``, (n, k); reads the tiles."""
@@ -98,6 +110,37 @@ class StoredOperator:
         _add_block(product, values, rows, cols, block)
 
 
+class SubsetOperator:
+    """The Gram matrix of some of the images of another one, whose whole matrix is multiplied with.
+
+    Args:
+      whole: of all images.
+      chosen: which, (count,) increasing.
+      scale: the mean diagonal of these.
+    """
+
+    def __init__(self, whole: Operator, chosen: NDArray[np.integer[Any]], scale: float) -> None:
+        self._whole, self._chosen = whole, chosen
+        self.count, self.dtype, self.scale = len(chosen), whole.dtype, scale
+
+    def multiply(self, values: Float64s) -> Float64s:
+        """A ``values``, (n, k)."""
+        padded = np.zeros((self._whole.count, values.shape[1]))
+        padded[self._chosen] = values
+        return np.asarray(self._whole.multiply(padded)[self._chosen] * (self._whole.scale / self.scale))
+
+
+def upper_triangle(store: GramStore) -> list[tuple[int, int]]:
+    """The tiles (row, col) of a train matrix on and above the diagonal."""
+    blocks = store.info.tiling.train_blocks
+    return [(row, col) for row in range(blocks) for col in range(row, blocks)]
+
+
+def tile_bytes(store: GramStore) -> int:
+    """Bytes of a tile in memory."""
+    return int(store.info.tile**2 * np.dtype(store.info.spec.gram.dtype).itemsize)
+
+
 def stored_scale(store: GramStore, group: str, kernel: str) -> float:
     """The mean diagonal of a stored train matrix.
 
@@ -105,9 +148,7 @@ def stored_scale(store: GramStore, group: str, kernel: str) -> float:
       IncompleteRunError, DamagedTileError: a tile is missing or damaged.
       SolverError: the diagonal is negative somewhere, or 0 everywhere.
     """
-    blocks = range(store.info.tiling.train_blocks)
-    tiles = store.read_blocks("gram", group, kernel, [(block, block) for block in blocks])
-    return mean_diagonal(np.concatenate([np.diagonal(tile) for tile in tiles]))
+    return mean_diagonal(store.diagonal(group, kernel))
 
 
 def _add_block(product: Float64s, values: Float64s, rows: slice, cols: slice, block: Floats) -> None:

@@ -8,7 +8,7 @@ Everything is solved in float64 by a Cholesky factorisation of A = Θ(X, X) / s 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,9 +110,25 @@ def solve(gram: Floats, targets: Targets, ridge: Sequence[float], *, leave_one_o
         √(Θ(x, x) Θ(x', x')), or with a ridge value is not positive definite to float64 rounding (the message names a
         ridge that is enough).
     """
+    solutions = []
+    for solution in solve_each(gram, targets, ridge, leave_one_out=leave_one_out):
+        if isinstance(solution, SolverError):
+            raise solution
+        solutions.append(solution)
+    return solutions
+
+
+def solve_each(
+    gram: Floats, targets: Targets, ridge: Sequence[float], *, leave_one_out: bool = False
+) -> Iterator[Solution | SolverError]:
+    """What :func:`solve` returns, one at a time; for a ridge value without solution, what it would raise."""
     check_problem(gram, targets, ridge)
     system = System(gram)
-    return [_solve_one(gram, system, targets, float(value), leave_one_out=leave_one_out) for value in ridge]
+    for value in map(float, ridge):
+        try:
+            yield _solve_one(gram, system, targets, value, leave_one_out=leave_one_out)
+        except SolverError as error:
+            yield error
 
 
 def check_problem(gram: Floats, targets: Targets, ridge: Sequence[float]) -> None:

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from equigram.errors import DataError, SolverError
-from equigram.solve.metrics import accuracy, mean_squared_error
-from equigram.solve.regression import Solution, solve
+from equigram.errors import DataError, ResourceError, SolverError, SpecError, StoreError
+from equigram.events import Listener, Progress
+from equigram.plan import Tile
+from equigram.solve.cluster import ClusterOperator
+from equigram.solve.iterative import solve_iteratively
+from equigram.solve.matrices import Float64s
+from equigram.solve.metrics import accuracy, accuracy_interval, balanced_accuracy, mean_squared_error
+from equigram.solve.operators import Operator, StoredOperator, SubsetOperator
+from equigram.solve.regression import Solution, memory_needed, solve_each
 from equigram.solve.targets import Targets, class_targets, nested_subset, real_targets
-from equigram.spec import SolveSpec
+from equigram.solve.tiled import least_memory, solve_tiled
+from equigram.spec import ResourceSpec, SolveSpec
 from equigram.store import GramStore
+from equikernel.memory import available_memory, format_bytes
 
 Labels = NDArray[Any] | None
+Method = str
+"""``direct``, ``tiled`` or ``iterative``."""
+
+SHARE = 0.9
+"""Part of the available memory that the solver takes unless it is told otherwise."""
+
+VERSION = 1
+"""Of what is stored: solutions of another version are solved again."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +53,11 @@ class Result:
       residual: relative residual of the linear system; ``None`` where it has no usable solution.
       condition: estimated condition number of the regularised matrix; ``None`` likewise.
       warning: what a person should know, if anything: why there is no solution, or that it is ill-conditioned.
+      chosen: whether this is the ridge value to predict with, of those with the same images.
+      method: ``direct``, ``tiled`` or ``iterative``.
+      left_out_error: mean squared error on training images that were left out; ``None`` where none were.
+      accuracy_interval: 95% bounds of the accuracy on images like the test images (Wilson); ``None`` likewise.
+      balanced_accuracy: mean over the classes of the share of their test images predicted right; ``None`` likewise.
     """
 
     group: str
@@ -45,101 +70,373 @@ class Result:
     residual: float | None
     condition: float | None
     warning: str | None
+    chosen: bool = False
+    method: Method = "direct"
+    left_out_error: float | None = None
+    accuracy_interval: tuple[float, float] | None = None
+    balanced_accuracy: float | None = None
 
 
-def check_solvable(spec: SolveSpec, labels: Labels, classes: tuple[str, ...] | None) -> None:
+def check_solvable(spec: SolveSpec, labels: Labels, classes: tuple[str, ...] | None) -> int:
     """Raise what the solver stage would, as far as the labels alone tell: before any tile is computed.
+
+    Returns:
+      How many columns the targets have.
 
     Raises:
       DataError: there are no labels, or only one class.
-      SpecError: ``solve.train_sizes`` asks for more images than there are.
+      SpecError: ``solve.train_sizes`` asks for more images than there are, or ``solve.folds`` for more parts.
     """
-    _targets(labels, classes)
+    targets = _targets(labels, classes)
+    smallest = len(targets.values)
     for size in spec.train_sizes or ():
-        _subset(labels, size, classes)
+        smallest = min(smallest, len(_subset(labels, size, classes)))
+    if spec.choose == "folds" and spec.folds > smallest:
+        raise SpecError(f"solve.folds = {spec.folds} parts cannot be made of {smallest} training images; take fewer")
+    return int(targets.values.shape[1])
+
+
+def check_memory(spec: SolveSpec, train: int, itemsize: int, edge: int, columns: int) -> int:
+    """Raise unless the solver stage has the memory that it needs; returns how much that is, in bytes.
+
+    Args:
+      spec: the method, and how much memory it may use.
+      train: training images.
+      itemsize: bytes of an entry of the stored matrices.
+      edge: of the tiles.
+      columns: of the targets.
+
+    Raises:
+      ResourceError: there is less memory.
+      SpecError: the ridge value cannot be chosen in the way that is asked for.
+    """
+    _check_choice(spec, choose_method(spec, train))
+    budget = memory_budget(spec)
+    needs = {
+        "direct": memory_needed(train),
+        "tiled": least_memory(train, edge, columns),
+        "iterative": _least_iterative(spec, train, itemsize, edge, columns),
+    }
+    needed = needs[choose_method(spec, train)]
+    if needed > budget:
+        remedy = "solve.method: iterative, fewer images (data.per_class) or a larger machine"
+        if spec.method != "direct":
+            remedy = "a lower solve.rank, fewer images (data.per_class) or a larger machine"
+        raise ResourceError(
+            f"solving with {train:,} training images needs {format_bytes(needed)} of memory with method "
+            f"{choose_method(spec, train)!r}, and {format_bytes(budget)} may be used; take {remedy}, or set "
+            "`solve: null` to compute the Gram matrices only"
+        )
+    return needed
+
+
+def _check_choice(spec: SolveSpec, method: Method) -> None:
+    """Raise :class:`SpecError` if the ridge value is to be chosen in a way that a method does not have."""
+    if spec.choose in ("leave_one_out", "folds") and method != "direct":
+        raise SpecError(
+            f"solve.choose = {spec.choose!r} needs the matrix in memory, and the method here is {method!r}; set "
+            "solve.choose to 'first' or 'auto', or use a larger machine"
+        )
+
+
+def memory_budget(spec: SolveSpec) -> int:
+    """Bytes that the solver stage may use."""
+    return int(SHARE * available_memory() if spec.memory is None else spec.memory * 2**30)
+
+
+def choose_method(spec: SolveSpec, train: int) -> Method:
+    """How ``train`` images are solved with."""
+    if spec.method != "auto":
+        return spec.method
+    return "direct" if memory_needed(train) <= memory_budget(spec) else "iterative"
+
+
+def _least_iterative(spec: SolveSpec, train: int, itemsize: int, edge: int, columns: int) -> int:
+    """Bytes that conjugate gradients need without a single tile kept: the sketch, and vectors."""
+    return 8 * train * (5 * min(spec.rank, max(1, train // 4)) + 10 * columns) + 64 * itemsize * edge * edge
 
 
 def solve_run(
-    store: GramStore, spec: SolveSpec, kernels: tuple[str, ...], progress: Callable[[int, int], None]
+    store: GramStore,
+    spec: SolveSpec,
+    kernels: tuple[str, ...],
+    listener: Listener,
+    cluster: ResourceSpec | None = None,
 ) -> list[Result]:
     """Solve for every group and kernel, train size and ridge value; store and return the results.
 
+    What is stored already for the same images, labels and settings is not solved again.
+
     Args:
       store: a run whose matrices are complete.
-      spec: ridge values and train sizes.
+      spec: ridge values, train sizes and methods.
       kernels: the kernels to predict with.
-      progress: called with the regressions done and their number.
+      listener: told of the progress.
+      cluster: workers of the connected Ray cluster that hold the tiles for conjugate gradients; ``None`` means that
+        this process reads them.
 
     Raises:
       IncompleteRunError, DamagedTileError: a matrix cannot be read whole.
       SolverError: a regression has no usable solution for any ridge value.
+      ResourceError: there is not enough memory.
+      ClusterError: the cluster is gone.
     """
     info = store.info
     labels, test_labels = store.labels("train"), store.labels("test") if info.test else None
-    sizes = [*sorted(spec.train_sizes or ()), None]
-    total = len(info.spec.gram.groups) * len(kernels) * len(sizes)
+    pairs = [(group, kernel) for group in info.spec.gram.groups for kernel in kernels]
     results: list[Result] = []
-    done = 0
-    for group in info.spec.gram.groups:
-        for kernel in kernels:
-            gram = store.matrix("gram", group, kernel)
-            cross = store.matrix("cross", group, kernel) if info.test else None
-            here: list[Result] = []
-            arrays: dict[str, NDArray[Any]] = {}
-            for size in sizes:
-                chosen = None if size is None else _subset(labels, size, info.classes)
-                targets = _targets(labels if chosen is None or labels is None else labels[chosen], info.classes)
-                part = gram if chosen is None else gram[np.ix_(chosen, chosen)]
-                rows = cross if cross is None or chosen is None else cross[:, chosen]
-                solved = []
-                for ridge in spec.ridge:
-                    result, solution, predictions = _regression(part, rows, targets, test_labels, ridge)
-                    here.append(Result(group=group, kernel=kernel, train_size=size, images=len(part), **result))
-                    if solution is not None:
-                        solved.append((solution, predictions))
-                if not solved:
-                    raise SolverError(f"{group} {kernel}, {len(part)} training images: {here[-1].warning}")
-                if size is None:
-                    arrays = {
-                        "ridge": np.array([solution.ridge for solution, _ in solved]),
-                        "coefficients": np.stack([solution.coefficients for solution, _ in solved]),
-                        "offset": targets.offset,
-                    }
-                    if rows is not None:
-                        arrays["predictions"] = np.stack([predictions for _, predictions in solved])
-                done += 1
-                progress(done, total)
-            store.write_solution(group, kernel, arrays, {"solutions": [asdict(result) for result in here]})
-            results += here
+    for index, (group, kernel) in enumerate(pairs):
+        stage = _Stage(store, spec, group, kernel, labels, test_labels, listener, (index, len(pairs)), cluster)
+        results += stage.stored() or stage.solve()
+        listener(Progress("solve", (index + 1) * stage.regressions, len(pairs) * stage.regressions))
     return results
-
-
-def _regression(
-    gram: NDArray[Any], cross: NDArray[Any] | None, targets: Targets, test_labels: Labels, ridge: float
-) -> tuple[dict[str, Any], Solution | None, NDArray[np.float64]]:
-    """One ridge value: the fields of its :class:`Result`, the solution if there is one, and the test predictions."""
-    try:
-        (solution,) = solve(gram, targets, (ridge,))
-        predictions = np.empty(0) if cross is None else solution.predict(cross)
-    except SolverError as error:
-        failed = dict.fromkeys(("accuracy", "mean_squared_error", "residual", "condition"))
-        return {**failed, "ridge": ridge, "warning": str(error)}, None, np.empty(0)
-    right, error_squared = (None, None) if cross is None else _scores(predictions, test_labels, targets)
-    result = {
-        "ridge": ridge,
-        "accuracy": right,
-        "mean_squared_error": error_squared,
-        "residual": solution.residual,
-        "condition": solution.condition,
-        "warning": solution.warning,
-    }
-    return result, solution, predictions
 
 
 def stored_results(store: GramStore, group: str, kernel: str) -> list[Result]:
     """The results that :func:`solve_run` stored."""
     _, attributes = store.solution(group, kernel)
-    return [Result(**fields) for fields in attributes["solutions"]]
+    return [_result(fields) for fields in attributes["solutions"]]
+
+
+@dataclass(eq=False)
+class _Attempt:
+    """A regression with some of the images, and what came of it."""
+
+    size: int | None
+    chosen: NDArray[np.int64] | None
+    targets: Targets
+    method: Method
+    ridge: float
+    solution: Solution | SolverError
+    left_out_error: float | None
+    predictions: list[Float64s] = dataclasses.field(default_factory=list)
+
+
+class _Stage:
+    """The regressions with one matrix."""
+
+    def __init__(
+        self,
+        store: GramStore,
+        spec: SolveSpec,
+        group: str,
+        kernel: str,
+        labels: Labels,
+        test_labels: Labels,
+        listener: Listener,
+        place: tuple[int, int],
+        cluster: ResourceSpec | None,
+    ) -> None:
+        self._store, self._spec, self._names, self._info = store, spec, (group, kernel), store.info
+        self._labels, self._test_labels, self._listener, self._cluster = labels, test_labels, listener, cluster
+        self._sizes = [*sorted(spec.train_sizes or ()), None]
+        self.regressions = len(self._sizes)
+        self._place, self._count = place[0] * self.regressions, place[1] * self.regressions
+        self._method = choose_method(spec, store.info.train)
+        _check_choice(spec, self._method)
+
+    def stored(self) -> list[Result]:
+        """What is stored, if it is what would be solved; else nothing."""
+        try:
+            _, attributes = self._store.solution(*self._names)
+        except StoreError:  # there is none, or it is damaged
+            return []
+        same = attributes.get("inputs") == self._inputs() and attributes.get("version") == VERSION
+        return [_result(fields) for fields in attributes["solutions"]] if same else []
+
+    def _inputs(self) -> str:
+        """SHA-256 of all that decides the results."""
+        spec = self._spec.model_dump(mode="json", exclude={"memory", "kernels"})
+        fields = {**spec, "method": self._method, "seed": self._info.spec.data.seed, "sha256": self._info.sha256}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    def solve(self) -> list[Result]:
+        """Solve, and store it."""
+        attempts: list[_Attempt] = []
+        for number, size in enumerate(self._sizes):
+            self._listener(Progress("solve", self._place + number, self._count))
+            some = list(self._attempts(size))
+            self._check_some_solved(some)
+            attempts += some
+        self._predict(attempts)
+        for size in self._sizes:
+            self._check_some_solved([one for one in attempts if one.size == size])
+        results = self._judge(attempts)
+        whole = [one for one in attempts if one.size is None and isinstance(one.solution, Solution)]
+        best = whole.index(self._choose(whole))
+        self._store.write_solution(
+            *self._names,
+            _arrays(whole, best),
+            {
+                "version": VERSION,
+                "chosen": best,
+                "inputs": self._inputs(),
+                "solutions": [dataclasses.asdict(result) for result in results],
+            },
+        )
+        return results
+
+    def _check_some_solved(self, some: Sequence[_Attempt]) -> None:
+        """Raise unless a ridge value has a solution."""
+        if all(isinstance(one.solution, SolverError) for one in some):
+            images = len(some[0].targets.values)
+            raise SolverError(f"{' '.join(self._names)}, {images} training images: {some[-1].solution}")
+
+    def _attempts(self, size: int | None) -> Iterator[_Attempt]:
+        """The regressions with so many training images per class."""
+        labels, classes, spec = self._labels, self._info.classes, self._spec
+        chosen = None if size is None else _subset(labels, size, classes)
+        targets = _targets(labels if chosen is None or labels is None else labels[chosen], classes)
+        count = len(targets.values)
+        method = self._method
+        if chosen is not None and method != "direct":  # a part of a matrix has no factor in the store
+            method = choose_method(spec.model_copy(update={"method": "auto"}), count) if method == "tiled" else method
+        if method == "direct":
+            gram = self._store.matrix("gram", *self._names, chosen, chosen)
+            leave_one_out = spec.choose == "leave_one_out" or (spec.choose == "auto" and len(spec.ridge) > 1)
+            errors = self._fold_errors(gram, targets) if spec.choose == "folds" else None
+            for index, solution in enumerate(solve_each(gram, targets, spec.ridge, leave_one_out=leave_one_out)):
+                error = None if errors is None else errors[index]
+                if isinstance(solution, Solution) and solution.left_out is not None:
+                    error = mean_squared_error(solution.left_out, targets.values + targets.offset)
+                yield _Attempt(size, chosen, targets, method, spec.ridge[index], solution, error)
+            return
+        with self._operator(chosen, targets) if method == "iterative" else contextlib.nullcontext() as operator:
+            for ridge in spec.ridge:
+                try:
+                    solution = self._solve_large(operator, targets, ridge)
+                except SolverError as error:
+                    solution = error
+                yield _Attempt(size, chosen, targets, method, ridge, solution, None)
+
+    @contextlib.contextmanager
+    def _operator(self, chosen: NDArray[np.int64] | None, targets: Targets) -> Iterator[Operator]:
+        """The matrix of some images, to multiply with."""
+        store, names, gram = self._store, self._names, self._info.spec.gram
+        with contextlib.ExitStack() as stack:
+            if self._cluster is not None:
+                operator: Operator = stack.enter_context(ClusterOperator(store, *names, self._cluster))
+            else:
+                itemsize, columns = np.dtype(gram.dtype).itemsize, targets.values.shape[1]
+                needed = _least_iterative(self._spec, self._info.train, itemsize, self._info.tile, columns)
+                operator = StoredOperator(store, *names, max(0, memory_budget(self._spec) - needed))
+            if chosen is not None:
+                diagonal = store.diagonal(*names)[chosen].astype(np.float64)
+                operator = SubsetOperator(operator, chosen, float(diagonal.mean()))
+            yield operator
+
+    def _solve_large(self, operator: Operator | None, targets: Targets, ridge: float) -> Solution:
+        """A regression without the matrix in memory: with an operator, or else by a factorisation in the store."""
+        spec, name = self._spec, f"{' '.join(self._names)}, ridge {ridge:g}"
+        if operator is None:
+            return solve_tiled(
+                self._store, *self._names, targets, ridge, memory=memory_budget(spec),
+                progress=lambda done, total: self._listener(Progress(f"factorise {name}", done, total)),
+            )  # fmt: skip
+        digits = max(1, round(-np.log10(spec.tolerance) * 10))
+
+        def told(step: int, residual: float) -> None:
+            reached = 0 if residual <= 0 else int(min(digits, max(0.0, -10 * np.log10(residual))))
+            self._listener(Progress(name, reached, digits, f"residual {residual:.0e} after {step} steps"))
+
+        return solve_iteratively(
+            operator, targets, ridge, tolerance=spec.tolerance, steps=spec.steps, rank=spec.rank, progress=told
+        )
+
+    def _fold_errors(self, gram: NDArray[Any], targets: Targets) -> list[float | None]:
+        """For each ridge value the mean squared error on parts that are left out in turn; ``None`` without solution."""
+        spec, values = self._spec, targets.values + targets.offset
+        order = np.random.default_rng(self._info.spec.data.seed).permutation(len(gram))
+        squares: list[list[float]] = [[] for _ in spec.ridge]
+        for part in np.array_split(order, spec.folds):
+            rest = np.setdiff1d(order, part)
+            offset = values[rest].mean(axis=0)
+            others = Targets(values[rest] - offset, offset, targets.classes)
+            for index, solution in enumerate(solve_each(gram[np.ix_(rest, rest)], others, spec.ridge)):
+                if isinstance(solution, Solution):
+                    missed = solution.predict(gram[np.ix_(part, rest)]) - values[part]
+                    squares[index] += np.square(missed).mean(axis=1).tolist()
+        return [float(np.mean(each)) if len(each) == len(gram) else None for each in squares]
+
+    def _predict(self, attempts: Sequence[_Attempt]) -> None:
+        """The predictions of all solutions for the test images, from one pass over these."""
+        tiling = self._info.tiling
+        for block in range(tiling.test_blocks):
+            rows = tiling.rows(Tile("cross", block, 0))
+            cross = self._store.matrix("cross", *self._names, rows)
+            for one in attempts:
+                if isinstance(one.solution, SolverError):
+                    continue
+                try:
+                    part = one.solution.predict(cross if one.chosen is None else cross[:, one.chosen])
+                except SolverError as error:  # an overflow
+                    one.solution = error
+                else:
+                    one.predictions.append(part)
+
+    def _judge(self, attempts: Sequence[_Attempt]) -> list[Result]:
+        """How good the solutions are, and which ridge value is chosen for each number of images."""
+        solved = [one for one in attempts if isinstance(one.solution, Solution)]
+        chosen = [self._choose([one for one in solved if one.size == size]) for size in self._sizes]
+        return [self._result(one, chosen=any(one is best for best in chosen)) for one in attempts]
+
+    @staticmethod
+    def _choose(solved: Sequence[_Attempt]) -> _Attempt:
+        """Of regressions with the same images and a solution, the one to predict with."""
+        if any(one.left_out_error is None for one in solved):
+            return solved[0]
+        return min(solved, key=lambda one: one.left_out_error or 0.0)
+
+    def _result(self, one: _Attempt, *, chosen: bool) -> Result:
+        group, kernel = self._names
+        result = Result(
+            group=group,
+            kernel=kernel,
+            train_size=one.size,
+            images=len(one.targets.values),
+            ridge=one.ridge,
+            accuracy=None,
+            mean_squared_error=None,
+            residual=None,
+            condition=None,
+            warning=None,
+            chosen=chosen,
+            method=one.method,
+        )
+        if isinstance(one.solution, SolverError):
+            return dataclasses.replace(result, warning=str(one.solution))
+        scores: dict[str, Any] = {}
+        if one.predictions and self._test_labels is not None:
+            scores = _scores(np.concatenate(one.predictions), self._test_labels, one.targets)
+        return dataclasses.replace(
+            result,
+            **scores,
+            residual=one.solution.residual,
+            condition=one.solution.condition,
+            warning=one.solution.warning,
+            left_out_error=one.left_out_error,
+        )
+
+
+def _arrays(solved: Sequence[_Attempt], best: int) -> dict[str, NDArray[Any]]:
+    """What is stored of the regressions with all images."""
+    solutions = [one.solution for one in solved if isinstance(one.solution, Solution)]
+    arrays = {
+        "ridge": np.array([solution.ridge for solution in solutions]),
+        "coefficients": np.stack([solution.coefficients for solution in solutions]),
+        "offset": solutions[0].offset,
+    }
+    if solved[0].predictions:
+        arrays["predictions"] = np.stack([np.concatenate(one.predictions) for one in solved])
+    if (left_out := solutions[best].left_out) is not None:
+        arrays["left_out"] = left_out
+    return arrays
+
+
+def _result(fields: dict[str, Any]) -> Result:
+    """A result from JSON."""
+    interval = fields.get("accuracy_interval")
+    return Result(**{**fields, "accuracy_interval": None if interval is None else (interval[0], interval[1])})
 
 
 def _targets(labels: Labels, classes: tuple[str, ...] | None) -> Targets:
@@ -157,12 +454,15 @@ def _subset(labels: Labels, size: int, classes: tuple[str, ...] | None) -> NDArr
     return nested_subset(labels, size, classes)
 
 
-def _scores(predictions: NDArray[np.float64], labels: Labels, targets: Targets) -> tuple[float | None, float | None]:
-    """Accuracy and mean squared error on the test images."""
-    if labels is None:
-        return None, None
+def _scores(predictions: Float64s, labels: NDArray[Any], targets: Targets) -> dict[str, Any]:
+    """How good predictions of the test images are: fields of a :class:`Result`."""
     if targets.classes is None:
-        return None, mean_squared_error(predictions, labels)
+        return {"mean_squared_error": mean_squared_error(predictions, labels)}
     one_hot = np.zeros_like(predictions)
     one_hot[np.arange(len(labels)), labels] = 1
-    return accuracy(predictions, labels), mean_squared_error(predictions, one_hot)
+    return {
+        "accuracy": accuracy(predictions, labels),
+        "accuracy_interval": accuracy_interval(predictions, labels),
+        "balanced_accuracy": balanced_accuracy(predictions, labels),
+        "mean_squared_error": mean_squared_error(predictions, one_hot),
+    }
