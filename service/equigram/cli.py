@@ -71,10 +71,18 @@ def _terminate(*_: object) -> None:
     raise _Terminated
 
 
-def _command(function: Callable[Parameters, None]) -> Callable[Parameters, None]:
+def _command(group: typer.Typer) -> Callable[[Callable[Parameters, None]], Callable[Parameters, None]]:
     """Registers a command; errors that are raised on purpose become one sentence and an exit code."""
 
-    @app.command(name=function.__name__.rstrip("_"))
+    def register(function: Callable[Parameters, None]) -> Callable[Parameters, None]:
+        command = _guarded(function)
+        group.command(name=function.__name__.rstrip("_"))(command)
+        return command
+
+    return register
+
+
+def _guarded(function: Callable[Parameters, None]) -> Callable[Parameters, None]:
     @functools.wraps(function)
     def command(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
         before = signal.signal(signal.SIGTERM, _terminate)
@@ -113,7 +121,7 @@ def _on_cluster(spec: JobSpec, address: str | None) -> JobSpec:
     return type(spec).parse({**fields, "resources": {**fields["resources"], "address": address}}, source="--address")
 
 
-@_command
+@_command(app)
 def run(
     job: JobArgument,
     address: AddressOption = None,
@@ -175,7 +183,7 @@ def run(
         out.print(f"      equigram predict {store} IMAGES", soft_wrap=True)
 
 
-@_command
+@_command(app)
 def plan(
     job: JobArgument,
     address: AddressOption = None,
@@ -215,7 +223,7 @@ def plan(
         check_disk(spec, result)
 
 
-@_command
+@_command(app)
 def status(store: StoreArgument) -> None:
     """Show what a store holds: its job, the tiles done and missing, and the results."""
     from equigram.screen import summary, tile_map
@@ -253,7 +261,7 @@ def status(store: StoreArgument) -> None:
         out.print("next: equigram run JOB.yaml goes on from here")
 
 
-@_command
+@_command(app)
 def predict(
     store: StoreArgument,
     images: Annotated[
@@ -303,7 +311,7 @@ def predict(
         err.print(words, soft_wrap=True)
 
 
-@_command
+@_command(app)
 def plot(
     store: StoreArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the PNG files.")] = Path(
@@ -321,7 +329,7 @@ def plot(
         out.print(str(path), soft_wrap=True)
 
 
-@_command
+@_command(app)
 def verify(
     store: StoreArgument,
     repair: Annotated[
@@ -391,7 +399,7 @@ def _some(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-@_command
+@_command(app)
 def extend(
     store: StoreArgument,
     data: Annotated[
@@ -440,7 +448,7 @@ def extend(
         _print_results(finished.results, spec.gram.dtype)
 
 
-@_command
+@_command(app)
 def export(
     store: StoreArgument,
     output: Annotated[str, typer.Argument(metavar="OUT", help="A new .npz file, or a new .zarr: a folder or any URL.")],
@@ -482,7 +490,7 @@ def export(
     out.print(f"{output}: {', '.join(names)}", soft_wrap=True)
 
 
-@_command
+@_command(app)
 def import_(
     job: JobArgument,
     source: Annotated[str, typer.Argument(metavar="MATRICES", help="An .npz file or a zarr, as `export` writes them.")],
@@ -513,6 +521,125 @@ def import_(
     why = f": they are not in all matrices of {source}, or not whole or not finite there" if missing else ""
     out.print(f"{spec.store}: {_some(taken, 'tile')} imported, {missing:,} missing{why}", soft_wrap=True)
     out.print(f"next: equigram run {shlex.quote(str(job))}", soft_wrap=True)
+
+
+experiments = typer.Typer(
+    no_args_is_help=True, help="Experiments of the theory; each writes data, a table and a figure."
+)
+app.add_typer(experiments, name="experiment")
+
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where data, table and figure go.", show_default=False)
+]
+
+
+@_command(experiments)
+def convergence(
+    output: OutputOption,
+    groups: Annotated[
+        list[str] | None, typer.Option("--group", metavar="GROUP", help="C1, C2, C4, C8, …; again for more.")
+    ] = None,
+    widths: Annotated[
+        list[int] | None, typer.Option("--width", min=1, metavar="NUMBER", help="By default 1, 2, 4, … to 512.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, metavar="NUMBER", help="Networks of each group and width.")] = 100,
+    depth: Annotated[int, typer.Option(min=1, metavar="NUMBER", help="Convolutions.")] = 3,
+    images: Annotated[int, typer.Option(min=1, metavar="NUMBER", help="Random images to compare on.")] = 3,
+    size: Annotated[int, typer.Option(min=1, metavar="NUMBER", help="Pixels along their sides.")] = 6,
+    seed: Annotated[int, typer.Option(min=0, metavar="NUMBER", help="Of images and networks.")] = 0,
+) -> None:
+    """Sample networks of finite width, and compare their mean NNGP and NTK with the limit.
+
+    The relative error, averaged over all entries of the Gram matrix, falls like 1/width (the bias of finite width) or
+    1/sqrt(networks * width) (the spread of the mean); both are fitted. Run again, it goes on; with more `--samples` it
+    adds to those that are there.
+    """
+    from equigram.experiments.convergence import Convergence, run_convergence
+    from equigram.screen import Screen
+
+    default = Convergence()
+    spec = Convergence(
+        groups=tuple(groups or default.groups),
+        widths=tuple(widths or default.widths),
+        samples=samples,
+        depth=depth,
+        images=images,
+        size=size,
+        seed=seed,
+    )
+    with Screen(err) as screen:
+        rows = run_convergence(spec, output, screen)
+    for row in rows:
+        if row["width"] == max(spec.widths):
+            out.print(
+                f"{row['group']} {row['kernel']}: relative error {row['relative_error']:.2%} ± "
+                f"{row['standard_error']:.2%} at width {row['width']}, bias "
+                f"{row['fitted_bias_times_width']:.2f}/width, spread "
+                f"{row['fitted_spread_times_root_width']:.2f}/√(m width)",
+                soft_wrap=True,
+            )
+    out.print(f"{output / 'convergence.csv'}, convergence.png, convergence.svg", soft_wrap=True)
+
+
+@_command(experiments)
+def dynamics(
+    store: StoreArgument,
+    output: OutputOption,
+    kernels: Annotated[
+        list[str] | None, typer.Option("--kernel", metavar="KERNEL", help="ntk, nngp; again for more; by default ntk.")
+    ] = None,
+) -> None:
+    """Spectrum of the matrices of a run, and what gradient flow learns when.
+
+    Eigenvalues, the share of the targets along each eigenvector, the time at which it is learned, and the predicted
+    errors on training and test images over time.
+    """
+    from equigram.experiments.dynamics import run_dynamics
+    from equigram.screen import Screen
+    from equigram.store import GramStore
+
+    opened = GramStore.open(store)
+    chosen = kernels or ["ntk"]
+    for kernel in chosen:
+        if kernel not in opened.info.spec.gram.kernels:
+            stored = ", ".join(opened.info.spec.gram.kernels)
+            raise SpecError(f"--kernel {kernel!r} is not in {store}; it holds {stored}")
+    with Screen(err) as screen:
+        run_dynamics(opened, output, screen, cast("list[KernelName]", chosen))
+    out.print(f"{output / 'spectrum.csv'}, dynamics.csv, dynamics.png, dynamics.svg", soft_wrap=True)
+
+
+@_command(experiments)
+def curves(
+    store: StoreArgument,
+    output: OutputOption,
+    sizes: Annotated[
+        list[int] | None,
+        typer.Option("--size", min=1, metavar="NUMBER", help="Training images per class; again for more."),
+    ] = None,
+    subsets: Annotated[int, typer.Option(min=1, metavar="NUMBER", help="Random subsets of each size.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, metavar="NUMBER", help="Of the subsets.")] = 0,
+) -> None:
+    """Learning curves of a run: test accuracy for random subsets of its training images, from its one Gram matrix.
+
+    Nothing is computed again. The subsets are the same for all groups and kernels; the ridge is chosen on training
+    images that are left out.
+    """
+    import numpy as np
+
+    from equigram.experiments.curves import run_curves
+    from equigram.screen import Screen
+    from equigram.store import GramStore
+
+    with Screen(err) as screen:
+        rows = run_curves(GramStore.open(store), output, screen, sizes, subsets, seed)
+    for group, kernel, images in dict.fromkeys((row["group"], row["kernel"], row["images"]) for row in rows):
+        scores = [
+            row["accuracy"] for row in rows if (row["group"], row["kernel"], row["images"]) == (group, kernel, images)
+        ]
+        spread = f" ± {np.std(scores, ddof=1):.3f}" if len(scores) > 1 else ""
+        out.print(f"{group} {kernel}, {images:,} images: {np.mean(scores):.3f}{spread}")
+    out.print(f"{output / 'curves.csv'}, curves.png, curves.svg", soft_wrap=True)
 
 
 def _version(show: bool) -> None:

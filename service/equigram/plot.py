@@ -223,6 +223,121 @@ def _label(axes: Axes, x: str = "", y: str = "", title: str = "") -> None:
     axes.set_title(textwrap.fill(title, 60), fontsize=_FONT + 2, parse_math=False)
 
 
+def convergence(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Relative errors of mean finite-width kernels against the width, both logarithmic, with the fitted slopes.
+
+    Args:
+      rows: of :func:`equigram.experiments.convergence.run_convergence`.
+      path: the PNG; an SVG is written beside it.
+    """
+    from matplotlib.figure import Figure
+
+    kernels, groups = (list(dict.fromkeys(str(row[name]) for row in _few(rows))) for name in ("kernel", "group"))
+    figure = Figure(figsize=(4.0 * len(kernels) + 1.2, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(kernels), sharey=True, squeeze=False)[0]
+    for axes, kernel in zip(panels, kernels, strict=True):
+        for number, group in enumerate(groups):
+            some = [row for row in rows if (row["kernel"], row["group"]) == (kernel, group)]
+            widths = np.array([row["width"] for row in some], dtype=float)
+            axes.errorbar(
+                widths, [row["relative_error"] for row in some], [row["standard_error"] for row in some],
+                capsize=2, label=group, **_style(number, len(some)),
+            )  # fmt: skip
+        last = [row for row in rows if (row["kernel"], row["group"]) == (kernel, groups[-1])]
+        widths = np.array([row["width"] for row in last], dtype=float)
+        spread = last[0]["fitted_spread_times_root_width"] / np.sqrt(last[0]["networks"] * widths)
+        axes.plot(widths, spread, color="#888888", linestyle=":", label=f"{groups[-1]}: spread ∝ 1/√(m width)")
+        axes.plot(
+            widths, np.abs(last[0]["fitted_bias_times_width"]) / widths,
+            color="#888888", linestyle="--", label=f"{groups[-1]}: bias ∝ 1/width",
+        )  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        _label(axes, x="width", y="relative error" if axes is panels[0] else "", title=kernel.upper())
+        axes.grid(which="major", color="#DDDDDD", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    _legend(panels[-1])
+    _write(figure, Path(path).with_suffix(".svg"))
+    return _write(figure, path)
+
+
+def dynamics(spectra: Sequence[Mapping[str, Any]], over_time: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Eigenvalues, what the targets have along their eigenvectors, and predicted errors over the training time.
+
+    Args:
+      spectra, over_time: of :func:`equigram.experiments.dynamics.run_dynamics`.
+      path: the PNG; an SVG is written beside it.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11.5, 3.4), layout="constrained")
+    values, shares, errors = figure.subplots(1, 3)
+    for number, (name, rows) in enumerate(_by_name(spectra).items()):
+        style = _style(number, len(rows))
+        positive = [row for row in rows if row["eigenvalue"] > 0]
+        ranks = [row["rank"] for row in positive]
+        values.plot(ranks, [row["eigenvalue"] for row in positive], label=name, **style)
+        shares.plot([row["rank"] for row in rows], [row["cumulative_alignment"] for row in rows], label=name, **style)
+    for number, (name, rows) in enumerate(_by_name(over_time).items()):
+        finite = [row for row in rows if np.isfinite(row["time"])]
+        times = [row["time"] for row in finite]
+        color = _COLORS[number % len(_COLORS)]
+        errors.plot(times, [row["train_mse"] for row in finite], color=color, linestyle=":", label=f"{name}, train")
+        if finite and finite[0]["test_mse"] is not None:
+            errors.plot(times, [row["test_mse"] for row in finite], color=color, linestyle="-", label=f"{name}, test")
+    for axes in (values, shares, errors):
+        axes.set_xscale("log")
+    values.set_yscale("log")
+    _label(values, x="rank", y="eigenvalue / mean diagonal")
+    _label(shares, x="rank", y="share of the targets up to it")
+    _label(errors, x="time in 1 / (learning rate x mean diagonal)", y="mean squared error")
+    for axes in (values, shares):
+        axes.grid(which="major", color="#DDDDDD", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    _legend(errors)
+    _write(figure, Path(path).with_suffix(".svg"))
+    return _write(figure, path)
+
+
+def curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Mean accuracies over subsets against the training images, with standard deviations.
+
+    Args:
+      rows: of :func:`equigram.experiments.curves.run_curves`.
+      path: the PNG; an SVG is written beside it.
+    """
+    figure, axes = _axes(4.5, 3.4)
+    for number, (name, some) in enumerate(_by_name(rows).items()):
+        sizes = sorted({row["images"] for row in some})
+        scores = [[row["accuracy"] for row in some if row["images"] == size] for size in sizes]
+        deviations = [float(np.std(one, ddof=1)) if len(one) > 1 else 0.0 for one in scores]
+        means = [float(np.mean(one)) for one in scores]
+        axes.errorbar(sizes, means, deviations, capsize=2, label=name, **_style(number, len(sizes)))
+    axes.set_xscale("log")
+    count = len({row["subset"] for row in rows})
+    title = f"mean and standard deviation of {count} random subsets" if count > 1 else ""
+    _label(axes, x="training images", y="test accuracy", title=title)
+    _legend(axes)
+    _write(figure, Path(path).with_suffix(".svg"))
+    return _write(figure, path)
+
+
+def _by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows by group and kernel, in their order."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in _few(rows):
+        found.setdefault(f"{row['group']} {str(row['kernel']).upper()}", []).append(row)
+    return found
+
+
+def _few(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    if not rows:
+        raise SpecError("there is nothing to draw; pass at least one row")
+    return rows
+
+
 def _name_ticks(axes: Axes, places: NDArray[Any], names: Sequence[str], unit: float) -> None:
     """Class names along both axes, ``unit`` points per data unit, but none that would overlap the one before.
 
@@ -305,7 +420,8 @@ def _write(figure: Figure, path: str | Path) -> Path:
         # A class name in a script that the font lacks is drawn as boxes, which no caller can change.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         FigureCanvasAgg(figure)
-        figure.savefig(picture, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.08, facecolor="white")
+        kind = path.suffix.removeprefix(".") or "png"
+        figure.savefig(picture, format=kind, dpi=_DPI, bbox_inches="tight", pad_inches=0.08, facecolor="white")
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -81,6 +81,11 @@ def init(net: GroupCNN, width: int, key: jax.Array, channels: int) -> Params:
     return tuple(Layer(next(values).reshape(shape), next(values)) for shape in shapes)
 
 
+def random_key(seed: int, *numbers: int) -> jax.Array:
+    """A JAX random key for a seed and, independent of all others, for each choice of further numbers."""
+    return functools.reduce(jax.random.fold_in, numbers, jax.random.key(seed))
+
+
 def _shapes(net: GroupCNN, width: int, channels: int) -> list[tuple[int, ...]]:
     """The shape of the weights of each layer."""
     inputs, shapes = (1, channels), []

@@ -87,7 +87,7 @@ def check_solvable(spec: SolveSpec, labels: Labels, classes: tuple[str, ...] | N
       DataError: there are no labels, or only one class.
       SpecError: ``solve.train_sizes`` asks for more images than there are, or ``solve.folds`` for more parts.
     """
-    targets = _targets(labels, classes)
+    targets = targets_of(labels, classes)
     smallest = len(targets.values)
     for size in spec.train_sizes or ():
         smallest = min(smallest, len(_subset(labels, size, classes)))
@@ -286,7 +286,7 @@ class _Stage:
         """The regressions with so many training images per class."""
         labels, classes, spec = self._labels, self._info.classes, self._spec
         chosen = None if size is None else _subset(labels, size, classes)
-        targets = _targets(labels if chosen is None or labels is None else labels[chosen], classes)
+        targets = targets_of(labels if chosen is None or labels is None else labels[chosen], classes)
         count = len(targets.values)
         method = self._method
         if chosen is not None and method != "direct":  # a part of a matrix has no factor in the store
@@ -439,7 +439,12 @@ def _result(fields: dict[str, Any]) -> Result:
     return Result(**{**fields, "accuracy_interval": None if interval is None else (interval[0], interval[1])})
 
 
-def _targets(labels: Labels, classes: tuple[str, ...] | None) -> Targets:
+def targets_of(labels: Labels, classes: tuple[str, ...] | None) -> Targets:
+    """The targets of labels as a store has them.
+
+    Raises:
+      DataError: there are no labels, or only one class.
+    """
     if labels is None:
         raise DataError(
             "the training images have no labels, so there is nothing to predict; give labels (class folders, `y` in "

@@ -1,0 +1,206 @@
+"""Kernel convergence: the mean kernels of random networks of finite width against their infinite-width limit.
+
+For each group and width the NNGP and NTK of m networks are sampled on the same random images. With the mean ``M`` over
+the networks and the limit ``K``, the relative error is ``|M - K| / |K|``, averaged over all entries of the Gram matrix.
+It has two parts: the spread of the mean, of order ``1 / √(m width)``, which more networks lower, and the bias of finite
+width, of order ``1 / width``, which they do not. Both are fitted.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from equigram.errors import SpecError, StoreError
+from equigram.events import Listener, Progress
+from equigram.experiments.tables import write_table, write_whole
+from equikernel import GroupCNN
+
+if TYPE_CHECKING:
+    from equikernel.network import GroupName
+
+Array = NDArray[np.float64]
+
+KERNELS = ("nngp", "ntk")
+
+BATCH = 8
+"""Networks that are sampled before the progress is told and the samples are kept; there are always whole batches."""
+
+RESAMPLED = 200
+"""Bootstrap samples from which standard errors are computed."""
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """What to sample.
+
+    Attributes:
+      groups: symmetry groups of the networks.
+      widths: channels of the hidden layers.
+      samples: networks of each group and width.
+      depth: convolutions.
+      images: random images on which the kernels are compared.
+      size: pixels along their sides.
+      channels: of the images.
+      seed: of images and networks.
+    """
+
+    groups: tuple[str, ...] = ("C1", "C2", "C4", "C8")
+    widths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+    samples: int = 100
+    depth: int = 3
+    images: int = 3
+    size: int = 6
+    channels: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, values in (("groups", self.groups), ("widths", self.widths)):
+            if not values or len(set(values)) < len(values):
+                raise SpecError(f"{name} = {list(values)} is not allowed; name at least one, and each once")
+        for name, least in (("samples", 2), ("depth", 1), ("images", 1), ("size", 1), ("channels", 1)):
+            if getattr(self, name) < least:
+                raise SpecError(f"{name} = {getattr(self, name)} is not allowed; it must be {least} or more")
+        if min(self.widths) < 1:
+            raise SpecError(f"width {min(self.widths)} is not allowed; it must be 1 or more")
+
+    def network(self, group: GroupName) -> GroupCNN:
+        """The network of a group: √2 keeps the size of the features of a ReLU network from layer to layer."""
+        return GroupCNN(group=group, depth=self.depth, w_std=2**0.5)
+
+    def inputs(self) -> Array:
+        """The images ``(n, H, W, C)``, standard normal."""
+        shape = (self.images, self.size, self.size, self.channels)
+        return np.random.default_rng(self.seed).standard_normal(shape)
+
+
+def run_convergence(spec: Convergence, folder: Path, listener: Listener) -> list[dict[str, Any]]:
+    """Sample what is missing in ``folder``, and write its table and figure.
+
+    The samples of a group and width are in ``samples/<group>-<width>.npz``; with the same settings they are not sampled
+    again, and more are added to them.
+
+    Returns:
+      The rows of the table, one for each group, kernel and width.
+
+    Raises:
+      SpecError: the folder holds samples of other settings.
+      StoreError: the folder cannot be written.
+      NetworkError, ImageError: a network does not fit the images.
+    """
+    from equigram import plot
+
+    fields = {name: getattr(spec, name) for name in ("depth", "images", "size", "channels", "seed")}
+    settings = folder / "settings.json"
+    if settings.exists() and (there := json.loads(settings.read_text())) != fields:
+        raise SpecError(f"{folder} holds samples of {there}, and asked for are {fields}; choose another folder")
+    write_whole(settings, json.dumps(fields).encode())
+    total = len(spec.groups) * len(spec.widths) * spec.samples
+    rows: list[dict[str, Any]] = []
+    done = 0
+    for group in spec.groups:
+        net = spec.network(group)
+        limit = net.kernel(spec.inputs(), engine="reference" if _small(spec) else "auto", dtype="float64")
+        limits = {name: np.asarray(getattr(limit, name)) for name in KERNELS}
+        by_width: list[dict[str, Array]] = []
+        for width in spec.widths:
+            path = folder / "samples" / f"{group}-{width}.npz"
+            found = _stored(path)
+            while len(found["ntk"]) < spec.samples:
+                listener(Progress("networks", done + len(found["ntk"]), total))
+                found = _more(spec, net, width, found)
+                _keep(path, found)
+            done += spec.samples
+            by_width.append({name: found[name][: spec.samples] for name in KERNELS})
+        for name in KERNELS:
+            rows += _rows(group, name, spec, limits[name], [samples[name] for samples in by_width])
+    listener(Progress("networks", total, total))
+    write_table(folder / "convergence.csv", rows)
+    plot.convergence(rows, folder / "convergence.png")
+    return rows
+
+
+def _small(spec: Convergence) -> bool:
+    return spec.size <= 6 and spec.depth <= 3
+
+
+def _stored(path: Path) -> dict[str, Array]:
+    """Samples ``(m, n, n)`` by kernel; none where there is no file."""
+    if not path.exists():
+        return {name: np.empty((0, 0, 0)) for name in KERNELS}
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in KERNELS}
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreError(f"{path} is damaged ({error}); delete it and run again") from None
+
+
+def _keep(path: Path, samples: dict[str, Array]) -> None:
+    content = io.BytesIO()
+    np.savez(content, **samples)  # type: ignore[arg-type]
+    write_whole(path, content.getvalue())
+
+
+def _more(spec: Convergence, net: GroupCNN, width: int, found: dict[str, Array]) -> dict[str, Array]:
+    """The samples, and those of a few more networks, each from a key of its own."""
+    from equikernel.finite import empirical_kernels, random_key
+
+    key = random_key(spec.seed, width, len(found["ntk"]))
+    images = spec.inputs().astype(np.float32)
+    more = dict(zip(KERNELS, empirical_kernels(net, width, key, images, samples=BATCH), strict=True))
+    return {
+        name: np.concatenate([found[name].reshape(-1, *more[name].shape[1:]), more[name].astype(np.float64)])
+        for name in KERNELS
+    }
+
+
+def _rows(group: str, kernel: str, spec: Convergence, limit: Array, samples: Sequence[Array]) -> list[dict[str, Any]]:
+    """The rows of a group and kernel, with both fits."""
+    rng = np.random.default_rng(spec.seed)
+    scale = np.abs(limit)
+    upper = np.triu_indices(len(limit))  # the other half is the same
+    weights = np.where(upper[0] == upper[1], 1.0, 2.0)
+    weights /= weights.sum()
+
+    def averaged(entries: Array) -> Array:
+        return np.asarray((entries[..., upper[0], upper[1]] * weights).sum(axis=-1))
+
+    errors, bars, biases, bias_bars, spreads = [], [], [], [], []
+    for found in samples:
+        mean = found.mean(axis=0)
+        chosen = rng.integers(len(found), size=(RESAMPLED, len(found)))
+        again = np.stack([found[one].mean(axis=0) for one in chosen])
+        errors.append(float(averaged(np.abs(mean - limit) / scale)))
+        bars.append(float(averaged(np.abs(again - limit) / scale).std(ddof=1)))
+        biases.append(float(averaged((mean - limit) / scale)))
+        bias_bars.append(float(averaged((again - limit) / scale).std(ddof=1)))
+        spreads.append(float(averaged(found.std(axis=0, ddof=1) / scale)))
+    inverse = 1 / np.array(spec.widths)
+    accuracy = 1 / np.square(np.maximum(bias_bars, 1e-12))
+    bias = float((accuracy * inverse * biases).sum() / (accuracy * inverse**2).sum())
+    bias_bar = float(1 / np.sqrt((accuracy * inverse**2).sum()))
+    spread = float(np.exp(np.mean(np.log(np.maximum(spreads, 1e-300)) - 0.5 * np.log(inverse))))
+    return [
+        {
+            "group": group,
+            "kernel": kernel,
+            "width": width,
+            "networks": spec.samples,
+            "relative_error": errors[index],
+            "standard_error": bars[index],
+            "relative_bias": biases[index],
+            "bias_standard_error": bias_bars[index],
+            "spread_of_one": spreads[index],
+            "fitted_bias_times_width": bias,
+            "fitted_bias_standard_error": bias_bar,
+            "fitted_spread_times_root_width": spread,
+        }
+        for index, width in enumerate(spec.widths)
+    ]

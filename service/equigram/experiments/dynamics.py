@@ -1,0 +1,107 @@
+"""Spectrum and training dynamics of a finished run: which modes there are, what they hold, and when they are learned.
+
+With Θ(X, X) / s = V diag(e) Vᵀ the targets have the share ``‖v_iᵀ (Y - ȳ)‖² / ‖Y - ȳ‖²`` along the eigenvector v_i, and
+gradient flow learns that part like 1 - exp(-e_i t), t in units of 1 / (η s). Predicted errors over time are those of
+:class:`equigram.solve.Spectrum`, without ridge.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from equigram.errors import DataError, ResourceError
+from equigram.events import Listener, Progress
+from equigram.experiments.tables import write_table
+from equigram.solve.metrics import accuracy, mean_squared_error
+from equigram.solve.spectrum import eigendecompose, memory_for_spectrum
+from equigram.solve.stage import targets_of
+from equikernel.memory import available_memory, format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from equigram.spec import KernelName
+    from equigram.store import GramStore
+
+TIMES = tuple(float(f"{10**exponent:.3g}") for exponent in np.arange(-1, 6.01, 0.25))
+"""From before the largest mode is learned to long after most others."""
+
+
+def run_dynamics(
+    store: GramStore,
+    folder: Path,
+    listener: Listener,
+    kernels: Sequence[KernelName] = ("ntk",),
+    times: Sequence[float] = TIMES,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Write ``spectrum.csv``, ``dynamics.csv`` and a figure of a run into ``folder``.
+
+    Args:
+      store: a run with labels whose matrices are complete.
+      folder: where.
+      listener: told of the progress.
+      kernels: whose matrices.
+      times: in units of 1 / (η s); infinity is after training.
+
+    Returns:
+      The rows of both tables: one for each eigenvalue, and one for each time, of each group and kernel.
+
+    Raises:
+      DataError: the training images have no labels.
+      ResourceError: the eigenvectors do not fit in memory.
+      IncompleteRunError, DamagedTileError: a matrix cannot be read whole.
+    """
+    from equigram import plot
+
+    info = store.info
+    needed, available = memory_for_spectrum(info.train), available_memory()
+    if needed > available:
+        raise ResourceError(
+            f"the eigenvectors of {info.train:,} images take {format_bytes(needed)}, and {format_bytes(available)} of "
+            "memory are available; make a run of fewer images, for example with `equigram export` and `import`"
+        )
+    labels, truth = store.labels("train"), store.labels("test") if info.test else None
+    if labels is None:
+        raise DataError(f"the images of {store.url} have no labels, and so there is nothing to learn")
+    targets = targets_of(labels, info.classes)
+    train = targets.values + targets.offset
+    test = None if truth is None else truth if info.classes is None else np.eye(len(info.classes))[truth]
+    pairs = [(group, kernel) for group in info.spec.gram.groups for kernel in kernels]
+    spectra: list[dict[str, Any]] = []
+    dynamics: list[dict[str, Any]] = []
+    for index, (group, kernel) in enumerate(pairs):
+        listener(Progress("spectra", index, len(pairs)))
+        spectrum = eigendecompose(store.matrix("gram", group, kernel))
+        cross = store.matrix("cross", group, kernel).astype(np.float64) if info.test else None
+        shares = spectrum.alignment(targets)
+        names = {"group": group, "kernel": kernel}
+        for rank, mode in enumerate(range(info.train - 1, -1, -1), start=1):
+            value = float(spectrum.values[mode])
+            spectra.append(
+                {
+                    **names,
+                    "rank": rank,
+                    "eigenvalue": value,
+                    "alignment": float(shares[mode]),
+                    "cumulative_alignment": float(shares[mode:].sum()),
+                    "learning_time": 1 / value if value > 0 else None,
+                }
+            )
+        for time in times:
+            fit = spectrum.fit(targets, time=time)
+            row = {**names, "time": time, "train_mse": mean_squared_error(fit, train)}
+            row |= {"test_mse": None, "test_accuracy": None}
+            if cross is not None and test is not None:
+                predictions = cross @ spectrum.coefficients(targets, time=time) + targets.offset
+                row["test_mse"] = mean_squared_error(predictions, test)
+                if info.classes is not None and truth is not None:
+                    row["test_accuracy"] = accuracy(predictions, truth)
+            dynamics.append(row)
+    listener(Progress("spectra", len(pairs), len(pairs)))
+    write_table(folder / "spectrum.csv", spectra)
+    write_table(folder / "dynamics.csv", dynamics)
+    plot.dynamics(spectra, dynamics, folder / "dynamics.png")
+    return spectra, dynamics

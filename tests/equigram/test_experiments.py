@@ -1,0 +1,292 @@
+"""The experiments: tables against their definitions, figures as files, and what happens when they are interrupted."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from sklearn.kernel_ridge import KernelRidge
+
+from equigram.errors import DataError, ResourceError, SpecError, StoreError
+from equigram.events import Event, Progress, nobody
+from equigram.experiments import convergence, curves, dynamics
+from equigram.experiments.convergence import BATCH, Convergence, run_convergence
+from equigram.experiments.curves import default_sizes, run_curves
+from equigram.experiments.dynamics import run_dynamics
+from equigram.experiments.tables import write_table
+from equigram.spec import JobSpec
+from equigram.store import GramStore
+
+SMALL = Convergence(groups=("C1", "C4"), widths=(2, 8, 32), samples=16, depth=2, images=2, size=4)
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def is_figure(path: Path) -> bool:
+    content = path.read_bytes()
+    return content.startswith(b"\x89PNG") if path.suffix == ".png" else b"<svg" in content[:1000]
+
+
+@pytest.fixture
+def finished(
+    job: Callable[..., JobSpec], create: Callable[[JobSpec], GramStore], compute: Callable[..., None], tmp_path: Path
+) -> GramStore:
+    """A finished run of three classes: 18 training and 9 test images, C1 and C4."""
+    rng = np.random.default_rng(0)
+    labels, truth = np.arange(18) % 3, np.arange(9) % 3
+    stripes = 80 * (np.arange(8) // (np.concatenate([labels, truth])[:, None] + 1) % 2)
+    images = (stripes[:, None, :] + rng.integers(0, 120, (27, 8, 8))).astype(np.uint8)
+    np.savez(tmp_path / "x.npz", x_train=images[:18], y_train=labels, x_test=images[18:], y_test=truth)
+    store = create(job(data={"train": tmp_path / "x.npz"}, gram={"groups": ["C1", "C4"], "tile": 8}))
+    compute(store)
+    return store
+
+
+# ------------------------------------------------------------------------------------------------------ convergence
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("convergence")
+    return folder, run_convergence(SMALL, folder, nobody)
+
+
+def test_errors_are_those_of_the_mean_of_the_samples(sampled: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, rows = sampled
+    assert [(row["group"], row["kernel"], row["width"]) for row in rows] == [
+        (group, kernel, width) for group in ("C1", "C4") for kernel in ("nngp", "ntk") for width in (2, 8, 32)
+    ]
+    for row in rows:
+        samples = np.load(folder / f"samples/{row['group']}-{row['width']}.npz")[row["kernel"]]
+        net = SMALL.network(row["group"])
+        limit = getattr(net.kernel(SMALL.inputs(), engine="reference"), row["kernel"])
+        expected = np.mean(np.abs(samples.mean(axis=0) - limit) / np.abs(limit))
+        assert_allclose(row["relative_error"], expected, rtol=1e-6)
+        assert_allclose(row["relative_bias"], np.mean((samples.mean(axis=0) - limit) / np.abs(limit)), rtol=1e-5)
+        assert_allclose(row["spread_of_one"], np.mean(samples.std(axis=0, ddof=1) / np.abs(limit)), rtol=1e-5)
+        assert 0 < row["standard_error"] < row["spread_of_one"]
+
+
+def test_the_spread_falls_like_the_root_of_the_width(sampled: tuple[Path, list[dict[str, Any]]]) -> None:
+    for group in ("C1", "C4"):
+        for kernel in ("nngp", "ntk"):
+            some = [row for row in sampled[1] if (row["group"], row["kernel"]) == (group, kernel)]
+            assert 1.5 < some[0]["spread_of_one"] / some[2]["spread_of_one"] < 10  # 4, but for chance
+
+
+def test_a_table_and_figures_are_written(sampled: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, rows = sampled
+    written = table(folder / "convergence.csv")
+    assert [float(row["relative_error"]) for row in written] == [row["relative_error"] for row in rows]
+    assert is_figure(folder / "convergence.png")
+    assert is_figure(folder / "convergence.svg")
+
+
+def test_what_is_sampled_is_not_sampled_again_and_more_is_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = Convergence(groups=("C1",), widths=(2, 4), samples=BATCH, depth=1, images=2, size=3)
+    original = convergence._more
+    calls: list[int] = []
+
+    def more(*arguments: Any) -> Any:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(arguments[2])
+        return original(*arguments)
+
+    monkeypatch.setattr(convergence, "_more", more)
+    first = run_convergence(spec, tmp_path, nobody)
+    assert calls == [2, 4]
+    assert run_convergence(spec, tmp_path, nobody) == first
+    larger = Convergence(groups=("C1",), widths=(2, 4), samples=2 * BATCH, depth=1, images=2, size=3)
+    with pytest.raises(KeyboardInterrupt):
+        run_convergence(larger, tmp_path, nobody)
+    assert calls == [2, 4, 2]
+    calls.clear()
+    rows = run_convergence(larger, tmp_path, nobody)
+    assert calls == [4]
+    monkeypatch.setattr(convergence, "_more", original)
+    assert run_convergence(larger, tmp_path / "anew", nobody) == rows
+
+
+def test_samples_of_other_settings_are_refused(tmp_path: Path) -> None:
+    spec = Convergence(groups=("C1",), widths=(2,), samples=2, depth=1, images=1, size=3)
+    run_convergence(spec, tmp_path, nobody)
+    other = Convergence(groups=("C1",), widths=(2,), samples=2, depth=2, images=1, size=3)
+    with pytest.raises(SpecError, match=r"holds samples of .*'depth': 1.* and asked for are .*'depth': 2"):
+        run_convergence(other, tmp_path, nobody)
+    (tmp_path / "samples/C1-2.npz").write_bytes(b"nothing")
+    with pytest.raises(StoreError, match=r"C1-2.npz is damaged .* delete it and run again"):
+        run_convergence(
+            Convergence(groups=("C1",), widths=(2,), samples=2, depth=1, images=1, size=3), tmp_path, nobody
+        )
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"samples": 1}, "samples = 1 is not allowed; it must be 2 or more"),
+        ({"depth": 0}, "depth = 0 is not allowed"),
+        ({"widths": ()}, r"widths = \[\] is not allowed"),
+        ({"widths": (2, 2)}, r"widths = \[2, 2\] is not allowed; name at least one, and each once"),
+        ({"widths": (0, 2)}, "width 0 is not allowed"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(SpecError, match=text):
+        Convergence(**fields)
+
+
+# --------------------------------------------------------------------------------------------------- learning curves
+
+
+def test_a_point_of_a_learning_curve_is_a_regression_with_a_subset(finished: GramStore, tmp_path: Path) -> None:
+    rows = run_curves(finished, tmp_path, nobody, sizes=[2, 6], subsets=3, seed=4, ridge=[1e-2])
+    labels, truth = finished.labels("train"), finished.labels("test")
+    assert labels is not None
+    rng = np.random.default_rng(4)
+    orders = [[rng.permutation(np.flatnonzero(labels == label)) for label in range(3)] for _ in range(3)]
+    for row in rows:
+        chosen = np.sort(np.concatenate([one[: row["per_class"]] for one in orders[row["subset"]]]))
+        gram = finished.matrix("gram", row["group"], row["kernel"]).astype(np.float64)[np.ix_(chosen, chosen)]
+        cross = finished.matrix("cross", row["group"], row["kernel"]).astype(np.float64)[:, chosen]
+        one_hot = np.eye(3)[labels[chosen]]
+        model = KernelRidge(alpha=1e-2 * gram.diagonal().mean(), kernel="precomputed")
+        predictions = model.fit(gram, one_hot - one_hot.mean(axis=0)).predict(cross) + one_hot.mean(axis=0)
+        assert row["accuracy"] == np.mean(predictions.argmax(axis=1) == truth)
+        assert_allclose(row["mse"], np.mean(np.square(predictions - np.eye(3)[truth])), rtol=1e-6)
+    sizes = [(row["group"], row["kernel"], row["per_class"]) for row in rows]
+    assert sizes.count(("C4", "ntk", 2)) == 3
+    assert sizes.count(("C4", "ntk", 6)) == 1  # all images: there is one such subset
+    assert len(table(tmp_path / "curves.csv")) == len(rows) == 4 * 4
+    assert is_figure(tmp_path / "curves.png")
+    assert is_figure(tmp_path / "curves.svg")
+
+
+def test_the_ridge_of_a_subset_is_chosen_on_left_out_images(finished: GramStore, tmp_path: Path) -> None:
+    rows = run_curves(finished, tmp_path, nobody, sizes=[6], subsets=1, ridge=[1e-6, 1e-1, 1e3])
+    assert {row["ridge"] for row in rows} <= {1e-6, 1e-1}  # a huge ridge predicts the mean
+
+
+def test_default_sizes_end_with_the_smallest_class() -> None:
+    assert default_sizes(1) == [1]
+    assert default_sizes(32) == [1, 2, 5, 10, 20, 32]
+    assert default_sizes(100) == [1, 2, 5, 10, 20, 50, 100]
+
+
+def test_curves_that_cannot_be_are_refused(
+    finished: GramStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: Any, create: Any
+) -> None:
+    with pytest.raises(SpecError, match=r"sizes \[2, 7\] are asked for; the smallest class has 6 training images"):
+        run_curves(finished, tmp_path, nobody, sizes=[7, 2])
+    monkeypatch.setattr(curves, "available_memory", lambda: 1000)
+    with pytest.raises(ResourceError, match=r"subsets of 18 images take .* take smaller sizes"):
+        run_curves(finished, tmp_path, nobody)
+    np.savez(tmp_path / "bare.npz", x_train=np.arange(64, dtype=np.uint8).reshape(4, 4, 4))
+    bare = create(job(tmp_path / "bare", data={"train": tmp_path / "bare.npz"}, solve=None))
+    with pytest.raises(DataError, match=r"has no classes, or no labelled test images"):
+        run_curves(bare, tmp_path, nobody)
+    with pytest.raises(DataError, match=r"have no labels, and so there is nothing to learn"):
+        run_dynamics(bare, tmp_path, nobody)
+
+
+# ---------------------------------------------------------------------------------------------------------- dynamics
+
+
+def test_spectrum_and_dynamics_are_those_of_the_matrices(finished: GramStore, tmp_path: Path) -> None:
+    events: list[Event] = []
+    spectra, over_time = run_dynamics(finished, tmp_path, events.append, ("nngp", "ntk"), (0.0, 3.0, np.inf))
+    assert events[-1] == Progress("spectra", 4, 4)
+    labels = finished.labels("train")
+    targets = np.eye(3)[labels] - np.eye(3)[labels].mean(axis=0)
+    for group in ("C1", "C4"):
+        gram = finished.matrix("gram", group, "ntk").astype(np.float64)
+        gram /= gram.diagonal().mean()
+        some = [row for row in spectra if (row["group"], row["kernel"]) == (group, "ntk")]
+        assert [row["rank"] for row in some] == list(range(1, 19))
+        assert_allclose([row["eigenvalue"] for row in some], np.linalg.eigvalsh(gram)[::-1], rtol=1e-6, atol=1e-9)
+        assert_allclose(sum(row["alignment"] for row in some), 1)
+        assert_allclose(some[-1]["cumulative_alignment"], 1)
+        assert_allclose(some[0]["learning_time"], 1 / some[0]["eigenvalue"])
+        start, middle, end = (row for row in over_time if (row["group"], row["kernel"]) == (group, "ntk"))
+        assert_allclose(start["train_mse"], np.mean(np.square(targets)))
+        assert end["train_mse"] < 1e-6 < middle["train_mse"] < start["train_mse"]
+        cross = finished.matrix("cross", group, "ntk").astype(np.float64)
+        whole = finished.matrix("gram", group, "ntk").astype(np.float64)
+        predictions = cross @ np.linalg.solve(whole, targets) + np.eye(3)[labels].mean(axis=0)
+        truth = finished.labels("test")
+        assert_allclose(end["test_mse"], np.mean(np.square(predictions - np.eye(3)[truth])), rtol=1e-4)
+        assert end["test_accuracy"] == np.mean(predictions.argmax(axis=1) == truth)
+    assert len(table(tmp_path / "spectrum.csv")) == 4 * 18
+    assert len(table(tmp_path / "dynamics.csv")) == 4 * 3
+    assert is_figure(tmp_path / "dynamics.png")
+    assert is_figure(tmp_path / "dynamics.svg")
+
+
+def test_more_images_than_memory_holds_are_refused(finished: GramStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamics, "available_memory", lambda: 1000)
+    with pytest.raises(ResourceError, match=r"the eigenvectors of 18 images take .* are available"):
+        run_dynamics(finished, Path("nowhere"), nobody)
+
+
+# ---------------------------------------------------------------------------------------------------------- commands
+
+
+def command(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    program = str(Path(sys.executable).with_name("equigram"))
+    return subprocess.run(
+        [program, "experiment", *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def test_the_commands_write_what_they_say(finished: GramStore, tmp_path: Path) -> None:
+    done = command(tmp_path, "curves", finished.url, "-o", "out/curves", "--size", 2, "--subsets", 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("C1 nngp, 6 images: ")
+    assert done.stdout.splitlines()[-1] == "out/curves/curves.csv, curves.png, curves.svg"
+    done = command(tmp_path, "dynamics", finished.url, "-o", "out/dynamics")
+    assert done.returncode == 0, done.stderr
+    options = ("--group", "C1", "--width", 2, "--samples", 2, "--depth", 1, "--images", 1, "--size", 3)
+    done = command(tmp_path, "convergence", "-o", "out/convergence", *options)
+    assert done.returncode == 0, done.stderr
+    assert "C1 ntk: relative error " in done.stdout
+    assert json.loads((tmp_path / "out/convergence/settings.json").read_text())["depth"] == 1
+    for name in ("curves/curves", "dynamics/dynamics", "convergence/convergence"):
+        for suffix in (".csv", ".png", ".svg"):
+            assert (tmp_path / "out" / f"{name}{suffix}").exists()
+
+
+def test_bad_requests_end_in_one_sentence(finished: GramStore, tmp_path: Path) -> None:
+    for words, *arguments in (
+        ("--kernel 'rbf' is not in", "dynamics", finished.url, "-o", "x", "--kernel", "rbf"),
+        ("nothing is not a finished run store", "curves", "nothing", "-o", "x"),
+        ("sizes [100] are asked for", "curves", finished.url, "-o", "x", "--size", 100),
+        ("C5x", "convergence", "-o", "x", "--group", "C5x"),
+    ):
+        done = command(tmp_path, *arguments)
+        assert (done.returncode, done.stdout) == (2, ""), done
+        assert words in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+
+
+def test_a_table_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"file/x.csv: cannot be written: .*; choose a folder"):
+        write_table(tmp_path / "file/x.csv", [{"a": 1}])
