@@ -642,6 +642,63 @@ def curves(
     out.print(f"{output / 'curves.csv'}, curves.png, curves.svg", soft_wrap=True)
 
 
+@_command(experiments)
+def augmentation(
+    store: StoreArgument,
+    output: OutputOption,
+    groups: Annotated[
+        list[str] | None, typer.Option("--group", metavar="GROUP", help="C2, C4, D4; again for more; by default these.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=2, metavar="NUMBER", help="Training images of the run to take.")] = 40,
+) -> None:
+    """Augmentation equals symmetry: training on all turned images, against the group-averaged kernel.
+
+    With images and labels of a run. The predictions of a plain CNN kernel on all |G| positions of the images with a
+    ridge are those of the averaged kernel on the images alone with that ridge divided by |G|.
+    """
+    from equigram.experiments.augmentation import run_augmentation
+    from equigram.screen import Screen
+    from equigram.store import GramStore
+
+    with Screen(err) as screen:
+        rows = run_augmentation(GramStore.open(store), output, screen, groups or ("C2", "C4", "D4"), images)
+    for row in rows:
+        out.print(
+            f"{row['group']} {row['kernel']}, ridge {row['ridge_augmented']:.2e} on {row['elements']} x "
+            f"{row['images']} images, {row['ridge_averaged']:.2e} averaged: predictions up to "
+            f"{row['largest_prediction']:.3f} differ by {row['largest_difference']:.0e}",
+            soft_wrap=True,
+        )
+    out.print(f"{output / 'augmentation.csv'}, predictions.csv, augmentation.png, augmentation.svg", soft_wrap=True)
+
+
+@_command(experiments)
+def trainability(
+    output: OutputOption,
+    groups: Annotated[
+        list[str] | None, typer.Option("--group", metavar="GROUP", help="Again for more; by default C1 and C4.")
+    ] = None,
+    depths: Annotated[
+        list[int] | None, typer.Option("--depth", min=1, metavar="NUMBER", help="By default 2, 4, 8, 16, 32.")
+    ] = None,
+    activation: Annotated[str, typer.Option(metavar="NAME", help="erf, relu, …")] = "erf",
+) -> None:
+    """Condition of the NTK against depth and the variances of weights and biases, with the phase boundary.
+
+    Run again, it goes on.
+    """
+    from equigram.experiments.trainability import Trainability, run_trainability
+    from equigram.screen import Screen
+
+    default = Trainability()
+    spec = Trainability(
+        groups=tuple(groups or default.groups), depths=tuple(depths or default.depths), activation=activation
+    )
+    with Screen(err) as screen:
+        run_trainability(spec, output, screen)
+    out.print(f"{output / 'trainability.csv'}, trainability.png, trainability.svg", soft_wrap=True)
+
+
 def _version(show: bool) -> None:
     if show:
         out.print(f"equigram {__version__}")

@@ -324,6 +324,75 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     return _write(figure, path)
 
 
+def augmentation(points: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Predictions of the averaged kernel against those of the augmented images, which should be equal.
+
+    Args:
+      points: of :func:`equigram.experiments.augmentation.run_augmentation`.
+      path: the PNG; an SVG is written beside it.
+    """
+    figure, axes = _axes(3.6, 3.6)
+    for number, (name, some) in enumerate(_by_name(points).items()):
+        style = {**_style(number, 1), "linestyle": "", "markersize": 3}
+        axes.plot([row["augmented"] for row in some], [row["averaged"] for row in some], label=name, **style)
+    ends = [min(row["augmented"] for row in points), max(row["augmented"] for row in points)]
+    axes.plot(ends, ends, color="#888888", linewidth=0.8, zorder=0)
+    _label(axes, x="trained on all turned images", y="averaged kernel", title="predictions of test images")
+    _legend(axes)
+    _write(figure, Path(path).with_suffix(".svg"))
+    return _write(figure, path)
+
+
+def trainability(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Condition numbers of the NTK over depth and weight variance, a panel for each group and bias variance.
+
+    White cells are not positive definite to rounding; the line is the boundary between the phases, χ₁ = 1.
+
+    Args:
+      rows: of :func:`equigram.experiments.trainability.run_trainability`.
+      path: the PNG; an SVG is written beside it.
+    """
+    from matplotlib.figure import Figure
+
+    names = ("group", "bias_variance", "depth", "weight_variance")
+    groups, biases, depths, weights = (sorted({row[name] for row in _few(rows)}) for name in names)
+    by_place = {tuple(row[name] for name in names): row for row in rows}
+    figure = Figure(figsize=(2.4 * len(biases) + 1.4, 2.3 * len(groups) + 0.4), layout="constrained")
+    panels = figure.subplots(len(groups), len(biases), sharex=True, sharey=True, squeeze=False)
+    finite = [float(np.log10(c)) for row in rows if (c := row["condition"]) is not None and np.isfinite(c)]
+    limits = (min(finite, default=0.0), max(finite, default=1.0))
+    image: Any = None
+    for row_number, group in enumerate(groups):
+        for axes, bias in zip(panels[row_number], biases, strict=True):
+            places = [[by_place.get((group, bias, depth, weight), {}) for weight in weights] for depth in depths]
+            values = np.array([[_log_condition(place) for place in row] for row in places])
+            image = axes.imshow(
+                np.ma.masked_invalid(values), cmap=_color_map("viridis"), vmin=limits[0], vmax=limits[1],
+                origin="lower", aspect="auto",
+            )  # fmt: skip
+            slopes = np.array([place.get("slope") or np.nan for place in places[0]], dtype=float)
+            for index in range(len(weights) - 1):
+                low, high = slopes[index] - 1, slopes[index + 1] - 1
+                if low < 0 <= high and np.isfinite(high):
+                    axes.axvline(index + low / (low - high), color="white", linewidth=1.5)
+                    axes.axvline(index + low / (low - high), color="black", linewidth=0.8, linestyle="--")
+            axes.set_xticks(range(len(weights)), [f"{weight:g}" for weight in weights], fontsize=_FONT - 1)
+            axes.set_yticks(range(len(depths)), [str(depth) for depth in depths], fontsize=_FONT - 1)
+            _label(
+                axes, x="weight variance" if group == groups[-1] else "", y="depth" if bias == biases[0] else "",
+                title=f"{group}, bias variance {bias:g}",
+            )  # fmt: skip
+    bar = figure.colorbar(image, ax=panels.ravel().tolist())
+    bar.set_label("log10 of the condition number", fontsize=_FONT)
+    _write(figure, Path(path).with_suffix(".svg"))
+    return _write(figure, path)
+
+
+def _log_condition(place: Mapping[str, Any]) -> float:
+    condition = place.get("condition")
+    return float("nan") if condition is None or not np.isfinite(condition) else float(np.log10(condition))
+
+
 def _by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """Rows by group and kernel, in their order."""
     found: dict[str, list[Mapping[str, Any]]] = {}

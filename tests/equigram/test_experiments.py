@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,15 +16,20 @@ import pytest
 from numpy.testing import assert_allclose
 from sklearn.kernel_ridge import KernelRidge
 
+import equigram.experiments.augmentation
+import equigram.experiments.trainability
 from equigram.errors import DataError, ResourceError, SpecError, StoreError
 from equigram.events import Event, Progress, nobody
 from equigram.experiments import convergence, curves, dynamics
+from equigram.experiments.augmentation import run_augmentation
 from equigram.experiments.convergence import BATCH, Convergence, run_convergence
 from equigram.experiments.curves import default_sizes, run_curves
 from equigram.experiments.dynamics import run_dynamics
 from equigram.experiments.tables import write_table
+from equigram.experiments.trainability import Trainability, fixed_point, run_trainability
 from equigram.spec import JobSpec
 from equigram.store import GramStore
+from equikernel import GroupCNN
 
 SMALL = Convergence(groups=("C1", "C4"), widths=(2, 8, 32), samples=16, depth=2, images=2, size=4)
 
@@ -241,6 +247,120 @@ def test_more_images_than_memory_holds_are_refused(finished: GramStore, monkeypa
         run_dynamics(finished, Path("nowhere"), nobody)
 
 
+# ------------------------------------------------------------------------------------------------------ augmentation
+
+
+def test_training_on_all_turned_images_is_the_averaged_kernel(finished: GramStore, tmp_path: Path) -> None:
+    rows = run_augmentation(finished, tmp_path, nobody, ("C2", "D4"), images=6, ridge=(1e-3, 1.0))
+    assert [(row["group"], row["kernel"]) for row in rows[::2]] == [
+        (group, kernel) for group in ("C2", "D4") for kernel in ("nngp", "ntk")
+    ]
+    for row in rows:
+        assert row["elements"] == {"C2": 2, "D4": 8}[row["group"]]
+        assert row["ridge_averaged"] == row["ridge_augmented"] / row["elements"]
+        assert row["largest_difference"] < 1e-9 * max(1.0, row["largest_prediction"])
+        assert row["largest_prediction"] > 0.01
+        assert row["kernel_difference"] < 1e-12  # without a head the averaged kernel is that of the group network
+    assert len(table(tmp_path / "augmentation.csv")) == 8
+    assert len(table(tmp_path / "predictions.csv")) == 8 * 6 * 3
+    assert is_figure(tmp_path / "augmentation.png")
+    assert is_figure(tmp_path / "augmentation.svg")
+
+
+def test_another_ridge_on_the_averaged_kernel_is_not_the_same(
+    finished: GramStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = equigram.experiments.augmentation._solve
+    monkeypatch.setattr(
+        equigram.experiments.augmentation, "_solve",
+        lambda matrix, values, ridge: original(matrix, values, ridge * (4 if len(matrix) == 6 else 1)),
+    )  # fmt: skip
+    rows = run_augmentation(finished, tmp_path, nobody, ("C4",), images=6, ridge=(1e-1,))
+    assert min(row["largest_difference"] for row in rows) > 1e-3
+
+
+def test_groups_off_the_grid_are_not_augmented_with(finished: GramStore, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"group 'C3' does not map pixels to pixels; choose of C2, C4, D1, D2 and D4"):
+        run_augmentation(finished, tmp_path, nobody, ("C3",))
+
+
+# ------------------------------------------------------------------------------------------------------ trainability
+
+
+def test_the_fixed_point_and_slope_of_relu_are_known() -> None:
+    # He initialisation: E[relu(u)²] = q / 2, so that σ_w² = 2 keeps the variance, and χ₁ = σ_w² / 2.
+    assert fixed_point("relu", 2.0, 0.0) == pytest.approx((1.0, 1.0))
+    assert fixed_point("relu", 1.0, 0.5) == pytest.approx((1.0, 0.5))
+    assert fixed_point("relu", 2.5, 0.0) == (np.inf, np.inf)
+
+
+def test_the_fixed_point_of_erf_is_that_of_quadrature() -> None:
+    nodes, weights = np.polynomial.hermite_e.hermegauss(200)
+    weights = weights / weights.sum()
+    q, slope = fixed_point("erf", 1.7, 0.1)
+    erf = np.vectorize(math.erf)
+    derivative = 2 / np.sqrt(np.pi) * np.exp(-q * np.square(nodes))
+    assert_allclose(1.7 * (weights * erf(np.sqrt(q) * nodes) ** 2).sum() + 0.1, q, rtol=1e-9)
+    assert_allclose(slope, 1.7 * (weights * np.square(derivative)).sum(), rtol=1e-9)
+
+
+def test_conditions_are_those_of_the_kernels_and_the_ordered_phase_is_the_worse(tmp_path: Path) -> None:
+    spec = Trainability(
+        groups=("C4",), depths=(2, 6), weight_variances=(0.5, 3.0), bias_variances=(0.5,), images=4, size=4
+    )
+    rows = run_trainability(spec, tmp_path, nobody)
+    images = np.random.default_rng(0).standard_normal((4, 4, 4, 1))
+    for row in rows:
+        net = GroupCNN(
+            depth=row["depth"], activation="erf", w_std=row["weight_variance"] ** 0.5, b_std=row["bias_variance"] ** 0.5
+        )
+        ntk = net.kernel(images, engine="reference").ntk
+        assert_allclose(row["condition"], np.linalg.cond(ntk), rtol=1e-4)
+        assert_allclose(row["mean_diagonal"], np.diagonal(ntk).mean())
+        ratio = ntk[~np.eye(4, dtype=bool)].mean() / np.diagonal(ntk).mean()
+        assert_allclose(row["off_diagonal_ratio"], ratio)
+    by_place = {(row["weight_variance"], row["depth"]): row for row in rows}
+    assert by_place[0.5, 6]["slope"] < 1 < by_place[3.0, 6]["slope"]
+    assert by_place[0.5, 6]["condition"] > 10 * by_place[0.5, 2]["condition"]
+    assert by_place[3.0, 6]["condition"] < by_place[3.0, 2]["condition"]
+    assert is_figure(tmp_path / "trainability.png")
+    assert is_figure(tmp_path / "trainability.svg")
+
+
+def test_points_that_are_there_are_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields: dict[str, Any] = {"groups": ("C1",), "bias_variances": (0.1,), "images": 2, "size": 3, "activation": "relu"}
+    first = run_trainability(Trainability(depths=(1,), weight_variances=(1.0, 2.0), **fields), tmp_path, nobody)
+    computed = []
+    original = equigram.experiments.trainability._measured
+
+    def measured(*arguments: Any) -> Any:
+        computed.append(arguments[2:5])
+        return original(*arguments)
+
+    monkeypatch.setattr(equigram.experiments.trainability, "_measured", measured)
+    rows = run_trainability(Trainability(depths=(1, 2), weight_variances=(1.0, 2.0), **fields), tmp_path, nobody)
+    assert computed == [(2, 1.0, 0.1), (2, 2.0, 0.1)]
+    assert [row for row in rows if row["depth"] == 1] == first
+    with pytest.raises(SpecError, match=r"trainability.csv is of .*relu.* and asked for is .*erf"):
+        run_trainability(
+            Trainability(depths=(1,), weight_variances=(1.0,), **{**fields, "activation": "erf"}), tmp_path, nobody
+        )
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"depths": ()}, r"depths = \[\] is not allowed"),
+        ({"depths": (0,)}, r"depths = \[0\] is not allowed; name each once, all 1 or more"),
+        ({"weight_variances": (-1.0,)}, r"weight_variances = \[-1.0\] is not allowed"),
+        ({"images": 1}, "images = 1 is not allowed"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(SpecError, match=text):
+        Trainability(**fields)
+
+
 # ---------------------------------------------------------------------------------------------------------- commands
 
 
@@ -263,14 +383,20 @@ def test_the_commands_write_what_they_say(finished: GramStore, tmp_path: Path) -
     assert done.stdout.splitlines()[-1] == "out/curves/curves.csv, curves.png, curves.svg"
     done = command(tmp_path, "dynamics", finished.url, "-o", "out/dynamics")
     assert done.returncode == 0, done.stderr
+    done = command(tmp_path, "augmentation", finished.url, "-o", "out/augmentation", "--group", "C2", "--images", 4)
+    assert done.returncode == 0, done.stderr
+    assert "C2 ntk, ridge " in done.stdout
+    options: tuple[object, ...] = ("--group", "C1", "--depth", 1, "--activation", "relu")
+    done = command(tmp_path, "trainability", "-o", "out/trainability", *options)
+    assert done.returncode == 0, done.stderr
     options = ("--group", "C1", "--width", 2, "--samples", 2, "--depth", 1, "--images", 1, "--size", 3)
     done = command(tmp_path, "convergence", "-o", "out/convergence", *options)
     assert done.returncode == 0, done.stderr
     assert "C1 ntk: relative error " in done.stdout
     assert json.loads((tmp_path / "out/convergence/settings.json").read_text())["depth"] == 1
-    for name in ("curves/curves", "dynamics/dynamics", "convergence/convergence"):
+    for name in ("curves", "dynamics", "convergence", "augmentation", "trainability"):
         for suffix in (".csv", ".png", ".svg"):
-            assert (tmp_path / "out" / f"{name}{suffix}").exists()
+            assert (tmp_path / "out" / name / f"{name}{suffix}").exists()
 
 
 def test_bad_requests_end_in_one_sentence(finished: GramStore, tmp_path: Path) -> None:
