@@ -149,7 +149,7 @@ def _no_kernel(gram: Floats) -> SolverError:
                 f"{gram[column, row]:.6g} at ({column}, {row}), more than {gram.dtype} rounding apart: "
                 "verify the run store"
             )
-    raise AssertionError("every entry is one of a kernel")
+    return SolverError("the train Gram matrix is not that of a kernel: verify the run store")
 
 
 def ritz_values(vectors: Float64s, images: Float64s) -> Float64s:
