@@ -11,6 +11,7 @@ from equigram import plot
 from equigram.errors import IncompleteRunError
 from equigram.solve.metrics import confusion_matrix
 from equigram.solve.stage import stored_results
+from equigram.tables import write_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,10 +26,11 @@ SPECTRUM_IMAGES = 4000
 
 
 def draw_run(store: GramStore, folder: str | Path) -> list[Path]:
-    """Draw everything that a run has to show into ``folder``: PNG files, whose paths are returned.
+    """Draw everything that a run has to show into ``folder``: PNG files, whose paths are returned, and SVG files.
 
     Heat maps of the train matrices sorted by class, their eigenvalue spectra, and where it was solved with test
-    labels the confusion matrices and learning curves, both for the ridge values that were chosen.
+    labels the confusion matrices and learning curves, both for the ridge values that were chosen. The data of each are
+    beside it as CSV, but for the matrices, which are in the store.
 
     Raises:
       IncompleteRunError: tiles of the train matrices are missing; nothing was drawn.
@@ -64,11 +66,31 @@ def draw_run(store: GramStore, folder: str | Path) -> list[Path]:
             matrix = confusion_matrix(arrays["predictions"][fields["chosen"]], test_labels)
             path = folder / f"confusion-{group}-{kernel}.png"
             written.append(plot.confusion(matrix, info.classes, f"{name}: test images, ridge {ridge:g}", path))
+            names = info.classes or ()
+            counts = [dict(zip(names, row, strict=True)) for row in matrix.tolist()]
+            table = [{"true class": one, **row} for one, row in zip(names, counts, strict=True)]
+            write_table(path.with_suffix(".csv"), table)
             results = [result for result in stored_results(store, group, kernel) if result.chosen]
             curves[name] = _learning_curve(results, class_labels)
     written.append(plot.spectrum(spectra, folder / "spectrum.png"))
+    write_table(
+        folder / "spectrum.csv",
+        [
+            {"matrix": name, "rank": rank, "eigenvalue": value}
+            for name, values in spectra.items()
+            for rank, value in enumerate(sorted(values.tolist(), reverse=True), start=1)
+        ],
+    )
     if any(len(curve) > 1 for curve in curves.values()):
         written.append(plot.learning_curves(curves, folder / "learning-curves.png"))
+        write_table(
+            folder / "learning-curves.csv",
+            [
+                {"matrix": name, "per_class": size, "accuracy": share}
+                for name, curve in curves.items()
+                for size, share in curve
+            ],
+        )
     return written
 
 

@@ -1,16 +1,14 @@
-"""Pictures of a run as PNG files: Gram matrices, spectra, confusion matrices, learning curves.
+"""Pictures of runs and experiments: Gram matrices, spectra, confusion matrices, learning curves and more.
 
-Every function writes one PNG to a local path, creating its folder, whole or not at all, and returns the path. Raises
-StoreError where the path cannot be written and SpecError where arrays do not fit together.
+Every function writes a PNG to a local path and an SVG beside it, creating their folder, each whole or not at all, and
+returns the path. Raises StoreError where it cannot be written and SpecError where arrays do not fit together.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import textwrap
-import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from equigram.errors import SpecError, StoreError
+from equigram.errors import SpecError
+from equigram.tables import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -228,7 +227,7 @@ def convergence(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
 
     Args:
       rows: of :func:`equigram.experiments.convergence.run_convergence`.
-      path: the PNG; an SVG is written beside it.
+      path: the PNG.
     """
     from matplotlib.figure import Figure
 
@@ -258,7 +257,6 @@ def convergence(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     _legend(panels[-1])
-    _write(figure, Path(path).with_suffix(".svg"))
     return _write(figure, path)
 
 
@@ -267,7 +265,7 @@ def dynamics(spectra: Sequence[Mapping[str, Any]], over_time: Sequence[Mapping[s
 
     Args:
       spectra, over_time: of :func:`equigram.experiments.dynamics.run_dynamics`.
-      path: the PNG; an SVG is written beside it.
+      path: the PNG.
     """
     from matplotlib.figure import Figure
 
@@ -297,7 +295,6 @@ def dynamics(spectra: Sequence[Mapping[str, Any]], over_time: Sequence[Mapping[s
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     _legend(errors)
-    _write(figure, Path(path).with_suffix(".svg"))
     return _write(figure, path)
 
 
@@ -306,7 +303,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
 
     Args:
       rows: of :func:`equigram.experiments.curves.run_curves`.
-      path: the PNG; an SVG is written beside it.
+      path: the PNG.
     """
     figure, axes = _axes(4.5, 3.4)
     for number, (name, some) in enumerate(_by_name(rows).items()):
@@ -320,7 +317,6 @@ def curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     title = f"mean and standard deviation of {count} random subsets" if count > 1 else ""
     _label(axes, x="training images", y="test accuracy", title=title)
     _legend(axes)
-    _write(figure, Path(path).with_suffix(".svg"))
     return _write(figure, path)
 
 
@@ -329,7 +325,7 @@ def augmentation(points: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
 
     Args:
       points: of :func:`equigram.experiments.augmentation.run_augmentation`.
-      path: the PNG; an SVG is written beside it.
+      path: the PNG.
     """
     figure, axes = _axes(3.6, 3.6)
     for number, (name, some) in enumerate(_by_name(points).items()):
@@ -339,7 +335,6 @@ def augmentation(points: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     axes.plot(ends, ends, color="#888888", linewidth=0.8, zorder=0)
     _label(axes, x="trained on all turned images", y="averaged kernel", title="predictions of test images")
     _legend(axes)
-    _write(figure, Path(path).with_suffix(".svg"))
     return _write(figure, path)
 
 
@@ -350,7 +345,7 @@ def trainability(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
 
     Args:
       rows: of :func:`equigram.experiments.trainability.run_trainability`.
-      path: the PNG; an SVG is written beside it.
+      path: the PNG.
     """
     from matplotlib.figure import Figure
 
@@ -384,7 +379,6 @@ def trainability(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
             )  # fmt: skip
     bar = figure.colorbar(image, ax=panels.ravel().tolist())
     bar.set_label("log10 of the condition number", fontsize=_FONT)
-    _write(figure, Path(path).with_suffix(".svg"))
     return _write(figure, path)
 
 
@@ -480,26 +474,20 @@ def _block_means(gram: NDArray[np.floating[Any]], order: NDArray[np.intp], most:
 
 
 def _write(figure: Figure, path: str | Path) -> Path:
-    """Write ``figure`` beside ``path`` and rename it, so that ``path`` is never a torn file."""
+    """Write ``figure`` as PNG to ``path``, and as SVG beside it; no torn file is ever there."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     path = Path(path)
-    picture = io.BytesIO()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), rc_context({"svg.hashsalt": "equigram"}):
         # A class name in a script that the font lacks is drawn as boxes, which no caller can change.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         FigureCanvasAgg(figure)
-        kind = path.suffix.removeprefix(".") or "png"
-        figure.savefig(picture, format=kind, dpi=_DPI, bbox_inches="tight", pad_inches=0.08, facecolor="white")
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(picture.getvalue())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise StoreError(
-            f"{path}: cannot write the picture: {error.strerror or error}; choose a file in a folder you can write to"
-        ) from None
+        for kind, metadata in (("png", {}), ("svg", {"Date": None})):
+            picture = io.BytesIO()
+            figure.savefig(
+                picture, format=kind, dpi=_DPI, bbox_inches="tight", pad_inches=0.08, facecolor="white",
+                metadata=metadata,
+            )  # fmt: skip
+            write_whole(path.with_suffix(f".{kind}") if kind == "svg" else path, picture.getvalue())
     return path

@@ -25,10 +25,10 @@ from equigram.experiments.augmentation import run_augmentation
 from equigram.experiments.convergence import BATCH, Convergence, run_convergence
 from equigram.experiments.curves import default_sizes, run_curves
 from equigram.experiments.dynamics import run_dynamics
-from equigram.experiments.tables import write_table
 from equigram.experiments.trainability import Trainability, fixed_point, run_trainability
 from equigram.spec import JobSpec
 from equigram.store import GramStore
+from equigram.tables import write_table
 from equikernel import GroupCNN
 
 SMALL = Convergence(groups=("C1", "C4"), widths=(2, 8, 32), samples=16, depth=2, images=2, size=4)

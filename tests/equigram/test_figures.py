@@ -1,5 +1,6 @@
 """The figures of a run: what is drawn of a real small store, and when nothing is."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,21 @@ def test_the_confusion_matrix_agrees_with_the_accuracy(tmp_path: Path, drawn: di
     assert (classes, title) == (("0", "1", "2"), f"C1 NTK: test images, ridge {best.ridge:g}")
 
 
+def test_the_data_of_the_figures_are_beside_them(tmp_path: Path) -> None:
+    store = make_run(tmp_path)
+    for path in draw_run(store, tmp_path / "out"):
+        assert path.with_suffix(".svg").exists()
+    with (tmp_path / "out/confusion-C4-ntk.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    best = next(r for r in stored_results(store, "C4", "ntk") if r.train_size is None and r.chosen)
+    assert best.accuracy == pytest.approx(sum(int(row[row["true class"]]) for row in rows) / 6)
+    with (tmp_path / "out/spectrum.csv").open(encoding="utf-8") as file:
+        values = [float(row["eigenvalue"]) for row in csv.DictReader(file) if row["matrix"] == "C4 NTK"]
+    assert_allclose(values, np.linalg.eigvalsh(store.matrix("gram", "C4", "ntk").astype(float))[::-1])
+    with (tmp_path / "out/learning-curves.csv").open(encoding="utf-8") as file:
+        assert {row["per_class"] for row in csv.DictReader(file)} == {"1", "2", "4"}
+
+
 def test_the_learning_curve_ends_with_all_images(tmp_path: Path, drawn: dict[str, tuple[Any, ...]]) -> None:
     store = make_run(tmp_path)
     draw_run(store, tmp_path)
@@ -204,5 +220,5 @@ def test_a_damaged_tile_is_not_drawn(tmp_path: Path, drawn: dict[str, tuple[Any,
 def test_a_place_that_cannot_be_written_is_a_store_error(tmp_path: Path) -> None:
     store = make_run(tmp_path)
     (tmp_path / "file").write_text("text", encoding="utf-8")
-    with pytest.raises(StoreError, match="cannot write the picture"):
+    with pytest.raises(StoreError, match="cannot be written: "):
         draw_run(store, tmp_path / "file")

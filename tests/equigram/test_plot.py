@@ -135,12 +135,13 @@ def test_a_picture_replaces_the_one_before_and_leaves_no_other_file(tmp_path: Pa
     first = path.read_bytes()
     gram_heatmap(gram_of(4), None, None, "", str(path))
     assert path.read_bytes() != first
-    assert [file.name for file in path.parent.iterdir()] == ["gram.png"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["gram.png", "gram.svg"]
 
 
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     first, second = (gram_heatmap(gram_of(5), None, None, "", tmp_path / f"{name}.png") for name in "ab")
     assert first.read_bytes() == second.read_bytes()
+    assert first.with_suffix(".svg").read_bytes() == second.with_suffix(".svg").read_bytes()
 
 
 def test_a_path_that_cannot_be_written_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
@@ -149,8 +150,8 @@ def test_a_path_that_cannot_be_written_is_refused_and_leaves_no_file(tmp_path: P
     for path in (tmp_path / "file" / "gram.png", tmp_path / "folder"):
         with pytest.raises(StoreError) as caught:
             gram_heatmap(gram_of(3), None, None, "", path)
-        assert str(caught.value).startswith(f"{path}: cannot write the picture: ")
-        assert str(caught.value).endswith("; choose a file in a folder you can write to")
+        assert str(caught.value).startswith(f"{path}: cannot be written: ")
+        assert str(caught.value).endswith("; choose a folder you can write to")
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["file", "folder"]
 
 

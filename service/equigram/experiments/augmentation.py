@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from equigram.errors import DataError, SolverError, SpecError
 from equigram.events import Listener, Progress
-from equigram.experiments.tables import write_table
 from equigram.solve.stage import targets_of
+from equigram.tables import write_table
 from equikernel import groups
 from equikernel.kernel import compute
 

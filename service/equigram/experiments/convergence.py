@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from equigram.errors import SpecError, StoreError
 from equigram.events import Listener, Progress
-from equigram.experiments.tables import write_table, write_whole
+from equigram.tables import write_table, write_whole
 from equikernel import GroupCNN
 
 if TYPE_CHECKING:

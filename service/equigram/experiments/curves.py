@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from equigram.errors import DataError, ResourceError, SolverError, SpecError
 from equigram.events import Listener, Progress
-from equigram.experiments.tables import write_table
 from equigram.solve.metrics import accuracy, mean_squared_error
 from equigram.solve.regression import Solution, memory_needed, solve_each
 from equigram.solve.stage import targets_of
+from equigram.tables import write_table
 from equikernel.memory import available_memory, format_bytes
 
 if TYPE_CHECKING:

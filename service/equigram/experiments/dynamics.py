@@ -14,10 +14,10 @@ import numpy as np
 
 from equigram.errors import DataError, ResourceError
 from equigram.events import Listener, Progress
-from equigram.experiments.tables import write_table
 from equigram.solve.metrics import accuracy, mean_squared_error
 from equigram.solve.spectrum import eigendecompose, memory_for_spectrum
 from equigram.solve.stage import targets_of
+from equigram.tables import write_table
 from equikernel.memory import available_memory, format_bytes
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ import numpy as np
 
 from equigram.errors import SpecError
 from equigram.events import Listener, Progress
-from equigram.experiments.tables import write_table
+from equigram.tables import write_table
 from equikernel import GroupCNN, NonFiniteKernelError
 from equikernel.activations import parse
 

@@ -1,4 +1,4 @@
-"""Tables that experiments write: CSV files, whole or not at all."""
+"""Tables beside figures: CSV files, whole or not at all."""
 
 from __future__ import annotations
 
