@@ -5,9 +5,9 @@ from __future__ import annotations
 import zipfile
 from typing import TYPE_CHECKING, Any
 
+import fsspec
 import numpy as np
 
-from equigram.data.locations import locate
 from equigram.data.sources import some
 from equigram.errors import DataError, EquigramError
 from equigram.events import Progress
@@ -111,8 +111,9 @@ class _Source:
                         "available; write it as a zarr, which is read tile by tile"
                     )
                 return dict(file)
-        if "://" in self.place:
-            locate(self.place)  # zarr asks several things at once, and leaves unheard what fails second
+        if "://" in self.place:  # zarr asks several things at once, and leaves unheard what fails second
+            files, path = fsspec.core.url_to_fs(self.place)
+            files.ls(path)
         members = zarr.open_group(self.place, mode="r").members(max_depth=None)
         return {name: array for name, array in members if isinstance(array, zarr.Array)}
 

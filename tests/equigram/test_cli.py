@@ -438,7 +438,8 @@ def test_plot_prints_the_pictures_it_writes(copy: Place) -> None:
     done = copy.command("plot", "run", "-o", "pictures", folder=copy.folder)
     assert (done.code, done.err) == (0, "")
     paths = [copy / line for line in done.out.splitlines()]
-    assert sorted(paths) == sorted((copy / "pictures").iterdir())
+    assert sorted(paths) == sorted((copy / "pictures").glob("*.png"))
+    assert all(path.with_suffix(".svg").exists() for path in paths)
     assert {path.read_bytes()[:8] for path in paths} == {b"\x89PNG\r\n\x1a\n"}
 
 
@@ -720,7 +721,7 @@ def test_a_place_that_cannot_be_written_is_a_failure(run: Place) -> None:
     run.refuses(
         "error: /proc/p.csv: cannot write the predictions: ", "predict", "run", "new", "-o", "/proc/p.csv", code=1
     )
-    run.refuses("error: job.yaml/gram-C1-nngp.png: cannot write", "plot", "run", "-o", "job.yaml", code=1)
+    run.refuses("error: job.yaml/gram-C1-nngp.png: cannot be written", "plot", "run", "-o", "job.yaml", code=1)
 
 
 # ------------------------------------------------------------------------------------------------- how commands end
