@@ -383,7 +383,7 @@ def verify(
         if report.bad_arrays or report.bad_data:
             then = "`equigram verify` looks at the rest now"
         else:
-            then = "`equigram run JOB.yaml` solves with them"
+            then = "`equigram run JOB.yaml` goes on from here"
         out.print(f"{'; '.join(done) or 'nothing could be mended'}; {then}", soft_wrap=True)
         if not report.beyond:
             return

@@ -624,9 +624,10 @@ def extend_matrices(store: GramStore, spec: JobSpec, groups: Sequence[str], kern
 
 
 def repair(store: GramStore, spec: JobSpec, tiles: Iterable[Tile], listener: Listener) -> None:
-    """Delete ``tiles``, and compute all that are missing."""
+    """Delete ``tiles`` and all solutions, which may come from what was wrong in them; compute all that are missing."""
     for tile in tiles:
         store.discard_tile(tile)
+    store.discard_solutions()
     compute_tiles(store, spec, listener)
 
 
@@ -647,6 +648,7 @@ def mend(store: GramStore, spec: JobSpec, report: Report, listener: Listener) ->
       TileFailedError, ClusterError, ...: as :func:`run`.
     """
     done = []
+    to_solve = report.bad_solutions or (bool(report.bad_tiles) and store.has_solutions())
     if report.bad_arrays:
         store.mend_layout(report.bad_arrays)
         done.append(f"metadata written again: {', '.join(report.bad_arrays)}")
@@ -656,7 +658,7 @@ def mend(store: GramStore, spec: JobSpec, report: Report, listener: Listener) ->
     if report.bad_tiles:
         repair(store, spec, report.bad_tiles, listener)
         done.append(f"computed again: {len(report.bad_tiles):,} tile{'' if len(report.bad_tiles) == 1 else 's'}")
-    if report.bad_solutions:
+    if to_solve:
         finish(store, spec, listener)
         done.append("solved again")
     return done

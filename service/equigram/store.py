@@ -973,6 +973,16 @@ class GramStore:
                     shutil.rmtree(Path(path, beside), ignore_errors=True)
                 raise
 
+    def has_solutions(self) -> bool:
+        """Whether there is any solution, whole or not."""
+        with self._storage("look for solutions"):
+            return bool(self._call("exists", f"{self._place[1]}/solution"))
+
+    def discard_solutions(self) -> None:
+        """Delete all solutions, so that the next run solves again."""
+        with self._alone(), self._storage("delete the solutions"), contextlib.suppress(FileNotFoundError):
+            self._call("rm", f"{self._place[1]}/solution", recursive=True)
+
     def has_solution(self, group: str, kernel: str) -> bool:
         """Whether a solution is stored completely."""
         return self._solution_attributes(group, kernel) is not None

@@ -248,6 +248,20 @@ def test_a_chunk_in_the_place_of_another_is_found_and_both_are_mended(finished: 
     assert files(finished) == before
 
 
+def test_what_was_solved_with_a_chunk_in_the_wrong_place_is_solved_again(finished: GramStore) -> None:
+    finish(finished, finished.info.spec, nobody)
+    right = finished.solution("C4", "ntk")[0]["predictions"]
+    one, other = (Path(finished.url, f"cross/C4/ntk/c/0/{col}") for col in (0, 1))
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    shutil.rmtree(Path(finished.url, "solution"))
+    finish(finished, finished.info.spec, nobody)
+    assert np.abs(finished.solution("C4", "ntk")[0]["predictions"] - right).max() > 1e-3
+    assert mend(finished, finished.info.spec, check(finished), nobody) == ["computed again: 2 tiles", "solved again"]
+    assert_array_equal(finished.solution("C4", "ntk")[0]["predictions"], right)
+
+
 def test_a_folder_in_the_place_of_a_chunk_is_mended(finished: GramStore) -> None:
     before = files(finished)
     chunk = Path(finished.url, "gram/C1/ntk/c/0/1")
