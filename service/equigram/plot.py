@@ -253,9 +253,7 @@ def convergence(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         _label(axes, x="width", y="relative error" if axes is panels[0] else "", title=kernel.upper())
-        axes.grid(which="major", color="#DDDDDD", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        _grid(axes)
     _legend(panels[-1])
     return _write(figure, path)
 
@@ -291,9 +289,7 @@ def dynamics(spectra: Sequence[Mapping[str, Any]], over_time: Sequence[Mapping[s
     _label(shares, x="rank", y="share of the targets up to it")
     _label(errors, x="time in 1 / (learning rate x mean diagonal)", y="mean squared error")
     for axes in (values, shares):
-        axes.grid(which="major", color="#DDDDDD", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        _grid(axes)
     _legend(errors)
     return _write(figure, path)
 
@@ -420,6 +416,11 @@ def _legend(axes: Axes) -> None:
     legend = axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, fontsize=_FONT, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)
+    _grid(axes)
+
+
+def _grid(axes: Axes) -> None:
+    """Thin lines behind the curves, and no frame above and on the right."""
     axes.grid(which="major", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -623,11 +623,16 @@ def extend_matrices(store: GramStore, spec: JobSpec, groups: Sequence[str], kern
     return spec.model_copy(update={"gram": store.info.spec.gram})
 
 
-def repair(store: GramStore, spec: JobSpec, tiles: Iterable[Tile], listener: Listener) -> None:
-    """Delete ``tiles`` and all solutions, which may come from what was wrong in them; compute all that are missing."""
+def discard(store: GramStore, tiles: Iterable[Tile]) -> None:
+    """Delete tiles, and all solutions, which may come from what was wrong in them."""
     for tile in tiles:
         store.discard_tile(tile)
     store.discard_solutions()
+
+
+def repair(store: GramStore, spec: JobSpec, tiles: Iterable[Tile], listener: Listener) -> None:
+    """Delete ``tiles`` and all solutions, which may come from what was wrong in them; compute all that are missing."""
+    discard(store, tiles)
     compute_tiles(store, spec, listener)
 
 
@@ -656,11 +661,13 @@ def mend(store: GramStore, spec: JobSpec, report: Report, listener: Listener) ->
         load_again(store, report.bad_data, listener)
         done.append(f"read from the job's data again: {', '.join(report.bad_data)}")
     if report.bad_tiles:
-        repair(store, spec, report.bad_tiles, listener)
+        discard(store, report.bad_tiles)
         done.append(f"computed again: {len(report.bad_tiles):,} tile{'' if len(report.bad_tiles) == 1 else 's'}")
     if to_solve:
         finish(store, spec, listener)
         done.append("solved again")
+    elif report.bad_tiles:
+        compute_tiles(store, spec, listener)
     return done
 
 

@@ -20,17 +20,15 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from equigram.errors import SolverError, SpecError
+from equigram.errors import SpecError
 from equigram.solve import (
-    Solution,
     Targets,
     class_targets,
     inverse_temperature,
-    mean_squared_error,
     probabilities,
     real_targets,
 )
-from equigram.solve.regression import solve_each
+from equigram.solve.regression import best_of, left_out_error, solve_each
 from equikernel import GroupCNN
 from equikernel.kernel import compute
 
@@ -79,14 +77,9 @@ class _KernelRegression(BaseEstimator):  # type: ignore[misc]
             self.std_ = images.std(axis=(0, 1, 2), dtype=np.float64)
             self.std_[self.std_ == 0] = 1.0
         self.images_ = self._normalised(images)
-        solutions = list(solve_each(self._gram(), targets, ridges, leave_one_out=True))
-        solved = [one for one in solutions if isinstance(one, Solution)]
-        if not solved:
-            raise next(one for one in solutions if isinstance(one, SolverError))
-        values = targets.values + targets.offset
-        errors = [math.inf if one.left_out is None else mean_squared_error(one.left_out, values) for one in solved]
-        best = solved[int(np.argmin(errors))]
-        self.ridge_, self.left_out_error_ = best.ridge, min(errors)
+        best = best_of(solve_each(self._gram(), targets, ridges, leave_one_out=True), targets)
+        error = left_out_error(best, targets)
+        self.ridge_, self.left_out_error_ = best.ridge, math.inf if error is None else error
         self.solution_ = best
         return self
 

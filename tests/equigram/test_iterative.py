@@ -102,6 +102,15 @@ def test_powers_of_the_preconditioner_are_inverse_to_each_other() -> None:
     assert (preconditioner.values <= np.linalg.eigvalsh(gram / 2)[::-1][:15] * (1 + 1e-9)).all()
 
 
+def test_one_sketch_serves_all_ridge_values() -> None:
+    operator, targets = ArrayOperator(gram_of(100)), class_targets(labels_of(100), "abcd")
+    sketch = Preconditioner.sketch(operator, 0.0, 20)
+    for ridge in (1e-4, 1e-1):
+        ours = solve_iteratively(operator, targets, ridge, sketch=sketch)
+        theirs = solve_iteratively(operator, targets, ridge, rank=20)
+        assert_array_equal(ours.coefficients, theirs.coefficients)
+
+
 def test_going_on_from_an_earlier_result_takes_few_steps() -> None:
     operator, targets = ArrayOperator(gram_of(300)), class_targets(labels_of(300), "abcd")
     kept: list[Float64s] = []

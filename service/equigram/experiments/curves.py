@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from equigram.errors import DataError, ResourceError, SolverError, SpecError
+from equigram.errors import DataError, ResourceError, SpecError
 from equigram.events import Listener, Progress
 from equigram.solve.metrics import accuracy, mean_squared_error
-from equigram.solve.regression import Solution, memory_needed, solve_each
+from equigram.solve.regression import best_of, memory_needed, solve_each
 from equigram.solve.stage import targets_of
 from equigram.tables import write_table
 from equikernel.memory import available_memory, format_bytes
@@ -117,12 +117,7 @@ def _score(
     """How good a regression with some of the training images is."""
     targets = targets_of(labels[images], store.info.classes)
     gram = store.matrix("gram", group, kernel, images, images)
-    solutions = list(solve_each(gram, targets, ridge, leave_one_out=len(ridge) > 1))
-    solved = [one for one in solutions if isinstance(one, Solution)]
-    if not solved:
-        raise next(one for one in solutions if isinstance(one, SolverError))
-    values = targets.values + targets.offset
-    best = min(solved, key=lambda one: 0.0 if one.left_out is None else mean_squared_error(one.left_out, values))
+    best = best_of(solve_each(gram, targets, ridge, leave_one_out=len(ridge) > 1), targets)
     predictions = best.predict(store.matrix("cross", group, kernel, None, images))
     one_hot = np.eye(predictions.shape[1])[truth]
     return {

@@ -59,9 +59,10 @@ class Preconditioner:
         Args:
           operator: A.
           ridge: λ.
-          rank: r, at most n.
+          rank: r; a quarter of n at most.
           seed: of the columns.
         """
+        rank = max(1, min(rank, operator.count // 4))
         test, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((operator.count, rank)))
         image = operator.multiply(test)
         shift = np.sqrt(operator.count) * EPS * float(np.linalg.norm(image))
@@ -73,8 +74,12 @@ class Preconditioner:
         del image
         vectors, singular, _ = scipy.linalg.svd(half, full_matrices=False, overwrite_a=True, check_finite=False)
         values = np.maximum(np.square(singular) - shift, 0.0)
-        floor = max(float(values[-1]) + ridge, EPS * float(values[0]))
-        return cls(vectors, values, np.maximum((values + ridge) / floor, 1.0))
+        return cls(vectors, values, np.ones(len(values))).with_ridge(ridge)
+
+    def with_ridge(self, ridge: float) -> Preconditioner:
+        """The same approximation of A, for another λ: what it costs is the product, which does not depend on λ."""
+        floor = max(float(self.values[-1]) + ridge, EPS * float(self.values[0]))
+        return dataclasses.replace(self, weights=np.maximum((self.values + ridge) / floor, 1.0))
 
     def apply(self, values: Float64s, power: float) -> Float64s:
         """P^power ``values``, (n, k)."""
@@ -90,6 +95,7 @@ def solve_iteratively(
     tolerance: float = TOLERANCE,
     steps: int = STEPS,
     rank: int = RANK,
+    sketch: Preconditioner | None = None,
     start: Float64s | None = None,
     progress: Progress = lambda step, residual: None,
     keep: Callable[[Float64s], None] = lambda scaled: None,
@@ -106,6 +112,7 @@ def solve_iteratively(
       tolerance: of ‖(A + λ I) X - Y‖ / ‖Y‖ in Frobenius norms.
       steps: after which to give up.
       rank: of the preconditioner; more make fewer steps. It takes 3 n r float64.
+      sketch: a preconditioner of this operator for any ridge, instead of a new one.
       start: X to begin with, (n, k), such as ``keep`` was given.
       progress: called after each step with its number and the relative residual.
       keep: called after each step with X, to be copied if it is to be kept.
@@ -125,7 +132,7 @@ def solve_iteratively(
         )
     size, taken = float(np.linalg.norm(values)), 0
     scaled = np.zeros(values.shape) if start is None else np.array(start, dtype=np.float64)
-    preconditioner = Preconditioner.sketch(operator, ridge, max(1, min(rank, operator.count // 4)))
+    preconditioner = Preconditioner.sketch(operator, ridge, rank) if sketch is None else sketch.with_ridge(ridge)
     residual = values if start is None else values - _product(operator, ridge, scaled)
     for _ in range(RESTARTS):
         if np.linalg.norm(residual) <= tolerance * size or taken >= steps:

@@ -8,7 +8,7 @@ Everything is solved in float64 by a Cholesky factorisation of A = Θ(X, X) / s 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from equigram.solve.matrices import (
     symmetrise,
     triangle,
 )
+from equigram.solve.metrics import mean_squared_error
 from equigram.solve.targets import Targets
 
 EPS = float(np.finfo(np.float64).eps)
@@ -212,6 +213,24 @@ def finish(
         ),
         left_out=left_out,
     )
+
+
+def left_out_error(solution: Solution, targets: Targets) -> float | None:
+    """Mean squared error of the predictions of images that were left out; ``None`` where none were."""
+    return None if solution.left_out is None else mean_squared_error(solution.left_out, targets.values + targets.offset)
+
+
+def best_of(solutions: Iterable[Solution | SolverError], targets: Targets) -> Solution:
+    """The solution with the smallest error on images that were left out, or the first where none were.
+
+    Raises:
+      SolverError: there is no solution; the first reason.
+    """
+    each = list(solutions)
+    solved = [one for one in each if isinstance(one, Solution)]
+    if not solved:
+        raise next(one for one in each if isinstance(one, SolverError))
+    return min(solved, key=lambda one: left_out_error(one, targets) or 0.0)
 
 
 def left_out_predictions(

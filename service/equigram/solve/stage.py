@@ -17,11 +17,11 @@ from equigram.errors import DataError, ResourceError, SolverError, SpecError, St
 from equigram.events import Listener, Progress
 from equigram.plan import Tile
 from equigram.solve.cluster import ClusterOperator
-from equigram.solve.iterative import solve_iteratively
+from equigram.solve.iterative import Preconditioner, solve_iteratively
 from equigram.solve.matrices import Float64s
 from equigram.solve.metrics import accuracy, accuracy_interval, balanced_accuracy, mean_squared_error
 from equigram.solve.operators import Operator, StoredOperator, SubsetOperator
-from equigram.solve.regression import Solution, memory_needed, solve_each
+from equigram.solve.regression import Solution, left_out_error, memory_needed, solve_each
 from equigram.solve.targets import Targets, class_targets, nested_subset, real_targets
 from equigram.solve.tiled import least_memory, solve_tiled
 from equigram.spec import ResourceSpec, SolveSpec
@@ -297,14 +297,15 @@ class _Stage:
             errors = self._fold_errors(gram, targets) if spec.choose == "folds" else None
             for index, solution in enumerate(solve_each(gram, targets, spec.ridge, leave_one_out=leave_one_out)):
                 error = None if errors is None else errors[index]
-                if isinstance(solution, Solution) and solution.left_out is not None:
-                    error = mean_squared_error(solution.left_out, targets.values + targets.offset)
+                if isinstance(solution, Solution) and leave_one_out:
+                    error = left_out_error(solution, targets)
                 yield _Attempt(size, chosen, targets, method, spec.ridge[index], solution, error)
             return
         with self._operator(chosen, targets) if method == "iterative" else contextlib.nullcontext() as operator:
+            sketch = None if operator is None else Preconditioner.sketch(operator, 0.0, spec.rank)
             for ridge in spec.ridge:
                 try:
-                    solution = self._solve_large(operator, targets, ridge)
+                    solution = self._solve_large(operator, sketch, targets, ridge)
                 except SolverError as error:
                     solution = error
                 yield _Attempt(size, chosen, targets, method, ridge, solution, None)
@@ -325,7 +326,9 @@ class _Stage:
                 operator = SubsetOperator(operator, chosen, float(diagonal.mean()))
             yield operator
 
-    def _solve_large(self, operator: Operator | None, targets: Targets, ridge: float) -> Solution:
+    def _solve_large(
+        self, operator: Operator | None, sketch: Preconditioner | None, targets: Targets, ridge: float
+    ) -> Solution:
         """A regression without the matrix in memory: with an operator, or else by a factorisation in the store."""
         spec, name = self._spec, f"{' '.join(self._names)}, ridge {ridge:g}"
         if operator is None:
@@ -340,7 +343,7 @@ class _Stage:
             self._listener(Progress(name, reached, digits, f"residual {residual:.0e} after {step} steps"))
 
         return solve_iteratively(
-            operator, targets, ridge, tolerance=spec.tolerance, steps=spec.steps, rank=spec.rank, progress=told
+            operator, targets, ridge, tolerance=spec.tolerance, steps=spec.steps, sketch=sketch, progress=told
         )
 
     def _fold_errors(self, gram: NDArray[Any], targets: Targets) -> list[float | None]:
