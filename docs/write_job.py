@@ -113,6 +113,8 @@ def _default(field: Any) -> str:
 def _yaml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_yaml, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -282,6 +282,12 @@ def predict(
     ridge: Annotated[
         float | None, typer.Option(metavar="NUMBER", help="One of the job's ridge values; by default the chosen one.")
     ] = None,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Calibrated probabilities of the classes instead of scores.")
+    ] = False,
+    variances: Annotated[
+        bool, typer.Option("--variances", help="One more column, the variance; factorises the train matrix in memory.")
+    ] = False,
 ) -> None:
     """Predict new images with a finished run, and write a CSV line for each.
 
@@ -298,14 +304,24 @@ def predict(
     with _replaced(output) as file:
         with Screen(err) as screen:
             found = predict_images(
-                opened, images, group, kernel, ridge, lambda done, total: screen(Progress("images", done, total))
+                opened,
+                images,
+                group,
+                kernel,
+                ridge,
+                lambda done, total: screen(Progress("images", done, total)),
+                calibrated=probabilities,
+                variances=variances,
             )
-        columns = found.classes or tuple(f"target_{i}" for i in range(found.values.shape[1]))
+        values = found.values if found.probabilities is None else found.probabilities
+        columns = found.classes or tuple(f"target_{i}" for i in range(values.shape[1]))
         lines = csv.writer(file, lineterminator="\n")
-        lines.writerow(["image", *(["predicted"] if found.classes else []), *columns])
-        for name, row in zip(found.names, found.values, strict=True):
+        spread = [] if found.variances is None else ["variance"]
+        lines.writerow(["image", *(["predicted"] if found.classes else []), *columns, *spread])
+        for index, (name, row) in enumerate(zip(found.names, values, strict=True)):
             best = [columns[int(row.argmax())]] if found.classes else []
-            lines.writerow([name, *best, *(f"{value:.6g}" for value in row)])
+            more = [] if found.variances is None else [found.variances[index]]
+            lines.writerow([name, *best, *(f"{value:.6g}" for value in (*row, *more))])
     if output is not None:
         words = f"{len(found.names):,} predictions ({found.group} {found.kernel}, ridge {found.ridge:g}) in {output}"
         err.print(words, soft_wrap=True)

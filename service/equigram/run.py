@@ -26,6 +26,7 @@ from equigram.errors import (
     DataError,
     DataNotFoundError,
     ResourceError,
+    SolverError,
     SpecError,
     StoreExistsError,
     StoreMismatchError,
@@ -55,7 +56,17 @@ from equigram.plan import (
     matrix_bytes,
     worker_bytes,
 )
-from equigram.solve.stage import Result, check_memory, check_solvable, choose_method, solve_run
+from equigram.solve.metrics import probabilities
+from equigram.solve.regression import memory_needed, solve_each
+from equigram.solve.stage import (
+    Result,
+    check_memory,
+    check_solvable,
+    choose_method,
+    kernel_function,
+    solve_run,
+    targets_of,
+)
 from equigram.spec import JobSpec, KernelName
 from equigram.storage import configure
 from equigram.store import SAME_SOFTWARE, GramStore, free_space, versions
@@ -716,6 +727,10 @@ class Predictions:
       values: ``(m, k)`` float64: a column per class or target.
       classes: class names of the columns; ``None`` for regression.
       group, kernel, ridge: what they were computed with.
+      probabilities: ``(m, k)`` float64, calibrated on training images that were left out; ``None`` unless they were
+        asked for.
+      variances: ``(m,)`` float64, of a target of each image, with noise, in squared units of the targets, under the
+        Gaussian process that makes the training targets most likely; ``None`` unless they were asked for.
     """
 
     names: tuple[str, ...]
@@ -724,6 +739,8 @@ class Predictions:
     group: str
     kernel: str
     ridge: float
+    probabilities: NDArray[np.float64] | None = None
+    variances: NDArray[np.float64] | None = None
 
 
 def predict(
@@ -733,6 +750,9 @@ def predict(
     kernel: str | None = None,
     ridge: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    calibrated: bool = False,
+    variances: bool = False,
 ) -> Predictions:
     """Predict new images with a finished run, in this process, on all cores.
 
@@ -742,10 +762,13 @@ def predict(
       group, kernel: which Gram matrix; by default the last group of the job and the last solved kernel.
       ridge: one of the job's ridge values; by default the one that was chosen.
       progress: called with the images done and their number.
+      calibrated: also give probabilities of the classes.
+      variances: also compute these, which takes a factorisation of the train matrix in memory.
 
     Raises:
       IncompleteRunError: the run has no solution for that group and kernel.
-      SpecError: it was not solved with that ridge value.
+      ResourceError: the memory does not hold what the variances need.
+      SpecError: it was not solved with that ridge value, or has nothing to calibrate with.
       DataError: the images are not usable, or unlike the training images.
     """
     info = store.info
@@ -757,7 +780,6 @@ def predict(
             f"{store.url} holds no {group} {kernel}; choose of the groups {', '.join(spec.gram.groups)} and the "
             f"kernels {', '.join(spec.gram.kernels)}"
         )
-    together = next(one.groups for one in info.passes if (group, kernel) in one.matrices)
     arrays, fields = store.solution(group, kernel)
     ridges = arrays["ridge"].tolist()
     chosen = (
@@ -768,8 +790,19 @@ def predict(
     if chosen is None:
         choices = ", ".join(f"{value:g}" for value in ridges)
         raise SpecError(f"the run has no solution for ridge {ridge:g}; choose one of {choices}")
+    beta = fields.get("inverse_temperature") if chosen == fields["chosen"] else None
+    if calibrated and beta is None:
+        raise SpecError(
+            f"{store.url} has no calibrated probabilities for {group} {kernel}, ridge {ridges[chosen]:g}; they need "
+            "classes, the chosen ridge value, and training images that were left out: give several ridge values, or "
+            "`solve: {choose: leave_one_out}`, and enough memory for the matrix"
+        )
     new = load_images(images, info.preprocessing)
-    function = KernelFunction(spec.network, (group,), spec.engine_for(together), spec.gram.dtype)
+    if variances:
+        _check_room_for_variances(info.train, len(new.images))
+    function = kernel_function(store, group, kernel)
+    crosses = np.empty((len(new.images), info.train if variances else 0))
+    itself = np.empty(len(new.images))
     values = np.tile(arrays["offset"].astype(np.float64), (len(new.images), 1))
     coefficients = arrays["coefficients"][chosen]
     blocks = info.tiling.train_blocks
@@ -779,6 +812,31 @@ def predict(
         for start in range(0, len(values), PREDICT_BLOCK):
             block = function.prepare(new.images[start : start + PREDICT_BLOCK], images, start)
             cross = getattr(function(block, train)[group], kernel).astype(np.float64)
-            values[start : start + len(cross)] += cross @ coefficients[first : first + train.count]
+            rows = slice(start, start + len(cross))
+            values[rows] += cross @ coefficients[first : first + train.count]
+            if variances:
+                crosses[rows, first : first + train.count] = cross
+                itself[rows] = getattr(function.diagonal(block)[group], kernel)
             progress((index * len(values) + start + len(cross)) // blocks, len(values))
-    return Predictions(new.names, values, info.classes, group, kernel, ridges[chosen])
+    found = Predictions(new.names, values, info.classes, group, kernel, ridges[chosen])
+    if calibrated and beta is not None:
+        found = dataclasses.replace(found, probabilities=probabilities(values, beta))
+    if variances:
+        targets = targets_of(store.labels("train"), info.classes)
+        gram = store.matrix("gram", group, kernel)
+        (solution,) = solve_each(gram, targets, [ridges[chosen]], queries=lambda: [(crosses, itself)])
+        if isinstance(solution, SolverError):
+            raise solution
+        found = dataclasses.replace(found, variances=solution.noisy_variances())
+    return found
+
+
+def _check_room_for_variances(train: int, new: int) -> None:
+    """Raise :class:`ResourceError` unless the variances of ``new`` images can be computed in memory."""
+    needed, available = memory_needed(train) + 8 * train * new, available_memory()
+    if needed > available:
+        raise ResourceError(
+            f"the variances of {new:,} images with {train:,} training images take {format_bytes(needed)} of memory, "
+            f"and {format_bytes(available)} are available; predict without them, fewer images at a time, or on a "
+            "larger machine"
+        )

@@ -215,6 +215,7 @@ def results_table(results: Sequence[Result]) -> Table:
         ("accuracy", _accuracy),
         ("mse", lambda r: _number(r.mean_squared_error, "#.3g")),
         ("left out\nmse", lambda r: _number(r.left_out_error, "#.3g")),
+        ("nll", lambda r: _number(r.negative_log_likelihood, ".2f")),
         ("resid.", lambda r: _number(r.residual, ".0e")),
         ("cond.", lambda r: _number(r.condition, ".1e")),
         ("", lambda r: "*" if r.warning else None),

@@ -203,6 +203,8 @@ class SolveSpec(_Section):
     """Kernels to predict with; without it all of ``gram.kernels``."""
     train_sizes: Several[Count] | None = None
     """Learning curve: also solve with only so many training images per class (of all images in regression)."""
+    variances: bool = Field(default=False, strict=True)
+    """Also the variances of the predictions, and the likelihood of the test targets; needs the matrix in memory."""
     method: Literal["auto", "direct", "tiled", "iterative"] = "auto"
     """``direct`` factorises in memory, ``tiled`` in the store, ``iterative`` runs conjugate gradients over the stored
     tiles; ``auto`` is direct where that fits in memory, else iterative."""

@@ -11,6 +11,7 @@ attribute ``equigram``         the job, software versions, normalisation constan
 ``cross/<group>/<kernel>``     ``(m, n)``, test against training images
 ``solution/<group>/<kernel>``  coefficients, predictions; metrics as attributes
 ``factor/<group>/<kernel>``    ``(n, n)`` float64, Cholesky factors of matrices that no memory holds
+``iterate/<group>/<kernel>/…``  ``(n, k)`` float64, where conjugate gradients are; gone when they have ended
 ``history/events``             what happened, in files of JSON lines
 =============================  ===========================================================================
 
@@ -95,6 +96,9 @@ LOAD_AGAIN = "`equigram verify --repair` reads them from the job's data again"
 
 SOLVE_AGAIN = "`equigram run JOB.yaml` solves again"
 """What mends a damaged solution."""
+
+SOLVED = ("solution", "factor", "iterate")
+"""Groups that hold what comes from the matrices."""
 
 _ZSTD: dict[str, Any] = {"cname": "zstd", "clevel": 3, "shuffle": 1}
 """Blosc as chunks are compressed with: shuffled by bytes, zstd."""
@@ -288,9 +292,7 @@ class GramStore:
             tiling = Tiling(counts["train"], counts["test"], info.tile)
             for one in info.passes:
                 _add_matrices(root, one, tiling, info.spec.gram)
-            for name in ("solution", "factor"):
-                if name in root:
-                    self._call("rm", f"{self._place[1]}/{name}", recursive=True)
+            self._delete_solved()
         names_bytes = {**info.names_bytes, split: len(_names_text([*names, *more.names]))}
         added = {"split": split, "source": source, "labels": labels_source, "images": len(more.images), "sha256": new}
         self._change(
@@ -980,8 +982,14 @@ class GramStore:
 
     def discard_solutions(self) -> None:
         """Delete all solutions, so that the next run solves again."""
-        with self._alone(), self._storage("delete the solutions"), contextlib.suppress(FileNotFoundError):
-            self._call("rm", f"{self._place[1]}/solution", recursive=True)
+        with self._alone(), self._storage("delete the solutions"):
+            self._delete_solved()
+
+    def _delete_solved(self) -> None:
+        """Delete all that comes from the matrices, whole or not."""
+        for name in SOLVED:
+            with contextlib.suppress(FileNotFoundError):
+                self._call("rm", f"{self._place[1]}/{name}", recursive=True)
 
     def has_solution(self, group: str, kernel: str) -> bool:
         """Whether a solution is stored completely."""
@@ -1086,6 +1094,34 @@ class GramStore:
         """Delete a factor, if there is one."""
         with self._alone(), self._storage("delete a factor"), contextlib.suppress(FileNotFoundError):
             self._call("rm", f"{self._place[1]}/factor/{group}/{kernel}", recursive=True)
+
+    # ------------------------------------------------------------------ iterates
+
+    def write_iterate(self, group: str, kernel: str, name: str, values: NDArray[np.float64]) -> None:
+        """Keep where an iterative solver is; ``name`` says of which problem."""
+        with self._storage("keep where the solver is"):
+            place = self._root_to_write.require_group(f"iterate/{group}/{kernel}")
+            _add_array(place, name, values, values.shape)
+            place[name].attrs["sha256"] = _sha256(values)
+
+    def iterate(self, group: str, kernel: str, name: str) -> NDArray[np.float64] | None:
+        """What :meth:`write_iterate` kept; ``None`` where there is nothing, or nothing whole."""
+        path = f"iterate/{group}/{kernel}/{name}"
+        with self._storage("look for where the solver was"):
+            if not self._call("exists", f"{self._place[1]}/{path}/zarr.json"):
+                return None
+        try:
+            self._opened.clear()  # another one may have been there
+            values = self._read_array(path)
+            same = self._array(path).attrs.get("sha256") == _sha256(values)
+        except DamagedArrayError:  # interrupted while it was written
+            return None
+        return values if same else None
+
+    def discard_iterates(self, group: str, kernel: str) -> None:
+        """Delete all iterates of a matrix."""
+        with self._storage("delete where the solver was"), contextlib.suppress(FileNotFoundError):
+            self._call("rm", f"{self._place[1]}/iterate/{group}/{kernel}", recursive=True)
 
     # ------------------------------------------------------------------ history
 

@@ -409,6 +409,24 @@ def test_predictions_can_be_of_another_network_and_ridge_and_in_a_file(copy: Pla
     assert_allclose([[float(row[name]) for name in "abc"] for row in rows], arrays["predictions"][1], atol=1e-4)
 
 
+def test_predictions_can_be_probabilities_with_variances(copy: Place) -> None:
+    job = (copy / "job.yaml").read_text(encoding="utf-8")
+    (copy / "job.yaml").write_text(job.replace("choose: first", "choose: leave_one_out"), encoding="utf-8")
+    assert copy.command("run", "job.yaml", folder=copy.folder).code == 0
+    done = copy.command("predict", "run", "new", "--probabilities", "--variances", folder=copy.folder)
+    assert (done.code, done.err) == (0, "")
+    rows = predictions(done.out)
+    assert list(rows[0]) == ["image", "predicted", "a", "b", "c", "variance"]
+    arrays, fields = GramStore.open(str(copy / "run")).solution("C4", "ntk")
+    values = np.array([[float(row[name]) for name in "abc"] for row in rows])
+    assert_allclose(values, arrays["probabilities"], atol=1e-4)
+    assert all(float(row["variance"]) > 0 for row in rows)
+    other = next(ridge for index, ridge in enumerate(arrays["ridge"]) if index != fields["chosen"])
+    done = copy.command("predict", "run", "new", "--probabilities", "--ridge", f"{other:g}", folder=copy.folder)
+    assert (done.code, done.out) == (2, "")
+    assert "has no calibrated probabilities for C4 ntk, ridge" in done.err
+
+
 def test_a_single_image_can_be_predicted(run: Place) -> None:
     done = run.command("predict", "run", "new/a/0.png", folder=run.folder)
     assert done.code == 0

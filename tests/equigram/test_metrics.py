@@ -9,7 +9,8 @@ import pytest
 import scipy.stats
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
-from sklearn.metrics import balanced_accuracy_score, log_loss
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import log_loss as log_loss_of_scikit_learn
 
 from equigram.errors import DataError, SpecError
 from equigram.solve import (
@@ -18,6 +19,7 @@ from equigram.solve import (
     balanced_accuracy,
     confusion_matrix,
     inverse_temperature,
+    log_loss,
     mean_squared_error,
     negative_log_likelihood,
     probabilities,
@@ -41,7 +43,7 @@ def test_the_mean_squared_error_is_over_images_and_columns() -> None:
 
 
 @pytest.mark.parametrize(
-    "metric", [accuracy, accuracy_interval, balanced_accuracy, confusion_matrix, inverse_temperature]
+    "metric", [accuracy, accuracy_interval, balanced_accuracy, confusion_matrix, inverse_temperature, log_loss]
 )
 @pytest.mark.parametrize(
     ("scores", "labels", "error", "text"),
@@ -115,8 +117,13 @@ def test_the_temperature_is_found_again() -> None:
     assert 4.5 < beta < 5.5
     chances = probabilities(logits / 5, beta)
     assert_allclose(chances.sum(axis=1), 1)
-    losses = [log_loss(labels, probabilities(logits / 5, beta * factor)) for factor in (0.8, 1.0, 1.25)]
+    losses = [log_loss(logits / 5, labels, beta * factor) for factor in (0.8, 1.0, 1.25)]
     assert losses[1] == min(losses)
+    assert losses[1] == pytest.approx(log_loss_of_scikit_learn(labels, chances))
+
+
+def test_the_log_loss_is_finite_where_a_probability_is_not_above_zero() -> None:
+    assert log_loss(np.array([[2000.0, 0.0]]), np.array([1])) == 2000.0
 
 
 def test_separable_classes_have_a_finite_temperature() -> None:

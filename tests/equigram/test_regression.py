@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.optimize
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -27,6 +29,7 @@ from equigram.solve import (
     real_targets,
     solve,
 )
+from equigram.solve.regression import solve_each
 
 Float64s = NDArray[np.float64]
 
@@ -58,6 +61,42 @@ THREE = Targets(values=np.array([[-1.0], [0.0], [1.0]]), offset=np.zeros(1), cla
 
 
 # The solution
+
+
+def test_variances_are_those_of_the_gaussian_process() -> None:
+    gram, cross, values = problem()
+    itself, s = np.full(len(cross), 3.0), float(gram.diagonal().mean())
+    blocks = [(cross[:3], itself[:3]), (cross[3:], itself[3:])]
+    for ridge, solution in zip(
+        (0.0, 1e-2, 1.0), solve_each(gram, real_targets(values), [0.0, 1e-2, 1.0], queries=lambda: blocks), strict=True
+    ):
+        assert isinstance(solution, Solution)
+        inverse = np.linalg.inv(gram + ridge * s * np.eye(len(gram)))
+        assert solution.variances is not None
+        np.testing.assert_allclose(solution.variances, itself - ((cross @ inverse) * cross).sum(axis=1), rtol=1e-8)
+        assert solution.noisy_variances() == pytest.approx(solution.amplitude * (solution.variances + ridge * s))
+
+
+def test_the_amplitude_makes_the_targets_most_likely() -> None:
+    gram, _, values = problem()
+    targets = real_targets(values)
+    (solution,) = solve(gram, targets, [1e-2])
+    covariance = gram + 1e-2 * gram.diagonal().mean() * np.eye(len(gram))
+
+    def likelihood(amplitude: float) -> float:
+        normal = scipy.stats.multivariate_normal(np.zeros(len(gram)), amplitude * covariance)
+        return float(normal.logpdf(targets.values.T).sum())
+
+    best = scipy.optimize.minimize_scalar(lambda log: -likelihood(np.exp(log)), bounds=(-9, 9), method="bounded")
+    assert solution.amplitude == pytest.approx(np.exp(best.x), rel=1e-4)
+
+
+def test_queries_with_values_that_are_not_finite_are_refused() -> None:
+    gram, cross, values = problem()
+    cross[1, 4] = np.nan
+    solution = next(solve_each(gram, real_targets(values), [0.1], queries=lambda: [(cross, np.ones(len(cross)))]))
+    assert isinstance(solution, SolverError)
+    assert "queried image 1 with training image 4" in str(solution)
 
 
 @pytest.mark.parametrize("ridge", [1e-6, 1e-3, 1.0])

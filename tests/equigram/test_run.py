@@ -455,6 +455,39 @@ def test_new_images_are_predicted_as_test_images_are(finished: GramStore, simple
             assert_allclose(new.values, arrays["predictions"][index], rtol=1e-4, atol=1e-6)
 
 
+def test_new_images_have_the_variances_and_probabilities_of_test_images(
+    finished: GramStore, simple: Job, tmp_path: Path
+) -> None:
+    (*_, last) = run(simple(solve={"ridge": [0.1, 1.0], "variances": True})).results
+    np.savez(tmp_path / "new.npz", x=np.load(simple().data.train)["x_test"])
+    arrays, fields = finished.solution("C1", "ntk")
+    for ridge in (0.1, 1.0):
+        index = int(ridge)
+        calibrated = index == fields["chosen"]
+        new = predict(finished, str(tmp_path / "new.npz"), ridge=ridge, variances=True, calibrated=calibrated)
+        scale = float(finished.diagonal("C1", "ntk").mean(dtype=np.float64))
+        noisy = arrays["amplitude"][index] * (arrays["variances"][index] + ridge * scale)
+        assert new.variances is not None
+        assert_allclose(new.variances, noisy, rtol=1e-4)
+        if calibrated:
+            assert new.probabilities is not None
+            assert_allclose(new.probabilities, arrays["probabilities"], rtol=1e-4)
+        else:
+            with pytest.raises(SpecError, match=r"no calibrated probabilities for C1 ntk, .*; they need classes"):
+                predict(finished, "there-is-no-such-folder", ridge=ridge, calibrated=True)
+    assert last.negative_log_likelihood is not None
+
+
+def test_variances_that_memory_does_not_hold_are_refused(
+    finished: GramStore, simple: Job, npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(simple())
+    monkeypatch.setattr("equigram.run.available_memory", lambda: 1000)
+    with pytest.raises(ResourceError, match=r"the variances of 5 images with .* and 1000 bytes are available"):
+        predict(finished, str(npz), variances=True)
+    assert predict(finished, str(npz)).variances is None
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [

@@ -290,6 +290,7 @@ def test_an_unknown_field_is_refused_with_a_suggestion(tmp_path: Path, more: str
         ("network: {padding: FULL}", "network.padding: 'FULL' is not allowed; choose 'SAME', 'VALID' or 'CIRCULAR'"),
         ("network: {activation: rleu}", "network.activation: 'rleu' is not allowed; choose relu, leaky_relu(a), abs,"),
         ("network: {w_std: yes}", "network.w_std: True is not allowed; it must be a number above 0 and up to 1000000"),
+        ("solve: {variances: maybe}", "solve.variances: 'maybe' is not allowed; it must be true or false"),
         ("network: {head: [relu, tanh]}", "network.head[1]: 'tanh' is not allowed; choose relu, leaky_relu(a), abs,"),
         ("gram: {groups: []}", "gram.groups: the list is empty; name at least one"),
         ("gram: {groups: [C1, C1]}", "gram.groups: 'C1' is named twice; name each once"),

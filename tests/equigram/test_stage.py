@@ -13,10 +13,20 @@ from sklearn.kernel_ridge import KernelRidge
 from equigram.errors import DataError, IncompleteRunError, ResourceError, SolverError, SpecError
 from equigram.events import Event, Progress, nobody
 from equigram.plan import Tile
-from equigram.solve import accuracy_interval, balanced_accuracy
+from equigram.solve import (
+    accuracy_interval,
+    balanced_accuracy,
+    eigendecompose,
+    inverse_temperature,
+    log_loss,
+    negative_log_likelihood,
+    posterior_variance,
+    probabilities,
+)
 from equigram.solve.stage import Result, check_memory, check_solvable, choose_method, solve_run, stored_results
 from equigram.spec import JobSpec, SolveSpec
 from equigram.store import GramStore
+from equikernel import GroupCNN
 
 Job = Callable[..., JobSpec]
 Create = Callable[[JobSpec], GramStore]
@@ -171,7 +181,7 @@ def test_without_test_images_there_are_coefficients_only(finish: Finish, save: C
     store = finish(data={"train": save(x=twins()["x_train"], y=twins()["y_train"])})
     (result,) = solved(store, ridge=(0.1,))
     assert (result.accuracy, result.mean_squared_error) == (None, None)
-    assert sorted(store.solution("C1", "ntk")[0]) == ["coefficients", "offset", "ridge"]
+    assert sorted(store.solution("C1", "ntk")[0]) == ["amplitude", "coefficients", "offset", "ridge"]
 
 
 def test_missing_tiles_are_not_solved(finish: Finish) -> None:
@@ -249,6 +259,88 @@ def test_the_ridge_is_chosen_by_folds(finish: Finish) -> None:
     ]
     with pytest.raises(SpecError, match=r"solve.folds = 11 parts cannot be made of 10 training images"):
         check_solvable(SolveSpec(choose="folds", folds=11), store.labels("train"), ("a", "b", "c"))
+
+
+def test_left_out_images_calibrate_the_scores(finish: Finish) -> None:
+    store = finish(gram={"kernels": ["ntk"]})
+    labels, truth = store.labels("train"), store.labels("test")
+    assert labels is not None
+    assert truth is not None
+    for choose in ("leave_one_out", "folds"):
+        results = solved(store, ridge=(1e-3, 1e-1), choose=choose, folds=3)
+        arrays, fields = store.solution("C1", "ntk")
+        assert fields["inverse_temperature"] == inverse_temperature(arrays["left_out"], labels)
+        predictions = arrays["predictions"][fields["chosen"]]
+        assert_allclose(arrays["probabilities"], probabilities(predictions, fields["inverse_temperature"]))
+        assert results[fields["chosen"]].log_loss == log_loss(predictions, truth, fields["inverse_temperature"])
+        assert {result.dtype for result in results} == {"float32"}
+    (result,) = solved(store, ridge=(1e-3,))
+    arrays, fields = store.solution("C1", "ntk")
+    assert (result.log_loss, fields["inverse_temperature"], "probabilities" in arrays) == (None, None, False)
+
+
+@pytest.mark.parametrize("groups", [["C1"], ["C1", "C4"]])
+def test_variances_are_those_of_the_gaussian_process(finish: Finish, groups: list[str]) -> None:
+    store = finish(gram={"groups": groups, "dtype": "float64"})
+    results = solved(store, "nngp", "ntk", ridge=(1e-3, 1e-1), variances=True, train_sizes=(2,))
+    info, truth = store.info, np.eye(3)[store.labels("test")]
+    network = GroupCNN(**info.spec.network.model_dump(), group="C1")
+    itself = network.kernel(store.images("test"), groups=tuple(groups), dtype="float64")
+    for group in groups:
+        for kernel in ("nngp", "ntk"):
+            arrays, _ = store.solution(group, kernel)
+            spectrum = eigendecompose(store.matrix("gram", group, kernel))
+            diagonal = np.diagonal(getattr(itself[group], kernel))
+            for index, ridge in enumerate((1e-3, 1e-1)):
+                expected = posterior_variance(spectrum, store.matrix("cross", group, kernel), diagonal, ridge)
+                assert_allclose(arrays["variances"][index], expected, rtol=1e-6)
+                noisy = arrays["amplitude"][index] * (expected + ridge * spectrum.scale)
+                likelihood = negative_log_likelihood(arrays["predictions"][index], noisy, truth)
+                (result,) = (
+                    one
+                    for one in results
+                    if (one.group, one.kernel, one.ridge, one.train_size) == (group, kernel, ridge, None)
+                )
+                assert result.negative_log_likelihood == pytest.approx(likelihood)
+    assert {one.negative_log_likelihood for one in results if one.train_size} == {None}
+
+
+def test_variances_need_the_matrix_in_memory(finish: Finish) -> None:
+    with pytest.raises(SpecError, match=r"solve.variances needs the matrix in memory, and the method here is 'tiled'"):
+        solved(finish(), variances=True, method="tiled")
+
+
+def test_interrupted_conjugate_gradients_go_on_from_where_they_were(
+    finish: Finish, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (80, 8, 8), dtype=np.uint8)
+    train = save(x_train=images, y_train=np.arange(80) % 3, x_test=images[:3], y_test=[0, 1, 2])
+    store = finish(gram={"kernels": ["ntk"], "dtype": "float64"}, data={"train": train})
+    spec = SolveSpec(ridge=(1e-3, 1e-6), method="iterative", choose="first", rank=5, tolerance=1e-10)
+    taken: dict[str, int] = {}
+
+    def told(event: Event, most: int = 10**6) -> None:
+        if isinstance(event, Progress) and "after" in event.detail:
+            taken[event.what] = taken.get(event.what, 0) + 1
+            if event.what.endswith("1e-06") and taken[event.what] == most:
+                raise KeyboardInterrupt
+
+    whole = solve_run(store, spec, ("ntk",), told)
+    expected, steps = store.solution("C1", "ntk")[0], dict(taken)
+    assert not Path(store.url, "iterate/C1/ntk").exists()
+    store.discard_solutions()
+    taken.clear()
+    monkeypatch.setattr("equigram.solve.stage.KEEP_SECONDS", 0.0)
+    first, second = (f"C1 ntk, ridge {ridge}" for ridge in ("0.001", "1e-06"))
+    with pytest.raises(KeyboardInterrupt):
+        solve_run(store, spec, ("ntk",), lambda event: told(event, steps[second] * 2 // 3))
+    taken.clear()
+    again = solve_run(store, spec, ("ntk",), told)
+    assert first not in taken  # it had ended
+    assert taken[second] < steps[second]
+    assert_allclose(store.solution("C1", "ntk")[0]["coefficients"], expected["coefficients"], rtol=1e-4)
+    assert [one.accuracy for one in again] == [one.accuracy for one in whole]
+    assert not Path(store.url, "iterate/C1/ntk").exists()
 
 
 @pytest.mark.parametrize("method", ["tiled", "iterative"])

@@ -133,7 +133,7 @@ def _word(member: Any, metadata: tuple[Any, ...]) -> str:
         return f"a list of {items.replace('a whole number', 'whole numbers').replace('a number', 'numbers')}"
     if member in (int, float):
         return ("a whole number" if member is int else "a number") + _range(metadata)
-    return "text" if member is str else str(member)
+    return {str: "text", bool: "true or false"}.get(member, str(member))
 
 
 def _range(metadata: tuple[Any, ...]) -> str:

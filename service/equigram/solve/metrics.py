@@ -130,6 +130,25 @@ def negative_log_likelihood(
     return float(np.mean(0.5 * np.log(2 * np.pi * spread) + squares / (2 * spread)))
 
 
+def log_loss(predictions: NDArray[np.floating[Any]], labels: NDArray[np.integer[Any]], beta: float = 1.0) -> float:
+    """Mean of -log of the probability of the true class by ``softmax(β predictions)``, in nats.
+
+    Args:
+      predictions: (m, k) floats, one column per class.
+      labels: (m,) integers in 0 … k - 1.
+      beta: from :func:`inverse_temperature`.
+
+    Raises:
+      SpecError: the shapes disagree.
+      DataError: there are no images, a prediction is not finite, or a label is no column.
+    """
+    from scipy.special import log_softmax
+
+    _check_classes(predictions, labels)
+    logs = log_softmax(beta * predictions.astype(np.float64), axis=1)
+    return -float(logs[np.arange(len(labels)), labels].mean())
+
+
 def inverse_temperature(predictions: NDArray[np.floating[Any]], labels: NDArray[np.integer[Any]]) -> float:
     """β for which ``softmax(β predictions)`` gives the labels the largest likelihood (Guo et al. 2017).
 
@@ -146,14 +165,9 @@ def inverse_temperature(predictions: NDArray[np.floating[Any]], labels: NDArray[
       DataError: there are no images, a prediction is not finite, or a label is no column.
     """
     from scipy.optimize import minimize_scalar
-    from scipy.special import logsumexp
-
-    _check_classes(predictions, labels)
-    right = predictions[np.arange(len(labels)), labels]
 
     def loss(exponent: float) -> float:
-        beta = 10.0**exponent
-        return float(np.mean(logsumexp(beta * predictions, axis=1) - beta * right))
+        return log_loss(predictions, labels, 10.0**exponent)
 
     return float(10.0 ** minimize_scalar(loss, bounds=(-2.0, 2.0), method="bounded").x)
 

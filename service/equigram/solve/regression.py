@@ -8,7 +8,7 @@ Everything is solved in float64 by a Cholesky factorisation of A = Θ(X, X) / s 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,9 @@ from equigram.solve.metrics import mean_squared_error
 from equigram.solve.targets import Targets
 
 EPS = float(np.finfo(np.float64).eps)
+
+Queries = Callable[[], Iterable[tuple[Floats, Floats]]]
+"""Gives images whose variances are wanted, in blocks: Θ(x, X), (m, n), and Θ(x, x), (m,)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +58,22 @@ class Solution:
     Then rounding of the stored entries can change the coefficients at will. Predictions suffer less, but compare
     them with those of a larger ridge.
     """
+    amplitude: float
+    """a² = tr(Yᵀ α) / (n k), with which a Gaussian process of covariance a² (Θ(X, X) + λ s I) makes Y most likely.
+
+    Predictions do not depend on it, and variances are in units of it.
+    """
     left_out: Float64s | None = None
     """(n, k): predictions of each training image by the regression on all others, where they were asked for."""
+    variances: Float64s | None = None
+    """(m,): ``Θ(x, x) - Θ(x, X) (Θ(X, X) + λ s I)⁻¹ Θ(X, x)`` of queried images, 0 or more, where they were asked for.
+
+    It is the variance of the Gaussian process with covariance Θ for every column, without the noise λ s.
+    """
+
+    def noisy_variances(self) -> Float64s | None:
+        """a² (``variances`` + λ s): (m,), in squared units of the targets; ``None`` where there are no variances."""
+        return None if self.variances is None else self.amplitude * (self.variances + self.ridge * self.scale)
 
     def predict(self, cross: Floats) -> Float64s:
         """μ(x) = Θ(x, X) α + offset: (m, k) float64.
@@ -120,14 +137,22 @@ def solve(gram: Floats, targets: Targets, ridge: Sequence[float], *, leave_one_o
 
 
 def solve_each(
-    gram: Floats, targets: Targets, ridge: Sequence[float], *, leave_one_out: bool = False
+    gram: Floats,
+    targets: Targets,
+    ridge: Sequence[float],
+    *,
+    leave_one_out: bool = False,
+    queries: Queries | None = None,
 ) -> Iterator[Solution | SolverError]:
-    """What :func:`solve` returns, one at a time; for a ridge value without solution, what it would raise."""
+    """What :func:`solve` returns, one at a time; for a ridge value without solution, what it would raise.
+
+    With ``queries``, which is called for each ridge value, the solutions have their variances.
+    """
     check_problem(gram, targets, ridge)
     system = System(gram)
     for value in map(float, ridge):
         try:
-            yield _solve_one(gram, system, targets, value, leave_one_out=leave_one_out)
+            yield _solve_one(gram, system, targets, value, leave_one_out=leave_one_out, queries=queries)
         except SolverError as error:
             yield error
 
@@ -153,11 +178,14 @@ def check_ridge(ridge: Sequence[float]) -> None:
         raise SpecError("there is no ridge value; give at least one, for example 1e-4")
 
 
-def _solve_one(gram: Floats, system: System, targets: Targets, ridge: float, *, leave_one_out: bool) -> Solution:
+def _solve_one(
+    gram: Floats, system: System, targets: Targets, ridge: float, *, leave_one_out: bool, queries: Queries | None
+) -> Solution:
     condition = system.factorise(ridge)
     if condition is None:
         raise _not_positive_definite(gram, system, ridge)
     scaled = system.solve(targets.values)
+    variances = None if queries is None else _variances(system, queries)
     return finish(
         gram.dtype,
         system.scale,
@@ -171,7 +199,17 @@ def _solve_one(gram: Floats, system: System, targets: Targets, ridge: float, *, 
             if leave_one_out
             else None
         ),
+        variances=variances,
     )
+
+
+def _variances(system: System, queries: Queries) -> Float64s:
+    """Variances of queried images, with the last factor."""
+    found = []
+    for cross, self_kernels in queries():
+        check_finite(cross, "cross Gram matrix", "queried image {0} with training image {1}")
+        found += [self_kernels[rows] - system.explained(cross[rows]) for rows in row_blocks(*cross.shape)]
+    return np.maximum(np.concatenate(found), 0.0)
 
 
 def finish(
@@ -184,6 +222,7 @@ def finish(
     residual: Float64s,
     condition: float,
     left_out: Float64s | None = None,
+    variances: Float64s | None = None,
 ) -> Solution:
     """A solution from the coefficients ``(n, k)`` of Θ(X, X) / s + λ I and what these leave of the targets.
 
@@ -211,7 +250,9 @@ def finish(
             if condition > limit
             else None
         ),
+        amplitude=float(np.mean(targets.values * coefficients)),
         left_out=left_out,
+        variances=variances,
     )
 
 
@@ -294,6 +335,11 @@ class System:
         """(A + λ I)⁻¹ ``values``, (n, k), with the last factor."""
         solution, _ = lapack.dpotrs(self._matrix, values, lower=1)
         return np.asarray(solution)
+
+    def explained(self, cross: Floats) -> Float64s:
+        """Θ(x, X) (Θ(X, X) + λ s I)⁻¹ Θ(X, x), (m,), of the rows of Θ(x, X), (m, n), with the last factor."""
+        half = blas.dtrsm(1.0, self._matrix, cross.T.astype(np.float64, order="F"), lower=1, overwrite_b=1)
+        return np.asarray(np.square(half).sum(axis=0) / self.scale)
 
     def inverse_diagonal(self) -> Float64s:
         """The diagonal (n,) of (A + λ I)⁻¹; needs the last factor, and spends it."""

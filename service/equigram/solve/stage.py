@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,23 @@ from equigram.plan import Tile
 from equigram.solve.cluster import ClusterOperator
 from equigram.solve.iterative import Preconditioner, solve_iteratively
 from equigram.solve.matrices import Float64s
-from equigram.solve.metrics import accuracy, accuracy_interval, balanced_accuracy, mean_squared_error
+from equigram.solve.metrics import (
+    accuracy,
+    accuracy_interval,
+    balanced_accuracy,
+    inverse_temperature,
+    log_loss,
+    mean_squared_error,
+    negative_log_likelihood,
+    probabilities,
+)
 from equigram.solve.operators import Operator, StoredOperator, SubsetOperator
-from equigram.solve.regression import Solution, left_out_error, memory_needed, solve_each
+from equigram.solve.regression import Solution, memory_needed, solve_each
 from equigram.solve.targets import Targets, class_targets, nested_subset, real_targets
 from equigram.solve.tiled import least_memory, solve_tiled
 from equigram.spec import ResourceSpec, SolveSpec
 from equigram.store import GramStore
+from equikernel.kernel import KernelFunction
 from equikernel.memory import available_memory, format_bytes
 
 Labels = NDArray[Any] | None
@@ -35,8 +46,12 @@ Method = str
 SHARE = 0.9
 """Part of the available memory that the solver takes unless it is told otherwise."""
 
-VERSION = 1
+VERSION = 2
 """Of what is stored: solutions of another version are solved again."""
+
+
+KEEP_SECONDS = 60.0
+"""Time after which conjugate gradients keep where they are: what is lost at most when they are interrupted."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,11 @@ class Result:
       left_out_error: mean squared error on training images that were left out; ``None`` where none were.
       accuracy_interval: 95% bounds of the accuracy on images like the test images (Wilson); ``None`` likewise.
       balanced_accuracy: mean over the classes of the share of their test images predicted right; ``None`` likewise.
+      log_loss: mean of -log of the calibrated probability of the true class of the test images, in nats; ``None``
+        likewise, and where no training image was left out to calibrate with.
+      negative_log_likelihood: of the test targets under the Gaussian process that makes the training targets most
+        likely, in nats per image and column; ``None`` without variances.
+      dtype: of the stored matrix; what is solved is float64.
     """
 
     group: str
@@ -75,6 +95,9 @@ class Result:
     left_out_error: float | None = None
     accuracy_interval: tuple[float, float] | None = None
     balanced_accuracy: float | None = None
+    log_loss: float | None = None
+    negative_log_likelihood: float | None = None
+    dtype: str | None = None
 
 
 def check_solvable(spec: SolveSpec, labels: Labels, classes: tuple[str, ...] | None) -> int:
@@ -131,11 +154,16 @@ def check_memory(spec: SolveSpec, train: int, itemsize: int, edge: int, columns:
 
 
 def _check_choice(spec: SolveSpec, method: Method) -> None:
-    """Raise :class:`SpecError` if the ridge value is to be chosen in a way that a method does not have."""
+    """Raise :class:`SpecError` if something is asked for that a method does not have."""
     if spec.choose in ("leave_one_out", "folds") and method != "direct":
         raise SpecError(
             f"solve.choose = {spec.choose!r} needs the matrix in memory, and the method here is {method!r}; set "
             "solve.choose to 'first' or 'auto', or use a larger machine"
+        )
+    if spec.variances and method != "direct":
+        raise SpecError(
+            f"solve.variances needs the matrix in memory, and the method here is {method!r}; leave it out, or use a "
+            "larger machine"
         )
 
 
@@ -192,6 +220,13 @@ def solve_run(
     return results
 
 
+def kernel_function(store: GramStore, group: str, kernel: str) -> KernelFunction:
+    """The kernels of a group, computed as in the tiles of a run."""
+    info = store.info
+    together = next(one.groups for one in info.passes if (group, kernel) in one.matrices)
+    return KernelFunction(info.spec.network, (group,), info.spec.engine_for(together), info.spec.gram.dtype)
+
+
 def stored_results(store: GramStore, group: str, kernel: str) -> list[Result]:
     """The results that :func:`solve_run` stored."""
     _, attributes = store.solution(group, kernel)
@@ -208,8 +243,22 @@ class _Attempt:
     method: Method
     ridge: float
     solution: Solution | SolverError
-    left_out_error: float | None
+    left_out: Float64s | None
     predictions: list[Float64s] = dataclasses.field(default_factory=list)
+
+    @property
+    def left_out_error(self) -> float | None:
+        """Mean squared error on training images that were left out; ``None`` where none were."""
+        if self.left_out is None:
+            return None
+        return mean_squared_error(self.left_out, self.targets.values + self.targets.offset)
+
+    def inverse_temperature(self) -> float | None:
+        """What calibrates the predictions of classes; ``None`` where no image was left out."""
+        targets = self.targets
+        if self.left_out is None or targets.classes is None:
+            return None
+        return inverse_temperature(self.left_out, (targets.values + targets.offset).argmax(axis=1))
 
 
 class _Stage:
@@ -264,16 +313,19 @@ class _Stage:
         results = self._judge(attempts)
         whole = [one for one in attempts if one.size is None and isinstance(one.solution, Solution)]
         best = whole.index(self._choose(whole))
+        beta = whole[best].inverse_temperature()
         self._store.write_solution(
             *self._names,
-            _arrays(whole, best),
+            _arrays(whole, best, beta),
             {
                 "version": VERSION,
                 "chosen": best,
+                "inverse_temperature": beta,
                 "inputs": self._inputs(),
                 "solutions": [dataclasses.asdict(result) for result in results],
             },
         )
+        self._store.discard_iterates(*self._names)
         return results
 
     def _check_some_solved(self, some: Sequence[_Attempt]) -> None:
@@ -294,21 +346,32 @@ class _Stage:
         if method == "direct":
             gram = self._store.matrix("gram", *self._names, chosen, chosen)
             leave_one_out = spec.choose == "leave_one_out" or (spec.choose == "auto" and len(spec.ridge) > 1)
-            errors = self._fold_errors(gram, targets) if spec.choose == "folds" else None
-            for index, solution in enumerate(solve_each(gram, targets, spec.ridge, leave_one_out=leave_one_out)):
-                error = None if errors is None else errors[index]
-                if isinstance(solution, Solution) and leave_one_out:
-                    error = left_out_error(solution, targets)
-                yield _Attempt(size, chosen, targets, method, spec.ridge[index], solution, error)
+            folds = self._fold_predictions(gram, targets) if spec.choose == "folds" else None
+            queries = self._queries if spec.variances and chosen is None and self._info.test else None
+            solutions = solve_each(gram, targets, spec.ridge, leave_one_out=leave_one_out, queries=queries)
+            for index, solution in enumerate(solutions):
+                left_out = solution.left_out if isinstance(solution, Solution) else None
+                left_out = left_out if folds is None else folds[index]
+                yield _Attempt(size, chosen, targets, method, spec.ridge[index], solution, left_out)
             return
         with self._operator(chosen, targets) if method == "iterative" else contextlib.nullcontext() as operator:
             sketch = None if operator is None else Preconditioner.sketch(operator, 0.0, spec.rank)
             for ridge in spec.ridge:
                 try:
-                    solution = self._solve_large(operator, sketch, targets, ridge)
+                    solution = self._solve_large(operator, sketch, targets, ridge, size)
                 except SolverError as error:
                     solution = error
                 yield _Attempt(size, chosen, targets, method, ridge, solution, None)
+
+    def _queries(self) -> Iterator[tuple[NDArray[Any], Float64s]]:
+        """The test images, a block at a time: their kernels with the training images, and with themselves."""
+        tiling, (group, kernel) = self._info.tiling, self._names
+        function = kernel_function(self._store, group, kernel)
+        for block in range(tiling.test_blocks):
+            rows = tiling.rows(Tile("cross", block, 0))
+            images = function.prepare(self._store.block("test", block), "the test images", rows.start)
+            itself = getattr(function.diagonal(images)[group], kernel)
+            yield self._store.matrix("cross", group, kernel, rows), itself
 
     @contextlib.contextmanager
     def _operator(self, chosen: NDArray[np.int64] | None, targets: Targets) -> Iterator[Operator]:
@@ -327,9 +390,17 @@ class _Stage:
             yield operator
 
     def _solve_large(
-        self, operator: Operator | None, sketch: Preconditioner | None, targets: Targets, ridge: float
+        self,
+        operator: Operator | None,
+        sketch: Preconditioner | None,
+        targets: Targets,
+        ridge: float,
+        size: int | None,
     ) -> Solution:
-        """A regression without the matrix in memory: with an operator, or else by a factorisation in the store."""
+        """A regression without the matrix in memory: with an operator, or else by a factorisation in the store.
+
+        Conjugate gradients go on from where they were when they were interrupted.
+        """
         spec, name = self._spec, f"{' '.join(self._names)}, ridge {ridge:g}"
         if operator is None:
             return solve_tiled(
@@ -342,24 +413,35 @@ class _Stage:
             reached = 0 if residual <= 0 else int(min(digits, max(0.0, -10 * np.log10(residual))))
             self._listener(Progress(name, reached, digits, f"residual {residual:.0e} after {step} steps"))
 
-        return solve_iteratively(
-            operator, targets, ridge, tolerance=spec.tolerance, steps=spec.steps, sketch=sketch, progress=told
-        )
+        place, last = f"{self._inputs()[:16]}-{'all' if size is None else size}-{ridge:g}", time.monotonic()
 
-    def _fold_errors(self, gram: NDArray[Any], targets: Targets) -> list[float | None]:
-        """For each ridge value the mean squared error on parts that are left out in turn; ``None`` without solution."""
+        def keep(scaled: Float64s) -> None:
+            nonlocal last
+            if time.monotonic() - last >= KEEP_SECONDS:
+                self._store.write_iterate(*self._names, place, scaled)
+                last = time.monotonic()
+
+        start = self._store.iterate(*self._names, place)
+        solution = solve_iteratively(
+            operator, targets, ridge, tolerance=spec.tolerance, steps=spec.steps, sketch=sketch, start=start,
+            progress=told, keep=keep,
+        )  # fmt: skip
+        self._store.write_iterate(*self._names, place, solution.coefficients * solution.scale)
+        return solution
+
+    def _fold_predictions(self, gram: NDArray[Any], targets: Targets) -> list[Float64s | None]:
+        """For each ridge value the predictions of parts that are left out in turn; ``None`` without solution."""
         spec, values = self._spec, targets.values + targets.offset
         order = np.random.default_rng(self._info.spec.data.seed).permutation(len(gram))
-        squares: list[list[float]] = [[] for _ in spec.ridge]
+        found = [np.full(values.shape, np.nan) for _ in spec.ridge]
         for part in np.array_split(order, spec.folds):
             rest = np.setdiff1d(order, part)
             offset = values[rest].mean(axis=0)
             others = Targets(values[rest] - offset, offset, targets.classes)
             for index, solution in enumerate(solve_each(gram[np.ix_(rest, rest)], others, spec.ridge)):
                 if isinstance(solution, Solution):
-                    missed = solution.predict(gram[np.ix_(part, rest)]) - values[part]
-                    squares[index] += np.square(missed).mean(axis=1).tolist()
-        return [float(np.mean(each)) if len(each) == len(gram) else None for each in squares]
+                    found[index][part] = solution.predict(gram[np.ix_(part, rest)])
+        return [each if np.isfinite(each).all() else None for each in found]
 
     def _predict(self, attempts: Sequence[_Attempt]) -> None:
         """The predictions of all solutions for the test images, from one pass over these."""
@@ -405,12 +487,13 @@ class _Stage:
             warning=None,
             chosen=chosen,
             method=one.method,
+            dtype=self._info.spec.gram.dtype,
         )
         if isinstance(one.solution, SolverError):
             return dataclasses.replace(result, warning=str(one.solution))
         scores: dict[str, Any] = {}
         if one.predictions and self._test_labels is not None:
-            scores = _scores(np.concatenate(one.predictions), self._test_labels, one.targets)
+            scores = _scores(np.concatenate(one.predictions), self._test_labels, one)
         return dataclasses.replace(
             result,
             **scores,
@@ -421,18 +504,24 @@ class _Stage:
         )
 
 
-def _arrays(solved: Sequence[_Attempt], best: int) -> dict[str, NDArray[Any]]:
-    """What is stored of the regressions with all images."""
+def _arrays(solved: Sequence[_Attempt], best: int, beta: float | None) -> dict[str, NDArray[Any]]:
+    """What is stored of the regressions with all images; ``beta`` is the inverse temperature of the ``best``."""
     solutions = [one.solution for one in solved if isinstance(one.solution, Solution)]
     arrays = {
         "ridge": np.array([solution.ridge for solution in solutions]),
+        "amplitude": np.array([solution.amplitude for solution in solutions]),
         "coefficients": np.stack([solution.coefficients for solution in solutions]),
         "offset": solutions[0].offset,
     }
     if solved[0].predictions:
         arrays["predictions"] = np.stack([np.concatenate(one.predictions) for one in solved])
-    if (left_out := solutions[best].left_out) is not None:
+        if beta is not None:
+            arrays["probabilities"] = probabilities(arrays["predictions"][best], beta)
+    if (left_out := solved[best].left_out) is not None:
         arrays["left_out"] = left_out
+    variances = [one.variances for one in solutions if one.variances is not None]
+    if variances:
+        arrays["variances"] = np.stack(variances)
     return arrays
 
 
@@ -462,15 +551,17 @@ def _subset(labels: Labels, size: int, classes: tuple[str, ...] | None) -> NDArr
     return nested_subset(labels, size, classes)
 
 
-def _scores(predictions: Float64s, labels: NDArray[Any], targets: Targets) -> dict[str, Any]:
+def _scores(predictions: Float64s, labels: NDArray[Any], one: _Attempt) -> dict[str, Any]:
     """How good predictions of the test images are: fields of a :class:`Result`."""
-    if targets.classes is None:
-        return {"mean_squared_error": mean_squared_error(predictions, labels)}
-    one_hot = np.zeros_like(predictions)
-    one_hot[np.arange(len(labels)), labels] = 1
-    return {
-        "accuracy": accuracy(predictions, labels),
-        "accuracy_interval": accuracy_interval(predictions, labels),
-        "balanced_accuracy": balanced_accuracy(predictions, labels),
-        "mean_squared_error": mean_squared_error(predictions, one_hot),
-    }
+    truth = labels if one.targets.classes is None else np.eye(predictions.shape[1])[labels]
+    scores: dict[str, Any] = {"mean_squared_error": mean_squared_error(predictions, truth)}
+    variances = one.solution.noisy_variances() if isinstance(one.solution, Solution) else None
+    if variances is not None and (variances > 0).all():
+        scores["negative_log_likelihood"] = negative_log_likelihood(predictions, variances, truth)
+    if one.targets.classes is not None:
+        scores["accuracy"] = accuracy(predictions, labels)
+        scores["accuracy_interval"] = accuracy_interval(predictions, labels)
+        scores["balanced_accuracy"] = balanced_accuracy(predictions, labels)
+        if (beta := one.inverse_temperature()) is not None:
+            scores["log_loss"] = log_loss(predictions, labels, beta)
+    return scores
