@@ -26,6 +26,7 @@ from equigram.experiments.convergence import BATCH, Convergence, run_convergence
 from equigram.experiments.curves import default_sizes, run_curves
 from equigram.experiments.dynamics import run_dynamics
 from equigram.experiments.trainability import Trainability, fixed_point, run_trainability
+from equigram.solve import memory_needed
 from equigram.spec import JobSpec
 from equigram.store import GramStore
 from equigram.tables import write_table
@@ -179,6 +180,34 @@ def test_a_point_of_a_learning_curve_is_a_regression_with_a_subset(finished: Gra
     assert len(table(tmp_path / "curves.csv")) == len(rows) == 4 * 4
     assert is_figure(tmp_path / "curves.png")
     assert is_figure(tmp_path / "curves.svg")
+
+
+def test_interrupted_curves_go_on_and_matrices_may_be_larger_than_memory(
+    finished: GramStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_curves(finished, tmp_path / "whole", nobody, sizes=[1, 2], subsets=2)
+    scored: list[Any] = []
+    score = curves._score
+
+    def counting(*problem: Any) -> dict[str, Any]:
+        if len(scored) == most:
+            raise KeyboardInterrupt
+        scored.append(problem)
+        return score(*problem)
+
+    most = 5
+    monkeypatch.setattr(curves, "_score", counting)
+    with pytest.raises(KeyboardInterrupt):
+        run_curves(finished, tmp_path / "parts", nobody, sizes=[1, 2], subsets=2)
+    assert not (tmp_path / "parts/curves.csv").exists()
+    scored.clear()
+    most = 1000
+    monkeypatch.setattr(curves, "available_memory", lambda: memory_needed(6) + 100)
+    assert run_curves(finished, tmp_path / "parts", nobody, sizes=[1, 2], subsets=2) == whole
+    assert len(scored) == len(whole) - 4  # a size is kept when all its subsets are done
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["curves.csv", "curves.png", "curves.svg"]
+    run_curves(finished, tmp_path / "parts", nobody, sizes=[1], subsets=2, seed=1)
+    assert len(scored) == len(whole) - 4 + 8
 
 
 def test_the_ridge_of_a_subset_is_chosen_on_left_out_images(finished: GramStore, tmp_path: Path) -> None:

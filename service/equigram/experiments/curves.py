@@ -7,6 +7,8 @@ of the subset.
 
 from __future__ import annotations
 
+import json
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +20,13 @@ from equigram.events import Listener, Progress
 from equigram.solve.metrics import accuracy, mean_squared_error
 from equigram.solve.regression import best_of, memory_needed, solve_each
 from equigram.solve.stage import targets_of
-from equigram.tables import write_table
+from equigram.tables import write_table, write_whole
 from equikernel.memory import available_memory, format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from equigram.solve.targets import Targets
     from equigram.store import GramStore
 
 RIDGES = (1e-6, 1e-4, 1e-2)
@@ -38,7 +41,7 @@ def run_curves(
     seed: int = 0,
     ridge: Sequence[float] = RIDGES,
 ) -> list[dict[str, Any]]:
-    """Write ``curves.csv`` and a figure of a run into ``folder``.
+    """Write ``curves.csv`` and a figure of a run into ``folder``; interrupted, it goes on from the last size.
 
     Args:
       store: a run of classes, with labelled test images, whose matrices are complete.
@@ -83,20 +86,52 @@ def run_curves(
     whole = max(map(len, members))  # of all images there is one subset
     drawn = {size: orders if size < whole else orders[:1] for size in chosen}
     total, done = len(pairs) * sum(map(len, drawn.values())), 0
+    part = folder / "curves.part.json"
+    problem = {
+        "store": info.created,
+        "images": [info.train, info.test],
+        "seed": seed,
+        "ridge": list(ridge),
+    }
+    begun = _begun(part, problem)
     rows: list[dict[str, Any]] = []
     for group, kernel in pairs:
+        matrices = _Matrices(store, group, kernel, available - needed)
         for size in chosen:
             for subset, order in enumerate(drawn[size]):
                 listener(Progress("subsets", done, total))
                 images = np.sort(np.concatenate([one[:size] for one in order]))
-                score = _score(store, group, kernel, images, labels, truth, ridge)
-                names = {"group": group, "kernel": kernel, "per_class": size, "images": len(images), "subset": subset}
-                rows.append({**names, **score})
+                row = begun.get((group, kernel, size, subset))
+                if row is None:
+                    targets = targets_of(labels[images], info.classes)
+                    row = {
+                        "group": group,
+                        "kernel": kernel,
+                        "per_class": size,
+                        "images": len(images),
+                        "subset": subset,
+                        **_score(*matrices.of(images), targets, truth, ridge),
+                    }
+                rows.append(row)
                 done += 1
+            write_whole(part, json.dumps({**problem, "rows": rows}).encode())
     listener(Progress("subsets", total, total))
     write_table(folder / "curves.csv", rows)
+    part.unlink()
     plot.curves(rows, folder / "curves.png")
     return rows
+
+
+def _begun(part: Path, problem: dict[str, Any]) -> dict[tuple[str, str, int, int], dict[str, Any]]:
+    """The rows that an interrupted experiment with the same problem has left."""
+    try:
+        content = json.loads(part.read_text(encoding="utf-8"))
+        rows = content.pop("rows")
+    except (OSError, ValueError, KeyError):
+        return {}
+    if content != problem:
+        return {}
+    return {(row["group"], row["kernel"], row["per_class"], row["subset"]): row for row in rows}
 
 
 def default_sizes(smallest: int) -> list[int]:
@@ -105,20 +140,32 @@ def default_sizes(smallest: int) -> list[int]:
     return [*(size for size in sizes if size < smallest), smallest]
 
 
+class _Matrices:
+    """The matrices of a group and kernel: read once, where ``room`` bytes hold them, or for each subset."""
+
+    def __init__(self, store: GramStore, group: str, kernel: str, room: int) -> None:
+        self._store, self._names, info = store, (group, kernel), store.info
+        self._fits = np.dtype(info.spec.gram.dtype).itemsize * (info.train + info.test) * info.train <= room
+
+    @cached_property
+    def _whole(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        return self._store.matrix("gram", *self._names), self._store.matrix("cross", *self._names)
+
+    def of(self, images: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Of some training images: their Gram matrix, and the cross matrix of all test images with them."""
+        if not self._fits:
+            gram = self._store.matrix("gram", *self._names, images, images)
+            return gram, self._store.matrix("cross", *self._names, None, images)
+        gram, cross = self._whole
+        return gram[np.ix_(images, images)], cross[:, images]
+
+
 def _score(
-    store: GramStore,
-    group: str,
-    kernel: str,
-    images: NDArray[np.int64],
-    labels: NDArray[Any],
-    truth: NDArray[Any],
-    ridge: Sequence[float],
+    gram: NDArray[Any], cross: NDArray[Any], targets: Targets, truth: NDArray[Any], ridge: Sequence[float]
 ) -> dict[str, Any]:
     """How good a regression with some of the training images is."""
-    targets = targets_of(labels[images], store.info.classes)
-    gram = store.matrix("gram", group, kernel, images, images)
     best = best_of(solve_each(gram, targets, ridge, leave_one_out=len(ridge) > 1), targets)
-    predictions = best.predict(store.matrix("cross", group, kernel, None, images))
+    predictions = best.predict(cross)
     one_hot = np.eye(predictions.shape[1])[truth]
     return {
         "ridge": best.ridge,
