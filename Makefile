@@ -31,9 +31,10 @@ storage: $(STAMP)  ## requests to object storage, verification over a network, c
 scaling: $(STAMP)  ## how many tiles a second the driver hands out, and how many workers that keeps busy
 	$(BIN)/python benchmarks/scaling.py
 
-bench: $(STAMP)  ## speed against neural-tangents, and of the solvers against scipy, as ratios in one run
+bench: $(STAMP)  ## kernels against neural-tangents, solvers against scipy, learning curves on 1,000 images; an hour
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/solving.py
+	$(BIN)/python benchmarks/curves.py
 
 lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check $(SOURCES)

@@ -9,20 +9,21 @@ photographs): CNN (C1) against C4 and D4, NTK and NNGP, from one pass over the p
 from __future__ import annotations
 
 import argparse
-import sys
+import runpy
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from equigram.experiments.curves import run_curves
 from equigram.run import run
 from equigram.screen import Screen
 from equigram.spec import JobSpec
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+TEXTURES = Path(__file__).resolve().parents[1] / "examples/textures.py"
 
 GROUPS = ("C1", "C4", "D4")
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200)
@@ -30,10 +31,8 @@ SIZES = (1, 2, 5, 10, 20, 50, 100, 200)
 
 def experiment(folder: Path, train: int, test: int, size: int, subsets: int) -> None:
     """Cut patches, compute the matrices, and print the accuracies."""
-    import textures
-    from rich.console import Console
-
-    textures.main(folder / "patches", train, test, turned=("train", "test"))
+    cut = runpy.run_path(str(TEXTURES))["main"]
+    cut(folder / "patches", train, test, turned=("train", "test"))
     spec = JobSpec.parse(
         {
             "store": str(folder / "run"),
