@@ -558,10 +558,17 @@ def convergence(
     widths: Annotated[
         list[int] | None, typer.Option("--width", min=1, metavar="NUMBER", help="By default 1, 2, 4, … to 512.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=2, metavar="NUMBER", help="Networks of each group and width.")] = 100,
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=2, metavar="NUMBER", help="Networks of each group at the largest width; at others up to 64 times more."
+        ),
+    ] = 100,
     depth: Annotated[int, typer.Option(min=1, metavar="NUMBER", help="Convolutions.")] = 3,
     images: Annotated[int, typer.Option(min=1, metavar="NUMBER", help="Random images to compare on.")] = 3,
-    size: Annotated[int, typer.Option(min=1, metavar="NUMBER", help="Pixels along their sides.")] = 6,
+    size: Annotated[int, typer.Option(min=1, metavar="NUMBER", help="Pixels along their sides.")] = 4,
+    activation: Annotated[str, typer.Option(metavar="NAME", help="erf, relu, …")] = "erf",
+    w_std: Annotated[float, typer.Option(metavar="NUMBER", help="Standard deviation of the weights.")] = 1.5,
     seed: Annotated[int, typer.Option(min=0, metavar="NUMBER", help="Of images and networks.")] = 0,
 ) -> None:
     """Sample networks of finite width, and compare their mean NNGP and NTK with the limit.
@@ -581,6 +588,8 @@ def convergence(
         depth=depth,
         images=images,
         size=size,
+        activation=activation,
+        w_std=w_std,
         seed=seed,
     )
     with Screen(err) as screen:

@@ -223,7 +223,7 @@ def _label(axes: Axes, x: str = "", y: str = "", title: str = "") -> None:
 
 
 def convergence(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Relative errors of mean finite-width kernels against the width, both logarithmic, with the fitted slopes.
+    """Relative errors of mean finite-width kernels, and the spread of one, over the width, with the fitted slopes.
 
     Args:
       rows: of :func:`equigram.experiments.convergence.run_convergence`.
@@ -232,29 +232,37 @@ def convergence(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     from matplotlib.figure import Figure
 
     kernels, groups = (list(dict.fromkeys(str(row[name]) for row in _few(rows))) for name in ("kernel", "group"))
-    figure = Figure(figsize=(4.0 * len(kernels) + 1.2, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(kernels), sharey=True, squeeze=False)[0]
-    for axes, kernel in zip(panels, kernels, strict=True):
+    figure = Figure(figsize=(4.0 * len(kernels) + 1.2, 6.4), layout="constrained")
+    panels = figure.subplots(2, len(kernels), sharex=True, sharey="row", squeeze=False)
+    for column, kernel in enumerate(kernels):
+        errors, spreads = panels[:, column]
         for number, group in enumerate(groups):
             some = [row for row in rows if (row["kernel"], row["group"]) == (kernel, group)]
             widths = np.array([row["width"] for row in some], dtype=float)
-            axes.errorbar(
-                widths, [row["relative_error"] for row in some], [row["standard_error"] for row in some],
-                capsize=2, label=group, **_style(number, len(some)),
-            )  # fmt: skip
-        last = [row for row in rows if (row["kernel"], row["group"]) == (kernel, groups[-1])]
-        widths = np.array([row["width"] for row in last], dtype=float)
-        spread = last[0]["fitted_spread_times_root_width"] / np.sqrt(last[0]["networks"] * widths)
-        axes.plot(widths, spread, color="#888888", linestyle=":", label=f"{groups[-1]}: spread ∝ 1/√(m width)")
-        axes.plot(
-            widths, np.abs(last[0]["fitted_bias_times_width"]) / widths,
-            color="#888888", linestyle="--", label=f"{groups[-1]}: bias ∝ 1/width",
-        )  # fmt: skip
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        _label(axes, x="width", y="relative error" if axes is panels[0] else "", title=kernel.upper())
-        _grid(axes)
-    _legend(panels[-1])
+            style, color = _style(number, len(some)), _COLORS[number % len(_COLORS)]
+            error, bar = (np.array([row[name] for row in some]) for name in ("relative_error", "standard_error"))
+            bars = np.minimum(bar, 0.9 * error), bar  # the axis has no 0
+            errors.errorbar(widths, error, bars, capsize=2, label=group, **{**style, "linestyle": ""})
+            bias = np.abs(some[0]["fitted_bias_times_width"]) / widths
+            errors.plot(widths, bias, color=color, linestyle="--")
+            spreads.plot(widths, [row["spread_of_one"] for row in some], **{**style, "linestyle": ""})
+            spreads.plot(widths, some[0]["fitted_spread_times_root_width"] / np.sqrt(widths), color=color)
+        noise = [row["fitted_spread_times_root_width"] / np.sqrt(row["networks"] * row["width"]) for row in some]
+        errors.plot(widths, noise, color="#888888", linestyle=":", label="spread / √m")
+        errors.plot([], [], color="#888888", linestyle="--", label="bias ∝ 1/width")
+        spreads.plot([], [], color="#888888", label="∝ 1/√width")
+        for axes, what in ((errors, "relative error of the mean"), (spreads, "relative spread of one")):
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            _label(
+                axes,
+                x="width" if axes is spreads else "",
+                y=what if column == 0 else "",
+                title=kernel.upper() if axes is errors else "",
+            )
+            _grid(axes)
+    for axes in panels[:, -1]:
+        _legend(axes)
     return _write(figure, path)
 
 

@@ -75,7 +75,7 @@ def test_errors_are_those_of_the_mean_of_the_samples(sampled: tuple[Path, list[d
         (group, kernel, width) for group in ("C1", "C4") for kernel in ("nngp", "ntk") for width in (2, 8, 32)
     ]
     for row in rows:
-        samples = np.load(folder / f"samples/{row['group']}-{row['width']}.npz")[row["kernel"]]
+        samples = np.load(folder / f"samples/{row['group']}-{row['width']}.npz")[row["kernel"]][: row["networks"]]
         net = SMALL.network(row["group"])
         limit = getattr(net.kernel(SMALL.inputs(), engine="reference"), row["kernel"])
         expected = np.mean(np.abs(samples.mean(axis=0) - limit) / np.abs(limit))
@@ -83,6 +83,22 @@ def test_errors_are_those_of_the_mean_of_the_samples(sampled: tuple[Path, list[d
         assert_allclose(row["relative_bias"], np.mean((samples.mean(axis=0) - limit) / np.abs(limit)), rtol=1e-5)
         assert_allclose(row["spread_of_one"], np.mean(samples.std(axis=0, ddof=1) / np.abs(limit)), rtol=1e-5)
         assert 0 < row["standard_error"] < row["spread_of_one"]
+        assert row["networks"] == {2: 256, 8: 64, 32: 16}[row["width"]]
+
+
+def test_both_slopes_are_found_again() -> None:
+    """Made-up samples with a bias of 0.8 / width and a spread of 1.5 / √width."""
+    spec = Convergence(groups=("C1",), widths=(1, 4, 16, 64), samples=100)
+    limit, rng = np.array([[2.0, 1.0], [1.0, 3.0]]), np.random.default_rng(0)
+    samples = [
+        limit * (1 + 0.8 / width + 1.5 / width**0.5 * rng.standard_normal((spec.networks(width), 1, 1)))
+        for width in spec.widths
+    ]
+    rows = convergence._rows("C1", "ntk", spec, limit, samples)
+    for row in rows:
+        assert abs(row["fitted_bias_times_width"] - 0.8) < 3 * row["fitted_bias_standard_error"] < 0.3
+        assert row["fitted_spread_times_root_width"] == pytest.approx(1.5, rel=0.1)
+        assert row["relative_error"] == pytest.approx(abs(row["relative_bias"]))
 
 
 def test_the_spread_falls_like_the_root_of_the_width(sampled: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -104,6 +120,7 @@ def test_what_is_sampled_is_not_sampled_again_and_more_is_added(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = Convergence(groups=("C1",), widths=(2, 4), samples=BATCH, depth=1, images=2, size=3)
+    monkeypatch.setattr(convergence, "MORE", 1)
     original = convergence._more
     calls: list[int] = []
 

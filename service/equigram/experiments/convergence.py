@@ -3,7 +3,9 @@
 For each group and width the NNGP and NTK of m networks are sampled on the same random images. With the mean ``M`` over
 the networks and the limit ``K``, the relative error is ``|M - K| / |K|``, averaged over all entries of the Gram matrix.
 It has two parts: the spread of the mean, of order ``1 / √(m width)``, which more networks lower, and the bias of finite
-width, of order ``1 / width``, which they do not. Both are fitted.
+width, of order ``1 / width``, which they do not. Both are fitted. Narrow networks are cheap, so there are more of them,
+and the bias shows: best with an activation like erf and images of one sign (a ReLU network has none on the diagonal of
+its NNGP, and with noise as images the signs of the bias cancel).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,13 @@ Array = NDArray[np.float64]
 KERNELS = ("nngp", "ntk")
 
 BATCH = 8
-"""Networks that are sampled before the progress is told and the samples are kept; there are always whole batches."""
+"""Of the widest networks so many are sampled, of narrower ones more, before samples are kept; always whole batches."""
+
+MORE = 64
+"""Narrow networks are up to so many times as many as the widest."""
+
+WIDE = 512
+"""Networks of this width or more are sampled in the smallest batch."""
 
 RESAMPLED = 200
 """Bootstrap samples from which standard errors are computed."""
@@ -44,11 +52,14 @@ class Convergence:
     Attributes:
       groups: symmetry groups of the networks.
       widths: channels of the hidden layers.
-      samples: networks of each group and width.
+      samples: networks of each group with the largest width; narrower ones are more, in inverse proportion, up to 64
+        times as many.
       depth: convolutions.
       images: random images on which the kernels are compared.
       size: pixels along their sides.
       channels: of the images.
+      activation: a named one.
+      w_std: standard deviation of the weights.
       seed: of images and networks.
     """
 
@@ -57,8 +68,10 @@ class Convergence:
     samples: int = 100
     depth: int = 3
     images: int = 3
-    size: int = 6
+    size: int = 4
     channels: int = 1
+    activation: str = "erf"
+    w_std: float = 1.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,14 +84,18 @@ class Convergence:
         if min(self.widths) < 1:
             raise SpecError(f"width {min(self.widths)} is not allowed; it must be 1 or more")
 
+    def networks(self, width: int) -> int:
+        """How many networks of a width there are for each group."""
+        return self.samples * min(MORE, max(self.widths) // width)
+
     def network(self, group: GroupName) -> GroupCNN:
-        """The network of a group: √2 keeps the size of the features of a ReLU network from layer to layer."""
-        return GroupCNN(group=group, depth=self.depth, w_std=2**0.5)
+        """The network of a group."""
+        return GroupCNN(group=group, depth=self.depth, activation=self.activation, w_std=self.w_std)
 
     def inputs(self) -> Array:
-        """The images ``(n, H, W, C)``, standard normal."""
+        """The images ``(n, H, W, C)``, uniform between 0 and 1."""
         shape = (self.images, self.size, self.size, self.channels)
-        return np.random.default_rng(self.seed).standard_normal(shape)
+        return np.random.default_rng(self.seed).uniform(size=shape)
 
 
 def run_convergence(spec: Convergence, folder: Path, listener: Listener) -> list[dict[str, Any]]:
@@ -97,12 +114,12 @@ def run_convergence(spec: Convergence, folder: Path, listener: Listener) -> list
     """
     from equigram import plot
 
-    fields = {name: getattr(spec, name) for name in ("depth", "images", "size", "channels", "seed")}
+    fields = {name: value for name, value in asdict(spec).items() if name not in ("groups", "widths", "samples")}
     settings = folder / "settings.json"
     if settings.exists() and (there := json.loads(settings.read_text())) != fields:
         raise SpecError(f"{folder} holds samples of {there}, and asked for are {fields}; choose another folder")
     write_whole(settings, json.dumps(fields).encode())
-    total = len(spec.groups) * len(spec.widths) * spec.samples
+    total = len(spec.groups) * sum(map(spec.networks, spec.widths))
     rows: list[dict[str, Any]] = []
     done = 0
     for group in spec.groups:
@@ -113,12 +130,12 @@ def run_convergence(spec: Convergence, folder: Path, listener: Listener) -> list
         for width in spec.widths:
             path = folder / "samples" / f"{group}-{width}.npz"
             found = _stored(path)
-            while len(found["ntk"]) < spec.samples:
+            while len(found["ntk"]) < spec.networks(width):
                 listener(Progress("networks", done + len(found["ntk"]), total))
                 found = _more(spec, net, width, found)
                 _keep(path, found)
-            done += spec.samples
-            by_width.append({name: found[name][: spec.samples] for name in KERNELS})
+            done += spec.networks(width)
+            by_width.append({name: found[name][: spec.networks(width)] for name in KERNELS})
         for name in KERNELS:
             rows += _rows(group, name, spec, limits[name], [samples[name] for samples in by_width])
     listener(Progress("networks", total, total))
@@ -154,7 +171,8 @@ def _more(spec: Convergence, net: GroupCNN, width: int, found: dict[str, Array])
 
     key = random_key(spec.seed, width, len(found["ntk"]))
     images = spec.inputs().astype(np.float32)
-    more = dict(zip(KERNELS, empirical_kernels(net, width, key, images, samples=BATCH), strict=True))
+    samples = BATCH * min(MORE, max(1, WIDE // width))
+    more = dict(zip(KERNELS, empirical_kernels(net, width, key, images, samples=samples), strict=True))
     return {
         name: np.concatenate([found[name].reshape(-1, *more[name].shape[1:]), more[name].astype(np.float64)])
         for name in KERNELS
@@ -192,7 +210,7 @@ def _rows(group: str, kernel: str, spec: Convergence, limit: Array, samples: Seq
             "group": group,
             "kernel": kernel,
             "width": width,
-            "networks": spec.samples,
+            "networks": spec.networks(width),
             "relative_error": errors[index],
             "standard_error": bars[index],
             "relative_bias": biases[index],
