@@ -27,7 +27,7 @@ def tissue(label: int, side: int, rng: np.random.Generator) -> NDArray[np.uint8]
     coarse = rng.integers(0, 50, (2 + label, 2 + label, 3), dtype=np.uint8)
     grain = np.asarray(Image.fromarray(coarse).resize((side, side)))
     colour = np.array([20 + 85 * (label % 3), 20 + 85 * (label // 3), 100])
-    return (grain + colour).astype(np.uint8)
+    return np.asarray((grain + colour).astype(np.uint8))
 
 
 def published_folders(folder: Path, train: int, test: int) -> None:
@@ -48,7 +48,7 @@ def published_file(path: Path, train: int, test: int) -> None:
     arrays: dict[str, NDArray[np.uint8]] = {}
     for part, count in (("train", train), ("val", 9), ("test", test)):
         labels = (np.arange(count) % 9).astype(np.uint8)
-        arrays[f"{part}_images"] = np.stack([tissue(label, 28, rng) for label in labels])
+        arrays[f"{part}_images"] = np.stack([tissue(int(label), 28, rng) for label in labels])
         arrays[f"{part}_labels"] = labels[:, None]
     np.savez(path, **arrays)  # type: ignore[arg-type]
 
