@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -27,6 +28,27 @@ BUCKETS = itertools.count()
 COMPILE = "import numpy, equikernel; equikernel.GroupCNN().kernel(numpy.ones((1, 4, 4, 1)), dtype={!r})"
 
 
+FORKING = """
+import json, os, signal, sys
+import equigram.cli, equigram.figures, equigram.run, equikernel.engines.cpu, typer.rich_utils, zarr
+
+for line in sys.stdin:
+    request = json.loads(line)
+    child = os.fork()
+    if not child:
+        signal.alarm(120)
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.chdir(request["folder"])
+        sys.argv = ["equigram", *request["arguments"]]
+        equigram.cli.main()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Runs commands in processes of their own, which start with everything imported."""
+
+ENVIRONMENT = os.environ | {"COLUMNS": "80", "TERM": "xterm", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Compile the CPU engine once, before several processes do so at the same time."""
     if getattr(config.option, "numprocesses", None):
@@ -41,6 +63,32 @@ def pictures(count: int, *, size: int = 8, classes: int = 3, seed: int = 0) -> t
     labels = np.arange(count) % classes
     stripes = 80 * (np.arange(size) // (labels[:, None] + 1) % 2)
     return (stripes[:, None, :] + rng.integers(0, 120, (count, size, size))).astype(np.uint8), labels
+
+
+@pytest.fixture(scope="session")
+def equigram(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Runs the command line with arguments as a process in a folder."""
+    streams = tmp_path_factory.mktemp("streams")
+    out, err = streams / "out", streams / "err"
+    server = subprocess.Popen(
+        [sys.executable, "-c", FORKING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    to_server, from_server = server.stdin, server.stdout
+    assert to_server is not None
+    assert from_server is not None
+
+    def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+        texts = list(map(str, arguments))
+        request = {"arguments": texts, "folder": str(folder), "out": str(out), "err": str(err)}
+        print(json.dumps(request), file=to_server, flush=True)
+        code = int(from_server.readline())
+        return subprocess.CompletedProcess(
+            texts, code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
+        )
+
+    with server:
+        yield run
+        to_server.close()
 
 
 @pytest.fixture

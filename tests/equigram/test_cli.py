@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,7 @@ import yaml
 from numpy.testing import assert_allclose
 from PIL import Image
 
-import equigram
-from equigram import GramStore, cli
+from equigram import GramStore, __version__, cli
 from equigram.errors import SpecError
 from equikernel.worker import processor_kind
 
@@ -29,23 +28,6 @@ EQUIGRAM = str(Path(sys.executable).with_name("equigram"))
 ENVIRONMENT = os.environ | {"COLUMNS": "80", "TERM": "xterm", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
 LIMIT = 120
 COMMANDS = ("run", "plan", "status", "verify", "extend", "export", "import", "predict", "plot")
-FORKING = """
-import json, os, signal, sys
-import equigram.cli, equigram.figures, equigram.run, equikernel.engines.cpu, typer.rich_utils, zarr
-
-for line in sys.stdin:
-    request = json.loads(line)
-    child = os.fork()
-    if not child:
-        signal.alarm(60)
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        os.chdir(request["folder"])
-        sys.argv = ["equigram", *request["arguments"]]
-        equigram.cli.main()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-"""Runs commands in processes of their own, which start with everything imported."""
 
 
 class Done(NamedTuple):
@@ -96,26 +78,14 @@ class Place(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Done]]:
+def command(equigram: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., Done]:
     """Runs the command line as a process in a folder."""
-    streams = tmp_path_factory.mktemp("streams")
-    out, err = streams / "out", streams / "err"
-    server = subprocess.Popen(
-        [sys.executable, "-c", FORKING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
-    to_server, from_server = server.stdin, server.stdout
-    assert to_server is not None
-    assert from_server is not None
 
     def run(*arguments: object, folder: Path) -> Done:
-        request = {"arguments": list(map(str, arguments)), "folder": str(folder), "out": str(out), "err": str(err)}
-        print(json.dumps(request), file=to_server, flush=True)
-        code = int(from_server.readline())
-        return Done(code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
+        done = equigram(folder, *arguments)
+        return Done(done.returncode, done.stdout, done.stderr)
 
-    with server:
-        yield run
-        to_server.close()
+    return run
 
 
 @pytest.fixture
@@ -751,7 +721,7 @@ def test_help_and_version_are_on_standard_output(command: Callable[..., Done], t
         assert (done.code, done.err) == (0, "")
         assert "Usage: equigram" in done.out
         assert max(map(len, done.out.splitlines())) <= 80
-    assert command("--version", folder=tmp_path) == Done(0, f"equigram {equigram.__version__}\n", "")
+    assert command("--version", folder=tmp_path) == Done(0, f"equigram {__version__}\n", "")
 
 
 def test_the_help_of_run_shows_the_job_line_by_line(command: Callable[..., Done], tmp_path: Path) -> None:

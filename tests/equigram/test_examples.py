@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from equigram.solve.stage import stored_results
 from equigram.store import GramStore
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 TISSUES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
 
@@ -53,23 +55,17 @@ def published_file(path: Path, train: int, test: int) -> None:
     np.savez(path, **arrays)  # type: ignore[arg-type]
 
 
-def equigram(folder: Path, *arguments: str) -> str:
-    program = str(Path(sys.executable).with_name("equigram"))
-    done = subprocess.run([program, *arguments], cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def run_example(folder: Path, name: str, **data: Any) -> GramStore:
+def run_example(equigram: Command, folder: Path, name: str, **data: Any) -> GramStore:
     """Run an example with other data, and as few images, as a user would."""
     job = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8"))
     job["data"] |= {"per_class": 2, "test_per_class": 1, **data}
     job["solve"]["train_sizes"] = [1]
     job["resources"] = {"workers": 0}
     (folder / "job.yaml").write_text(yaml.safe_dump(job), encoding="utf-8")
-    assert "9 test, " in equigram(folder, "plan", "job.yaml")
-    equigram(folder, "run", "job.yaml")
-    equigram(folder, "experiment", "curves", job["store"], "-o", "curves", "--subsets", "2")
+    assert "9 test, " in equigram(folder, "plan", "job.yaml").stdout
+    for arguments in (("run", "job.yaml"), ("experiment", "curves", job["store"], "-o", "curves", "--subsets", 2)):
+        done = equigram(folder, *arguments)
+        assert done.returncode == 0, done.stderr
     assert (folder / "curves/curves.svg").exists()
     return GramStore.open(str(folder / job["store"]))
 
@@ -86,10 +82,10 @@ def check(store: GramStore) -> None:
             assert best.accuracy > 0.5
 
 
-def test_histology_as_it_is_published(tmp_path: Path) -> None:
+def test_histology_as_it_is_published(equigram: Command, tmp_path: Path) -> None:
     published_folders(tmp_path, 3, 2)
     folders = {"train": str(tmp_path / "NCT-CRC-HE-100K"), "test": str(tmp_path / "CRC-VAL-HE-7K")}
-    store = run_example(tmp_path, "histology", size=16, **folders)
+    store = run_example(equigram, tmp_path, "histology", size=16, **folders)
     check(store)
     assert store.info.classes == TISSUES
     assert store.info.image_shape == (16, 16, 3)
@@ -97,20 +93,17 @@ def test_histology_as_it_is_published(tmp_path: Path) -> None:
     assert all(name.split("/")[1].startswith(f"{name.split('/')[0]}-TCGA-") for name in store.names("test"))
 
 
-def test_pathmnist_as_it_is_published(tmp_path: Path) -> None:
+def test_pathmnist_as_it_is_published(equigram: Command, tmp_path: Path) -> None:
     published_file(tmp_path / "pathmnist.npz", 27, 18)
-    store = run_example(tmp_path, "pathmnist", size=14, train=str(tmp_path / "pathmnist.npz"))
+    store = run_example(equigram, tmp_path, "pathmnist", size=14, train=str(tmp_path / "pathmnist.npz"))
     check(store)
     assert store.info.classes == tuple(map(str, range(9)))
     assert store.info.image_shape == (14, 14, 3)
 
 
 @pytest.mark.parametrize("name", ["histology", "pathmnist", "textures"])
-def test_the_data_of_an_example_are_asked_for_in_a_sentence(tmp_path: Path, name: str) -> None:
-    program = str(Path(sys.executable).with_name("equigram"))
-    done = subprocess.run(
-        [program, "plan", str(EXAMPLES / f"{name}.yaml")], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+def test_the_data_of_an_example_are_asked_for_in_a_sentence(equigram: Command, tmp_path: Path, name: str) -> None:
+    done = equigram(tmp_path, "plan", EXAMPLES / f"{name}.yaml")
     job = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8"))
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
