@@ -94,13 +94,13 @@ def place(tmp_path: Path, command: Callable[..., Done]) -> Place:
     return Place(tmp_path, command)
 
 
-def image(path: Path, shape: tuple[int, ...] = (8, 8), seed: int = 0) -> Path:
+def image(path: Path, shape: tuple[int, ...] = (5, 5), seed: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)).save(path)
     return path
 
 
-def class_folders(root: Path, count: int = 4, classes: str = "ab", shape: tuple[int, ...] = (8, 8)) -> Path:
+def class_folders(root: Path, count: int = 4, classes: str = "ab", shape: tuple[int, ...] = (5, 5)) -> Path:
     """Noise whose brightness tells the class."""
     for number, name in enumerate(classes):
         for index in range(count):
@@ -118,7 +118,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     """A folder with a run that is done, and how it ended."""
     folder = tmp_path_factory.mktemp("finished")
     class_folders(folder / "images", 6, "abc")
-    class_folders(folder / "new", 3, "abc", (8, 8))
+    class_folders(folder / "new", 3, "abc")
     job = {
         "store": "run",
         "data": {"train": "images", "test": "new"},
@@ -195,7 +195,7 @@ def test_a_missing_tile_is_nothing_wrong_and_a_damaged_solution_is(copy: Place) 
     done = copy.command("verify", "run", "--samples", 0, folder=copy.folder)
     assert done.code == 1
     assert done.err.splitlines()[-1] == "error: run: 1 thing is wrong; mend it with `equigram verify run --repair`"
-    np.savez(copy / "new.npz", x=np.zeros((1, 8, 8, 1), np.uint8))
+    np.savez(copy / "new.npz", x=np.zeros((1, 5, 5, 1), np.uint8))
     done = copy.command("predict", "run", "new.npz", folder=copy.folder)
     assert (done.code, done.out) == (1, "")
     assert "`equigram run JOB.yaml` solves again" in done.err
@@ -252,7 +252,7 @@ def test_status_of_a_finished_run_shows_its_results(finished: tuple[Path, Done],
     assert (done.code, done.err) == (0, "")
     facts = dict(line.split(maxsplit=1) for line in done.out.splitlines()[:7])
     assert facts["store"] == "run"
-    assert facts["images"] == "18 training, 9 test, 8x8x1"
+    assert facts["images"] == "18 training, 9 test, 5x5x1"
     assert facts["networks"] == "C1 C4 · nngp ntk · float32"
     assert facts["tiles"] == "12 of 12 done, 0 missing"
     assert facts["computed"] == f"on {processor_kind()}"
@@ -291,7 +291,7 @@ def test_plan_of_a_new_job_says_what_it_will_cost_and_writes_nothing(place: Plac
     facts = {line[:10].strip(): line[10:] for line in done.out.splitlines()}
     assert done.code == 0
     assert facts["store"].startswith("run (new), ")
-    assert facts["images"] == "6 training, 2 test, 8x8x1"
+    assert facts["images"] == "6 training, 2 test, 5x5x1"
     assert facts["networks"] == "C1 C4 · nngp ntk · float32"
     assert facts["matrices"] == "4 of 6 x 6 and 4 of 2 x 6"
     assert facts["tiles"] == "5 of 4 x 4 images"
@@ -537,7 +537,7 @@ def test_images_that_are_not_square_are_refused_for_quarter_turns(place: Place) 
 
 def test_images_of_different_sizes_are_refused(place: Place) -> None:
     image(place / "images/b/1.png", (9, 9))
-    words = "error: b/1.png in images is 9 pixels wide and 9 high, but a/0.png in images is 8 wide and 8 high; set data"
+    words = "error: b/1.png in images is 9 pixels wide and 9 high, but a/0.png in images is 5 wide and 5 high; set data"
     place.refuses(words, "run", place.job())
 
 
@@ -597,7 +597,7 @@ def test_an_address_on_the_command_line_replaces_that_of_the_job(place: Place, v
 def test_padding_that_eats_the_image_is_refused(place: Place) -> None:
     job = place.job(network={"depth": 4, "padding": "VALID"})
     words = (
-        "error: VALID padding eats the image: 4 convolutions of size 3 remove 8 of 8 pixels per side; use depth <= 3"
+        "error: VALID padding eats the image: 4 convolutions of size 3 remove 8 of 5 pixels per side; use depth <= 2"
     )
     place.refuses(words, "run", job)
     place.refuses(words, "plan", job)
@@ -699,7 +699,7 @@ def test_predictions_that_cannot_be_made_are_refused(run: Place, options: list[s
 
 
 def test_new_images_unlike_the_training_images_are_refused(run: Place, tmp_path: Path) -> None:
-    wide, red = image(tmp_path / "wide.png", (9, 9)), image(tmp_path / "red.png", (8, 8, 3))
+    wide, red = image(tmp_path / "wide.png", (9, 9)), image(tmp_path / "red.png", (5, 5, 3))
     run.refuses(f"error: wide.png in {wide} is 9 pixels wide and 9 high, but every training", "predict", "run", wide)
     run.refuses(f"error: red.png in {red} has 3 channels, but every training image has 1", "predict", "run", red)
     run.refuses("error: none does not exist", "predict", "run", "none")

@@ -36,7 +36,7 @@ def spec(job: Job, tmp_path: Path) -> JobSpec:
     np.savez(tmp_path / "first.npz", x_train=TRAIN, y_train=np.arange(10) % 3, x_test=TEST, y_test=np.arange(5) % 3)
     np.savez(tmp_path / "more.npz", x=MORE, y=np.arange(7) % 3)
     gram = {"groups": ["C1", "C4"], "tile": 4, "engine": "reference"}
-    return job(data={"train": tmp_path / "first.npz"}, gram=gram)
+    return job(data={"train": tmp_path / "first.npz"}, network={"depth": 1}, gram=gram)
 
 
 def computed(events: list[Event]) -> set[Tile]:

@@ -69,12 +69,12 @@ def test_the_mean_squared_error_refuses_other_shapes_and_nan() -> None:
         mean_squared_error(SCORES, SCORES * np.nan)
 
 
-def test_the_interval_of_the_accuracy_is_wilsons() -> None:
-    # Wilson 1927: (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)
-    z, p, n = scipy.stats.norm.ppf(0.975), 0.75, 4
-    middle, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    expected = (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
-    assert_allclose(accuracy_interval(SCORES, np.array([0, 1, 0, 1])), expected)
+@pytest.mark.parametrize(("right", "count"), [(0, 7), (3, 4), (100, 100), (512, 1000)])
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+def test_the_interval_of_the_accuracy_is_wilsons(right: int, count: int, confidence: float) -> None:
+    scores, labels = np.eye(2)[np.zeros(count, dtype=int)], (np.arange(count) >= right).astype(int)
+    expected = scipy.stats.binomtest(right, count).proportion_ci(confidence, method="wilson")
+    assert_allclose(accuracy_interval(scores, labels, confidence), expected, atol=1e-15)
 
 
 def test_the_interval_of_the_accuracy_holds_it_as_often_as_it_says() -> None:
