@@ -130,15 +130,15 @@ def test_what_is_sampled_is_not_sampled_again_and_more_is_added(
 
     monkeypatch.setattr(convergence, "_more", more)
     first = run_convergence(spec, tmp_path, nobody)
-    assert calls == [2, 4]
+    assert calls == [4, 2]
     assert run_convergence(spec, tmp_path, nobody) == first
     larger = Convergence(groups=("C1",), widths=(2, 4), samples=2 * BATCH, depth=1, images=2, size=3)
     with pytest.raises(KeyboardInterrupt):
         run_convergence(larger, tmp_path, nobody)
-    assert calls == [2, 4, 2]
+    assert calls == [4, 2, 4]
     calls.clear()
     rows = run_convergence(larger, tmp_path, nobody)
-    assert calls == [4]
+    assert calls == [2]
     monkeypatch.setattr(convergence, "_more", original)
     assert run_convergence(larger, tmp_path / "anew", nobody) == rows
 

@@ -114,30 +114,32 @@ def run_convergence(spec: Convergence, folder: Path, listener: Listener) -> list
     """
     from equigram import plot
 
+    nets = {group: spec.network(group) for group in spec.groups}
     fields = {name: value for name, value in asdict(spec).items() if name not in ("groups", "widths", "samples")}
     settings = folder / "settings.json"
     if settings.exists() and (there := json.loads(settings.read_text())) != fields:
         raise SpecError(f"{folder} holds samples of {there}, and asked for are {fields}; choose another folder")
     write_whole(settings, json.dumps(fields).encode())
     total = len(spec.groups) * sum(map(spec.networks, spec.widths))
-    rows: list[dict[str, Any]] = []
+    samples: dict[tuple[str, int], dict[str, Array]] = {}
     done = 0
-    for group in spec.groups:
-        net = spec.network(group)
-        limit = net.kernel(spec.inputs(), engine="reference" if _small(spec) else "auto", dtype="float64")
-        limits = {name: np.asarray(getattr(limit, name)) for name in KERNELS}
-        by_width: list[dict[str, Array]] = []
-        for width in spec.widths:
+    for width in sorted(spec.widths, reverse=True):  # the dearest first, so that the time left is not underestimated
+        for group in spec.groups[::-1]:
             path = folder / "samples" / f"{group}-{width}.npz"
             found = _stored(path)
             while len(found["ntk"]) < spec.networks(width):
                 listener(Progress("networks", done + len(found["ntk"]), total))
-                found = _more(spec, net, width, found)
+                found = _more(spec, nets[group], width, found)
                 _keep(path, found)
             done += spec.networks(width)
-            by_width.append({name: found[name][: spec.networks(width)] for name in KERNELS})
+            samples[group, width] = {name: found[name][: spec.networks(width)] for name in KERNELS}
+    rows: list[dict[str, Any]] = []
+    for group, net in nets.items():
+        engine = "reference" if _small(spec) else "auto"
+        limit = net.kernel(spec.inputs(), engine=engine, dtype="float64")
         for name in KERNELS:
-            rows += _rows(group, name, spec, limits[name], [samples[name] for samples in by_width])
+            of_widths = [samples[group, width][name] for width in spec.widths]
+            rows += _rows(group, name, spec, np.asarray(getattr(limit, name)), of_widths)
     listener(Progress("networks", total, total))
     write_table(folder / "convergence.csv", rows)
     plot.convergence(rows, folder / "convergence.png")
