@@ -95,4 +95,12 @@ class TileFailedError(EquigramError, RuntimeError):
 
 
 class SolverError(EquigramError, ArithmeticError):
-    """The regression has no usable solution."""
+    """The regression has no usable solution.
+
+    Attributes:
+      images: the training images that are the cause, as far as that is known: their places in the train matrix.
+    """
+
+    def __init__(self, message: str, images: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.images = images

@@ -217,7 +217,7 @@ def results_table(results: Sequence[Result]) -> Table:
         ("left out\nmse", lambda r: _number(r.left_out_error, "#.3g")),
         ("nll", lambda r: _number(r.negative_log_likelihood, ".2f")),
         ("resid.", lambda r: _number(r.residual, ".0e")),
-        ("cond.", lambda r: _number(r.condition, ".1e")),
+        ("cond.", lambda r: _number(r.condition, ".0e")),
         ("", lambda r: "*" if r.warning else None),
     ]
     shown = [(title, [cell(result) for result in whole]) for title, cell in columns]

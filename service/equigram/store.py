@@ -866,8 +866,8 @@ class GramStore:
                     )
                 tile = tile_of(part, row, col)
                 raise DamagedTileError(
-                    f"{self.url}: chunk {row}, {col} of {name} (tile {tile}) is damaged: {wrong}; `equigram run "
-                    "JOB.yaml` computes that tile again",
+                    f"{self.url}: chunk {row}, {col} of {name} (tile {tile}) is damaged: {wrong}; `equigram "
+                    "verify --repair` computes that tile again",
                     tile,
                 )
             yield values

@@ -153,6 +153,18 @@ def test_no_usable_ridge_at_all_is_an_error(finish: Finish, save: Callable[..., 
         solved(store, ridge=(0.0,))
 
 
+def test_equal_images_are_named(finish: Finish, save: Callable[..., Path]) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (12, 8, 8), dtype=np.uint8)
+    images[7] = images[4]
+    fields: dict[str, Any] = {"x_train": images, "y_train": np.arange(12) % 3, "x_test": images[:2], "y_test": [0, 1]}
+    store = finish(data={"train": save(**fields)}, gram={"kernels": ["ntk"]})
+    for sizes in ((), (3,)):  # of all images, and of nine that hold both
+        with pytest.raises(SolverError, match=r"are the same to this kernel\); .*; the images came from .*") as caught:
+            solved(store, ridge=(0.0,), train_sizes=sizes or None)
+        assert {f"x_train[{index}]" in str(caught.value) for index in (4, 7)} == {True}
+
+
 def test_real_targets_are_regressed_on_without_accuracy(finish: Finish, save: Callable[..., Path]) -> None:
     rng = np.random.default_rng(0)
     arrays = {f"x_{split}": rng.integers(0, 255, (n, 8, 8), dtype=np.uint8) for split, n in (("train", 9), ("test", 4))}

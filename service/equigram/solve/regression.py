@@ -392,17 +392,20 @@ def not_positive_definite(gram: Floats, scale: float, ridge: float, smallest: fl
     remedy = f"take a ridge of {enough:g} or more{advice_on_dtype(gram.dtype)}"
     if enough > 1e-2:
         remedy = f"no rounding error is that large: verify the run store, or take a ridge of {enough:g} or more"
+    cause, images = _cause(gram)
     return SolverError(
         f"the train Gram matrix of {len(gram)} images plus ridge {ridge:g} is not positive definite: the smallest "
-        f"eigenvalue without ridge is about {smallest:.1e} of the mean diagonal {scale:.3g}{_cause(gram)}; {remedy}"
+        f"eigenvalue without ridge is about {smallest:.1e} of the mean diagonal {scale:.3g}{cause}; {remedy}",
+        images,
     )
 
 
-def _cause(gram: Floats) -> str:
+def _cause(gram: Floats) -> tuple[str, tuple[int, ...]]:
     """Names a training image whose kernel is 0, or two whose kernels are proportional, if there are any."""
     diagonal = np.diagonal(gram).astype(np.float64)
     if not diagonal.all():
-        return f" (training image {np.argmin(diagonal)} is 0 to this kernel)"
+        image = int(np.argmin(diagonal))
+        return f" (training image {image} is 0 to this kernel)", (image,)
     size = np.sqrt(diagonal)
     rounding = 8 * float(np.finfo(gram.dtype).eps)
     for rows in row_blocks(*gram.shape):
@@ -410,8 +413,9 @@ def _cause(gram: Floats) -> str:
         correlation[np.arange(len(correlation)), np.arange(len(gram))[rows]] = -1
         first, second = np.unravel_index(correlation.argmax(), correlation.shape)
         if correlation[first, second] > 1 - rounding:
-            return f" (training images {rows.start + first} and {second} are the same to this kernel)"
-    return ""
+            images = rows.start + int(first), int(second)
+            return f" (training images {images[0]} and {images[1]} are the same to this kernel)", images
+    return "", ()
 
 
 def advice_on_dtype(dtype: np.dtype[Any]) -> str:

@@ -350,8 +350,10 @@ class _Stage:
             queries = self._queries if spec.variances and chosen is None and self._info.test else None
             solutions = solve_each(gram, targets, spec.ridge, leave_one_out=leave_one_out, queries=queries)
             for index, solution in enumerate(solutions):
-                left_out = solution.left_out if isinstance(solution, Solution) else None
-                left_out = left_out if folds is None else folds[index]
+                if isinstance(solution, SolverError):
+                    solution, left_out = self._named(solution, chosen), None
+                else:
+                    left_out = solution.left_out if folds is None else folds[index]
                 yield _Attempt(size, chosen, targets, method, spec.ridge[index], solution, left_out)
             return
         with self._operator(chosen, targets) if method == "iterative" else contextlib.nullcontext() as operator:
@@ -362,6 +364,15 @@ class _Stage:
                 except SolverError as error:
                     solution = error
                 yield _Attempt(size, chosen, targets, method, ridge, solution, None)
+
+    def _named(self, error: SolverError, chosen: NDArray[np.int64] | None) -> SolverError:
+        """An error with the names of the images that it is about."""
+        if not error.images:
+            return error
+        names = self._store.names("train")
+        images = [names[index if chosen is None else chosen[index]] for index in error.images]
+        subject = "image" if len(images) == 1 else "images"
+        return SolverError(f"{error}; the {subject} came from {' and '.join(images)}", error.images)
 
     def _queries(self) -> Iterator[tuple[NDArray[Any], Float64s]]:
         """The test images, a block at a time: their kernels with the training images, and with themselves."""
