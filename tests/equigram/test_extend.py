@@ -190,14 +190,14 @@ def test_additions_of_two_processes_are_both_kept(spec: JobSpec, tmp_path: Path)
     first, second = GramStore.open(spec.store), GramStore.open(spec.store)
     assert first.info == second.info
     extend_matrices(first, spec, ["D4"], [])
-    second.add_matrices(["C3"], [])
+    second.add_matrices(["C2"], [])
     with pytest.raises(StoreMismatchError, match="has D4 already"):
         second.add_matrices(["D4"], [])
     store = GramStore.open(spec.store)
-    assert store.info.spec.gram.groups == ("C1", "C4", "D4", "C3")
+    assert store.info.spec.gram.groups == ("C1", "C4", "D4", "C2")
     assert len(np.asarray(store.labels("train"))) == len(store.names("train")) == 22
-    first.remember(spec)  # read before D4 and C3 came
-    assert GramStore.open(spec.store).info.spec.gram.groups == ("C1", "C4", "D4", "C3")
+    first.remember(spec)  # read before D4 and C2 came
+    assert GramStore.open(spec.store).info.spec.gram.groups == ("C1", "C4", "D4", "C2")
     finish(store, store.info.spec, nobody)
     assert verify(GramStore.open(spec.store), nobody, samples=2).findings == ()
 

@@ -27,16 +27,33 @@ Job = Callable[..., JobSpec]
 Create = Callable[[JobSpec], GramStore]
 
 
-@pytest.fixture
-def spec(job: Job) -> JobSpec:
-    """10 training and 5 test images, tiles of 4, two passes."""
-    return job(data={"size": 4}, gram={"groups": ["C1", "C4", "C3"], "engine": "reference"})
+SECTIONS: dict[str, Any] = {
+    "network": {"depth": 2},
+    "gram": {"groups": ["C1", "C4", "C3"], "tile": 4, "engine": "reference"},
+    "resources": {"workers": 0},
+}
+"""Two passes."""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """10 training and 5 test images of three classes."""
+    path = tmp_path_factory.mktemp("images") / "images.npz"
+    x = np.random.default_rng(0).integers(0, 256, (15, 4, 4)).astype(np.uint8)
+    np.savez(path, x_train=x[:10], y_train=np.arange(10) % 3, x_test=x[10:], y_test=np.arange(5) % 3)
+    return path
 
 
 @pytest.fixture
-def elsewhere(spec: JobSpec, tmp_path: Path) -> GramStore:
-    """A finished run of the same job."""
-    return run(spec.model_copy(update={"store": str(tmp_path / "elsewhere")})).store
+def spec(job: Job, images: Path) -> JobSpec:
+    return job(data={"train": images}, **SECTIONS)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(images: Path, tmp_path_factory: pytest.TempPathFactory) -> GramStore:
+    """A finished run of the same job, to be read only."""
+    store = str(tmp_path_factory.mktemp("elsewhere") / "run")
+    return run(JobSpec.parse({"store": store, "data": {"train": str(images)}, **SECTIONS})).store
 
 
 @pytest.mark.parametrize("kind", ["npz", "zarr"])
