@@ -216,7 +216,7 @@ def plan(
             found = look_at_images(spec)
         else:
             found = stored_survey(store)
-            check_solver(spec, found)
+            check_solver(spec, found, store.info.tile)
         result = make_plan(spec, found, store, screen)
     _print_plan(spec, result, (found.height, found.width, found.channels), price, begun=store is not None)
     if store is None:
@@ -330,13 +330,13 @@ def predict(
 @_command(app)
 def plot(
     store: StoreArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the PNG files.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the pictures.")] = Path(
         "plots"
     ),
 ) -> None:
-    """Draw the Gram matrices sorted by class, their spectra, confusion matrices and learning curves as PNG files.
+    """Draw the Gram matrices sorted by class, their spectra, confusion matrices and learning curves, as PNG and SVG.
 
-    Prints the path of each.
+    Prints the path of each. The figures of `equigram experiment` are drawn there.
     """
     from equigram.figures import draw_run
     from equigram.store import GramStore
@@ -658,6 +658,7 @@ def curves(
 
     with Screen(err) as screen:
         rows = run_curves(GramStore.open(store), output, screen, sizes, subsets, seed)
+    out.print("accuracy: mean ± standard deviation over the subsets")
     for group, kernel, images in dict.fromkeys((row["group"], row["kernel"], row["images"]) for row in rows):
         scores = [
             row["accuracy"] for row in rows if (row["group"], row["kernel"], row["images"]) == (group, kernel, images)
@@ -775,9 +776,10 @@ def _choose_solution(store: GramStore, group: str | None, kernel: str | None) ->
 
 
 def _solved(store: GramStore) -> list[tuple[str, str]]:
-    """The groups and kernels that have a solution, in the order of the job."""
-    gram = store.info.spec.gram
-    return [(g, k) for g in gram.groups for k in gram.kernels if store.has_solution(g, k)]
+    """The groups and kernels of the last job that have a solution, in its order; older ones are not looked at."""
+    spec = store.info.spec
+    kernels = spec.gram.kernels if spec.solve is None else spec.solved_kernels
+    return [(g, k) for g in spec.gram.groups for k in kernels if store.has_solution(g, k)]
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ TILES_PER_WORKER = 8
 STRIP = 4
 """Tiles of a strip: neighbours in a column, which share the images along it."""
 
-LARGEST_TILE = 1024
+SMALLEST_TILE, LARGEST_TILE = 8, 1024
 """Edge of a tile at most: 4 MiB per chunk in float32."""
 
 
@@ -234,12 +234,12 @@ def choose_edge(train: int, test: int, seconds_per_pair: float, workers: int) ->
       workers: workers that share the tiles.
 
     Returns:
-      A multiple of 8 between 8 and :data:`LARGEST_TILE`, or ``max(train, test)`` where that is smaller.
+      A multiple of 8 from :data:`SMALLEST_TILE` to :data:`LARGEST_TILE`, or ``max(train, test)`` where that is smaller.
     """
     by_time = (TILE_SECONDS / max(seconds_per_pair, 1e-9)) ** 0.5
     pairs = Tiling(train, test, edge=1).total_pairs
     by_balance = (pairs / (workers * TILES_PER_WORKER)) ** 0.5
-    edge = max(8, min(LARGEST_TILE, int(min(by_time, by_balance)) // 8 * 8))
+    edge = max(SMALLEST_TILE, min(LARGEST_TILE, int(min(by_time, by_balance)) // 8 * 8))
     return min(edge, max(train, test))
 
 

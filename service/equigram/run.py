@@ -45,7 +45,7 @@ from equigram.events import (
 from equigram.listeners import FLUSH_SECONDS, History, driver_of
 from equigram.local import InProcess
 from equigram.plan import (
-    LARGEST_TILE,
+    SMALLEST_TILE,
     Plan,
     SplitName,
     Tile,
@@ -141,7 +141,7 @@ def prepare(spec: JobSpec, listener: Listener = nobody) -> tuple[GramStore, dict
         except StoreExistsError:
             listener(Note(f"another driver has made {spec.store} in the meantime; this one goes on from it"))
     store = open_store(spec, listener)
-    check_solver(spec, stored_survey(store))
+    check_solver(spec, stored_survey(store), store.info.tile)
     store.remember(spec)
     return store, None
 
@@ -264,7 +264,7 @@ def look_at_images(spec: JobSpec) -> Survey:
     store.check_place()
     found = survey(spec.data, square=needs_square(spec))
     spec.network.check_images(found.height, found.width, *spec.gram.groups)
-    check_solver(spec, found)
+    check_solver(spec, found, SMALLEST_TILE if spec.gram.tile == "auto" else spec.gram.tile)
     return found
 
 
@@ -295,13 +295,13 @@ def worker_memory(spec: JobSpec, groups: tuple[str, ...], tiling: Tiling, image_
     return WORKER_BYTES + engine.working_bytes(*image_shape) + blocks
 
 
-def check_solver(spec: JobSpec, found: Survey, tile: int = LARGEST_TILE) -> int:
+def check_solver(spec: JobSpec, found: Survey, tile: int) -> int:
     """Raise unless the solver stage has the memory that it needs, and can solve with these labels.
 
     Args:
       spec: the job.
       found: its images.
-      tile: the edge of the tiles, as far as it is known.
+      tile: the edge of the tiles, or the smallest that it may be.
 
     Returns:
       Bytes that the stage needs; 0 without one.
@@ -325,6 +325,12 @@ def check_worker_memory(spec: JobSpec, needed: int) -> None:
             f"a worker needs {format_bytes(needed)} of memory, and {format_bytes(available)} are available; set "
             "gram.tile or data.size lower, or use a larger machine"
         )
+
+
+def factor_bytes(spec: JobSpec, train: int) -> int:
+    """Bytes of the factor that the solver keeps in the store as long as it needs it; 0 without one."""
+    tiled = spec.solve is not None and choose_method(spec.solve, train) == "tiled"
+    return 8 * train * train if tiled else 0
 
 
 def check_disk(spec: JobSpec, plan: Plan) -> None:
@@ -394,7 +400,9 @@ def make_plan(spec: JobSpec, found: Survey, store: GramStore | None, listener: L
         workers=0 if here else workers,
         parallel=cores_in_workers(resources) if here else workers,
         work=work,
-        store_bytes=matrix_bytes(tiling, matrices, itemsize) + image_bytes(tiling, int(np.prod(shape))),
+        store_bytes=matrix_bytes(tiling, matrices, itemsize)
+        + image_bytes(tiling, int(np.prod(shape)))
+        + factor_bytes(spec, found.train),
         worker_bytes=memory,
         solver_bytes=check_solver(spec, found, edge),
     )
@@ -595,7 +603,7 @@ def extend(
         info.tile,
     )
     check_kernels(spec, info.passes, more, "training" if split == "train" else "test", listener)
-    check_solver(spec, dataclasses.replace(stored_survey(store), train=tiling.train, test=tiling.test))
+    check_solver(spec, dataclasses.replace(stored_survey(store), train=tiling.train, test=tiling.test), info.tile)
     matrices, itemsize = len(spec.gram.matrices), np.dtype(spec.gram.dtype).itemsize
     needed = matrix_bytes(tiling, matrices, itemsize) - matrix_bytes(info.tiling, matrices, itemsize)
     _check_free_space(spec, needed + 4 * more.images.size, "what is added takes")
@@ -785,7 +793,7 @@ def predict(
     chosen = (
         fields["chosen"]
         if ridge is None
-        else next((i for i, value in enumerate(ridges) if np.isclose(value, ridge)), None)
+        else next((i for i, value in enumerate(ridges) if math.isclose(value, ridge, rel_tol=1e-6)), None)
     )
     if chosen is None:
         choices = ", ".join(f"{value:g}" for value in ridges)

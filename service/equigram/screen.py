@@ -59,6 +59,11 @@ class _Stage:
     """What is said instead of the speed."""
 
     @property
+    def unit(self) -> str:
+        """What is counted."""
+        return "columns" if self.title.startswith("factorise") else self.title.split()[-1]
+
+    @property
     def finished(self) -> bool:
         return self.done >= self.total
 
@@ -73,7 +78,7 @@ class _Stage:
         if self.done == self.first or not self.seconds:
             return ""
         rate = (self.done - self.first) / self.seconds
-        per_second = f"{f'{rate:,.0f}' if rate >= 10 else f'{rate:.2g}'} {self.title.split()[-1]}/s"
+        per_second = f"{f'{rate:,.0f}' if rate >= 10 else f'{rate:.2g}'} {self.unit}/s"
         if self.finished:
             return f"{per_second}, took {duration(self.seconds)}"
         left = (self.total - self.done) / rate - (now - self.heard)
@@ -212,7 +217,7 @@ def results_table(results: Sequence[Result]) -> Table:
         ("group", lambda r: r.group),
         ("kernel", lambda r: r.kernel),
         ("ridge", lambda r: f"{r.ridge:g}" + (" <" if r.chosen else "  ") * several),
-        ("accuracy", _accuracy),
+        ("accuracy  95%", _accuracy),
         ("mse", lambda r: _number(r.mean_squared_error, "#.3g")),
         ("left out\nmse", lambda r: _number(r.left_out_error, "#.3g")),
         ("nll", lambda r: _number(r.negative_log_likelihood, ".2f")),
@@ -230,20 +235,24 @@ def results_table(results: Sequence[Result]) -> Table:
 
 
 def _accuracy(result: Result) -> str | None:
-    """The accuracy and half of its 95% interval."""
+    """The accuracy and its 95% interval."""
     if result.accuracy is None or result.accuracy_interval is None:
         return _number(result.accuracy, ".3f")
-    low, high = result.accuracy_interval
-    return f"{result.accuracy:.3f}±{(high - low) / 2:.3f}".replace("±0", "±")
+    low, high = (f"{bound:.2f}".removeprefix("0") for bound in result.accuracy_interval)
+    return f"{result.accuracy:.3f} {low}-{high}"
 
 
 def warnings(results: Sequence[Result], dtype: str) -> Iterator[str]:
     """The warnings of all results in one sentence per kind."""
-    ill = [result for result in results if result.warning and result.condition is not None]
+    solved = [result for result in results if result.warning and result.condition is not None]
+    ill = [result for result in solved if result.converged]
     failed = [result for result in results if result.warning and result.condition is None]
     if ill:
         remedy = " or gram.dtype: float64" if dtype == "float32" else ""
         yield f"* ill-conditioned in {dtype}: {_named(ill)}; compare a larger ridge{remedy}"
+    for result in solved:
+        if not result.converged:
+            yield f"* {result.group} {result.kernel}, {result.images:,} images: {result.warning}"
     if failed:
         yield f"* no solution for {_named(failed)}: {failed[0].warning}"
 

@@ -11,9 +11,13 @@ They need scikit-learn (``pip install equigram[sklearn]``), and work in pipeline
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
 import re
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -98,8 +102,8 @@ class _KernelRegression(BaseEstimator):  # type: ignore[misc]
         from equigram.run import run
         from equigram.spec import JobSpec
 
-        with tempfile.TemporaryDirectory(prefix="equigram-") as folder:
-            path = Path(folder) / "x.npz"
+        with self._folder() as folder:
+            path = folder / "x.npz"
             np.savez(path, x_train=self.images_)
             spec = JobSpec.parse(
                 {
@@ -121,6 +125,19 @@ class _KernelRegression(BaseEstimator):  # type: ignore[misc]
             order = [int(re.findall(r"\d+", name)[-1]) for name in store.names("train")]
             place = np.argsort(order)
             return store.matrix("gram", network.group, self.kernel)[np.ix_(place, place)]
+
+    @contextlib.contextmanager
+    def _folder(self) -> Iterator[Path]:
+        """Where the images lie for a job, which knows them by their path: for a store always in the same place."""
+        digest = hashlib.sha256(f"{self.store}".encode() + self.images_.tobytes()).hexdigest()[:32]
+        folder = Path(tempfile.gettempdir(), f"equigram-{digest}")
+        if self.store is None:
+            folder = Path(tempfile.mkdtemp(prefix="equigram-"))
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _cross(self, images: Array, others: Array | None) -> Array:
         network = self._network()
@@ -180,7 +197,8 @@ PARAMETERS = """
       engine: as in :meth:`equikernel.GroupCNN.kernel`.
       resources: ``resources`` of a job, as a dictionary: the train matrix is then computed by a job on Ray workers,
         and predictions in this process.
-      store: where that job lives, so that an interrupted fit goes on; ``None`` is a temporary folder.
+      store: where that job lives, so that an interrupted fit of the same images goes on (other images, as those of
+        cross-validation, need another store); ``None`` is a temporary folder.
 
     Attributes:
       ridge_: the λ that was taken.

@@ -11,7 +11,7 @@ attribute ``equigram``         the job, software versions, normalisation constan
 ``cross/<group>/<kernel>``     ``(m, n)``, test against training images
 ``solution/<group>/<kernel>``  coefficients, predictions; metrics as attributes
 ``factor/<group>/<kernel>``    ``(n, n)`` float64, Cholesky factors of matrices that no memory holds
-``iterate/<group>/<kernel>/…``  ``(n, k)`` float64, where conjugate gradients are; gone when they have ended
+``iterate/<group>/<kernel>/…``  ``(n, k)`` float64, where a solver is; gone when it has ended
 ``history/events``             what happened, in files of JSON lines
 =============================  ===========================================================================
 
@@ -1097,14 +1097,16 @@ class GramStore:
 
     # ------------------------------------------------------------------ iterates
 
-    def write_iterate(self, group: str, kernel: str, name: str, values: NDArray[np.float64]) -> None:
-        """Keep where an iterative solver is; ``name`` says of which problem."""
+    def write_iterate(
+        self, group: str, kernel: str, name: str, values: NDArray[np.float64], facts: Mapping[str, float]
+    ) -> None:
+        """Keep where a solver is, with numbers that belong to it; ``name`` says of which problem."""
         with self._storage("keep where the solver is"):
             place = self._root_to_write.require_group(f"iterate/{group}/{kernel}")
             _add_array(place, name, values, values.shape)
-            place[name].attrs["sha256"] = _sha256(values)
+            place[name].attrs.update({**facts, "sha256": _sha256(values)})
 
-    def iterate(self, group: str, kernel: str, name: str) -> NDArray[np.float64] | None:
+    def iterate(self, group: str, kernel: str, name: str) -> tuple[NDArray[np.float64], dict[str, float]] | None:
         """What :meth:`write_iterate` kept; ``None`` where there is nothing, or nothing whole."""
         path = f"iterate/{group}/{kernel}/{name}"
         with self._storage("look for where the solver was"):
@@ -1113,10 +1115,10 @@ class GramStore:
         try:
             self._opened.clear()  # another one may have been there
             values = self._read_array(path)
-            same = self._array(path).attrs.get("sha256") == _sha256(values)
+            facts = dict(self._array(path).attrs)
         except DamagedArrayError:  # interrupted while it was written
             return None
-        return values if same else None
+        return (values, facts) if facts.pop("sha256", None) == _sha256(values) else None
 
     def discard_iterates(self, group: str, kernel: str) -> None:
         """Delete all iterates of a matrix."""

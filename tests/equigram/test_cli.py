@@ -397,6 +397,16 @@ def test_predictions_can_be_probabilities_with_variances(copy: Place) -> None:
     assert "has no calibrated probabilities for C4 ntk, ridge" in done.err
 
 
+def test_predictions_are_of_the_last_job_and_not_of_an_older_one(copy: Place) -> None:
+    job = yaml.safe_load((copy / "job.yaml").read_text(encoding="utf-8"))
+    job["solve"] = {"ridge": [0.7], "kernels": ["nngp"]}
+    (copy / "job.yaml").write_text(yaml.safe_dump(job), encoding="utf-8")
+    assert copy.command("run", "job.yaml", folder=copy.folder).code == 0
+    done = copy.command("predict", "run", "new", "-o", "p.csv", folder=copy.folder)
+    assert "(C4 nngp, ridge 0.7)" in done.err
+    assert " ntk " not in copy.command("status", "run", folder=copy.folder).out.partition("history")[2]
+
+
 def test_a_single_image_can_be_predicted(run: Place) -> None:
     done = run.command("predict", "run", "new/a/0.png", folder=run.folder)
     assert done.code == 0

@@ -29,7 +29,7 @@ from equigram.solve import memory_needed
 from equigram.spec import JobSpec
 from equigram.store import GramStore
 from equigram.tables import write_table
-from equikernel import GroupCNN
+from equikernel import GroupCNN, NetworkError
 
 SMALL = Convergence(groups=("C4",), widths=(2, 8, 32), samples=16, depth=2, images=2, size=4)
 
@@ -87,7 +87,7 @@ def test_errors_are_those_of_the_mean_of_the_samples(sampled: tuple[Path, list[d
 
 def test_both_slopes_are_found_again() -> None:
     """Made-up samples with a bias of 0.8 / width and a spread of 1.5 / √width."""
-    spec = Convergence(groups=("C1",), widths=(1, 4, 16, 64), samples=100)
+    spec = Convergence(groups=("C1",), widths=(1, 4, 16, 64), samples=400)
     limit, rng = np.array([[2.0, 1.0], [1.0, 3.0]]), np.random.default_rng(0)
     samples = [
         limit * (1 + 0.8 / width + 1.5 / width**0.5 * rng.standard_normal((spec.networks(width), 1, 1)))
@@ -97,6 +97,8 @@ def test_both_slopes_are_found_again() -> None:
     for row in rows:
         assert abs(row["fitted_bias_times_width"] - 0.8) < 3 * row["fitted_bias_standard_error"] < 0.3
         assert row["fitted_spread_times_root_width"] == pytest.approx(1.5, rel=0.1)
+        assert abs(row["bias_exponent"] + 1) < 3 * row["bias_exponent_standard_error"] < 0.5
+        assert row["spread_exponent"] == pytest.approx(-0.5, abs=0.05)
         assert row["relative_error"] == pytest.approx(abs(row["relative_bias"]))
 
 
@@ -221,6 +223,9 @@ def test_interrupted_curves_go_on_and_matrices_may_be_larger_than_memory(
     assert run_curves(finished, tmp_path / "parts", nobody, sizes=[1, 2], subsets=2) == whole
     assert len(scored) == len(whole) - 4  # a size is kept when all its subsets are done
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["curves.csv", "curves.png", "curves.svg"]
+    for damaged in ("[1]", "{", '{"rows": [1]}'):
+        (tmp_path / "parts/curves.part.json").write_text(damaged)
+        curves._begun(tmp_path / "parts/curves.part.json", {})
     run_curves(finished, tmp_path / "parts", nobody, sizes=[1], subsets=2, seed=1)
     assert len(scored) == len(whole) - 4 + 8
 
@@ -385,10 +390,33 @@ def test_points_that_are_there_are_not_computed_again(tmp_path: Path, monkeypatc
     rows = run_trainability(Trainability(depths=(1, 2), weight_variances=(1.0, 2.0), **fields), tmp_path, nobody)
     assert computed == [(2, 1.0, 0.1), (2, 2.0, 0.1)]
     assert [row for row in rows if row["depth"] == 1] == first
+    run_trainability(Trainability(depths=(1,), weight_variances=(1.0, 2.0), **fields), tmp_path, nobody)
+    assert len(table(tmp_path / "trainability.csv")) == 4  # what was there stays
     with pytest.raises(SpecError, match=r"trainability.csv is of .*relu.* and asked for is .*erf"):
         run_trainability(
             Trainability(depths=(1,), weight_variances=(1.0,), **{**fields, "activation": "erf"}), tmp_path, nobody
         )
+
+
+def test_damaged_files_of_experiments_are_said(tmp_path: Path) -> None:
+    (tmp_path / "trainability.csv").write_text("group,depth\nC1,two\n")
+    with pytest.raises(StoreError, match=r"trainability.csv is damaged .*; delete it, or choose another folder"):
+        run_trainability(Trainability(depths=(1,)), tmp_path, nobody)
+    with pytest.raises(NetworkError, match="activation: 'foo' is not allowed; choose relu"):
+        run_trainability(Trainability(depths=(1,), activation="foo"), tmp_path / "other", nobody)
+    spec = Convergence(groups=("C1",), widths=(2,), samples=2, depth=1, images=1, size=3)
+    run_convergence(spec, tmp_path, nobody)
+    samples = tmp_path / "samples/C1-2.npz"
+    content = samples.read_bytes()
+    flipped = bytearray(content)
+    flipped[200] ^= 1
+    for damaged in (content[:300], bytes(flipped)):
+        samples.write_bytes(damaged)
+        with pytest.raises(StoreError, match=r"C1-2.npz is damaged .* delete it and run again"):
+            run_convergence(spec, tmp_path, nobody)
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(StoreError, match=r"settings.json is damaged .*; delete it, or choose another folder"):
+        run_convergence(spec, tmp_path, nobody)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +448,7 @@ def command(equigram: Command) -> Command:
 def test_the_commands_write_what_they_say(finished: GramStore, command: Command, tmp_path: Path) -> None:
     done = command(tmp_path, "curves", finished.url, "-o", "out/curves", "--size", 2, "--subsets", 2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].startswith("C1 nngp, 6 images: ")
+    assert done.stdout.splitlines()[1].startswith("C1 nngp, 6 images: ")
     assert done.stdout.splitlines()[-1] == "out/curves/curves.csv, curves.png, curves.svg"
     done = command(tmp_path, "dynamics", finished.url, "-o", "out/dynamics")
     assert done.returncode == 0, done.stderr

@@ -26,7 +26,7 @@ from equigram.errors import (
     StoreMismatchError,
     TileFailedError,
 )
-from equigram.events import ComputationStarted, Event, Note, Progress, TileFinished
+from equigram.events import ComputationStarted, Event, Note, Progress, TileFinished, nobody
 from equigram.plan import Tile, tile_of
 from equigram.run import look_at_images, make_plan, predict, run, stored_survey
 from equigram.spec import JobSpec
@@ -453,6 +453,30 @@ def test_new_images_are_predicted_as_test_images_are(finished: GramStore, simple
             assert new.classes == ("0", "1", "2")
             assert new.names == tuple(f"x[{i}]" for i in range(5))
             assert_allclose(new.values, arrays["predictions"][index], rtol=1e-4, atol=1e-6)
+
+
+def test_a_ridge_is_the_one_that_was_asked_for(finished: GramStore, simple: Job, npz: Path) -> None:
+    run(simple(solve={"ridge": [1e-10, 1e-9, 0.1]}))
+    assert predict(finished, str(npz), ridge=1e-9).ridge == 1e-9
+    for ridge in (0.0, 5e-9):
+        with pytest.raises(SpecError, match="no solution for ridge"):
+            predict(finished, str(npz), ridge=ridge)
+
+
+def test_a_small_budget_of_the_solver_is_taken_with_the_tiles_of_the_run(finished: GramStore, simple: Job) -> None:
+    """The factorisation in the store is for budgets that hold no matrix, and what it needs depends on the tiles."""
+    for method in ("tiled", "iterative"):
+        fields = {"method": method, "memory": 0.002, "choose": "first", "ridge": [0.1]}
+        assert run(simple(solve=fields)).results
+        assert run(simple(finished.url + method, solve=fields)).results
+    with pytest.raises(ResourceError, match=r"with method 'tiled', .*; take tiles of less than 4 images"):
+        run(simple(solve={"method": "tiled", "memory": 1e-7}))
+
+
+def test_a_factor_in_the_store_is_counted(simple: Job) -> None:
+    spec = simple(solve={"method": "tiled", "choose": "first"})
+    with_factor, without = (make_plan(one, look_at_images(one), None, nobody) for one in (spec, simple()))
+    assert with_factor.store_bytes == without.store_bytes + 8 * 10 * 10
 
 
 def test_new_images_have_the_variances_and_probabilities_of_test_images(

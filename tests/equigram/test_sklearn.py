@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from equigram.errors import SpecError
+from equigram.errors import SpecError, StoreMismatchError
 from equigram.sklearn import EquivariantKernelClassifier, EquivariantKernelRegressor
 from equigram.solve import real_targets, solve
 from equikernel import GroupCNN
@@ -109,6 +109,13 @@ def test_the_train_matrix_can_be_computed_by_a_job(tmp_path: Path) -> None:
     assert_array_equal(job.predict(images), here.predict(images))
     assert_allclose(job.decision_function(images), here.decision_function(images), atol=1e-4)
     assert (tmp_path / "run/gram/C4/ntk").exists()
+    (tmp_path / "run/gram/C4/ntk/c/0/0").unlink()  # as after an interruption
+    again = EquivariantKernelClassifier(NET, resources={"workers": 0}, store=str(tmp_path / "run")).fit(images, labels)
+    assert_array_equal(again.solution_.coefficients, job.solution_.coefficients)
+    with pytest.raises(StoreMismatchError):
+        EquivariantKernelClassifier(NET, resources={"workers": 0}, store=str(tmp_path / "run")).fit(
+            images[:20], labels[:20]
+        )
 
 
 @pytest.mark.parametrize(

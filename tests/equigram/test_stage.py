@@ -13,6 +13,7 @@ from sklearn.kernel_ridge import KernelRidge
 from equigram.errors import DataError, IncompleteRunError, ResourceError, SolverError, SpecError
 from equigram.events import Event, Progress, nobody
 from equigram.plan import Tile
+from equigram.screen import warnings
 from equigram.solve import (
     accuracy_interval,
     balanced_accuracy,
@@ -253,6 +254,67 @@ def test_the_ridge_is_chosen_on_training_images_that_are_left_out(finish: Finish
     assert [result.left_out_error for result in first] == 4 * [None]
 
 
+def test_conjugate_gradients_that_do_not_converge_are_said_and_not_chosen(
+    finish: Finish, save: Callable[..., Path]
+) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (80, 8, 8), dtype=np.uint8)
+    train = save(x_train=images, y_train=np.arange(80) % 3, x_test=images[:3], y_test=[0, 1, 2])
+    store = finish(gram={"kernels": ["ntk"]}, data={"train": train})
+    fields: dict[str, Any] = {"method": "iterative", "choose": "first", "rank": 1}
+    with pytest.raises(SolverError, match=r"80 training images: .* stopped after 1 steps .*take more steps"):
+        solved(store, ridge=(1e-6,), steps=1, **fields)
+    assert Path(store.url, "iterate/C1/ntk").exists()
+    results = solved(store, ridge=(1e-4, 10.0), steps=7, tolerance=1e-6, **fields)
+    assert [one.converged for one in results] == [False, True]
+    assert [one.chosen for one in results] == [False, True]
+    (told,) = warnings(results, "float32")
+    assert told.startswith("* C1 ntk, 80 images: with ridge 0.0001 conjugate gradients stopped after 7 steps at ")
+
+
+def test_a_factorisation_that_rounding_spoils_is_refused(finish: Finish, save: Callable[..., Path]) -> None:
+    store = finish(data={"train": save(**twins())}, gram={"dtype": "float64"})
+    for ridge in (0.0, 1e-17, 3e-16):
+        with pytest.raises(SolverError, match=r"positive definite.* images 0 \(.*\) and 1 \(.*\) are equal: leave"):
+            solved(store, ridge=(ridge,), method="tiled")
+
+
+def test_interrupted_factorisations_go_on_with_the_next_ridge_value(
+    finish: Finish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = finish(gram={"kernels": ["ntk"]})
+    spec = SolveSpec(ridge=(1e-3, 1e-1, 1.0), method="tiled", choose="first")
+    factorised: list[str] = []
+
+    def told(event: Event) -> None:
+        if isinstance(event, Progress) and event.what.startswith("factorise") and event.done == 0:
+            factorised.append(event.what)
+            if len(factorised) == most:
+                raise KeyboardInterrupt
+
+    most = 1000
+    whole = solve_run(store, spec, ("ntk",), told)
+    expected = store.solution("C1", "ntk")[0]["coefficients"]
+    assert len(factorised) == 3
+    assert not Path(store.url, "factor/C1/ntk").exists()
+    store.discard_solutions()
+    factorised.clear()
+    most = 3
+    with pytest.raises(KeyboardInterrupt):
+        solve_run(store, spec, ("ntk",), told)
+    assert Path(store.url, "factor/C1/ntk").exists()
+    most = 1000
+    factorised.clear()
+    again = solve_run(store, spec, ("ntk",), told)
+    assert [(one.ridge, one.condition) for one in again] == [(one.ridge, one.condition) for one in whole]
+    assert factorised == ["factorise C1 ntk, ridge 1"]
+    assert_allclose(store.solution("C1", "ntk")[0]["coefficients"], expected, rtol=1e-12)
+
+
+def test_equal_targets_are_refused(finish: Finish, save: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match=r"all 4 training images have the same target, 2.5, 0, and there is nothing to"):
+        check_solvable(SolveSpec(), np.tile([2.5, 0.0], (4, 1)), None)
+
+
 def test_the_ridge_is_chosen_by_folds(finish: Finish) -> None:
     store, ridges = finish(gram={"kernels": ["ntk"], "dtype": "float64"}), (1e-4, 1e-1, 1e3)
     gram, values = store.matrix("gram", "C1", "ntk"), np.eye(3)[store.labels("train")]
@@ -395,7 +457,7 @@ def test_the_method_follows_the_memory() -> None:
     check_memory(SolveSpec(memory=2.0), 30_000, 4, 256, 9)
     with pytest.raises(ResourceError, match=r"with 30,000 training images needs .* with method 'direct', and 2.0 GiB"):
         check_memory(SolveSpec(memory=2.0, method="direct"), 30_000, 4, 256, 9)
-    with pytest.raises(ResourceError, match=r"with method 'iterative', and .* take a lower solve.rank, fewer images"):
+    with pytest.raises(ResourceError, match=r"'iterative'.* take a lower solve.rank, tiles of less than 256"):
         check_memory(SolveSpec(memory=0.1), 30_000, 4, 256, 9)
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,7 +119,11 @@ def run_convergence(spec: Convergence, folder: Path, listener: Listener) -> list
     nets = {group: spec.network(group) for group in spec.groups}
     fields = {name: value for name, value in asdict(spec).items() if name not in ("groups", "widths", "samples")}
     settings = folder / "settings.json"
-    if settings.exists() and (there := json.loads(settings.read_text())) != fields:
+    try:
+        there = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else fields
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{settings} is damaged ({error}); delete it, or choose another folder") from None
+    if there != fields:
         raise SpecError(f"{folder} holds samples of {there}, and asked for are {fields}; choose another folder")
     write_whole(settings, json.dumps(fields).encode())
     total = len(spec.groups) * sum(map(spec.networks, spec.widths))
@@ -155,9 +161,9 @@ def _stored(path: Path) -> dict[str, Array]:
     if not path.exists():
         return {name: np.empty((0, 0, 0)) for name in KERNELS}
     try:
-        with np.load(path) as file:
+        with path.open("rb") as content, np.load(content) as file:
             return {name: file[name] for name in KERNELS}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise StoreError(f"{path} is damaged ({error}); delete it and run again") from None
 
 
@@ -207,6 +213,7 @@ def _rows(group: str, kernel: str, spec: Convergence, limit: Array, samples: Seq
     bias = float((accuracy * inverse * biases).sum() / (accuracy * inverse**2).sum())
     bias_bar = float(1 / np.sqrt((accuracy * inverse**2).sum()))
     spread = float(np.exp(np.mean(np.log(np.maximum(spreads, 1e-300)) - 0.5 * np.log(inverse))))
+    exponents = _exponents(np.log(spec.widths), np.array(biases), np.array(bias_bars), np.array(spreads))
     return [
         {
             "group": group,
@@ -221,6 +228,25 @@ def _rows(group: str, kernel: str, spec: Convergence, limit: Array, samples: Seq
             "fitted_bias_times_width": bias,
             "fitted_bias_standard_error": bias_bar,
             "fitted_spread_times_root_width": spread,
+            "bias_exponent": exponents[0],
+            "bias_exponent_standard_error": exponents[1],
+            "spread_exponent": exponents[2],
         }
         for index, width in enumerate(spec.widths)
     ]
+
+
+def _exponents(
+    logs: Array, biases: Array, bars: Array, spreads: Array
+) -> tuple[float | None, float | None, float | None]:
+    """Exponents of the width in bias (with standard error) and spread, fitted without assuming them.
+
+    The bias is fitted where it is three standard errors or more; ``None`` where that is at less than three widths.
+    """
+    spread = float(np.polyfit(logs, np.log(spreads), 1)[0]) if len(logs) > 2 and (spreads > 0).all() else None
+    seen = np.abs(biases) > 3 * bars
+    if np.count_nonzero(seen) < 3:
+        return None, None, spread
+    weights = (np.abs(biases) / bars)[seen]
+    slope, covariance = np.polyfit(logs[seen], np.log(np.abs(biases[seen])), 1, w=weights, cov="unscaled")
+    return float(slope[0]), float(np.sqrt(covariance[0, 0])), spread

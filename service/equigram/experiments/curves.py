@@ -127,11 +127,10 @@ def _begun(part: Path, problem: dict[str, Any]) -> dict[tuple[str, str, int, int
     try:
         content = json.loads(part.read_text(encoding="utf-8"))
         rows = content.pop("rows")
-    except (OSError, ValueError, KeyError):
+        begun = {(row["group"], row["kernel"], row["per_class"], row["subset"]): row for row in rows}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or damaged
         return {}
-    if content != problem:
-        return {}
-    return {(row["group"], row["kernel"], row["per_class"], row["subset"]): row for row in rows}
+    return begun if content == problem else {}
 
 
 def default_sizes(smallest: int) -> list[int]:
@@ -173,4 +172,5 @@ def _score(
         "mse": mean_squared_error(predictions, one_hot),
         "residual": best.residual,
         "condition": best.condition,
+        "dtype": best.dtype,
     }

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from equigram.errors import SpecError
+from equigram.errors import SpecError, StoreError
 from equigram.events import Listener, Progress
 from equigram.tables import write_table
-from equikernel import GroupCNN, NonFiniteKernelError
+from equikernel import GroupCNN, NetworkError, NonFiniteKernelError
 from equikernel.activations import parse
 
 STEPS = 5000
@@ -69,7 +69,10 @@ def fixed_point(activation: str, weight_variance: float, bias_variance: float) -
     Raises:
       NetworkError: there is no such activation.
     """
-    one, q = parse(activation), np.ones(1)
+    try:
+        one, q = parse(activation), np.ones(1)
+    except ValueError as error:
+        raise NetworkError(f"activation: {error}") from None
     for _ in range(STEPS):
         after = weight_variance * one.moment(q) + bias_variance
         if not after[0] < LARGEST:
@@ -119,12 +122,23 @@ def run_trainability(spec: Trainability, folder: Path, listener: Listener) -> li
                 **settings,
             }
         rows.append(row)
-        if row not in done.values() and (index % 20 == 19):
-            write_table(path, rows)
+        if points[index] not in done and index % 20 == 19:
+            _write(path, done, rows)
     listener(Progress("networks", len(points), len(points)))
-    write_table(path, rows)
+    _write(path, done, rows)
     plot.trainability(rows, folder / "trainability.png")
     return rows
+
+
+def _key(row: dict[str, Any]) -> tuple[str, int, float, float]:
+    return row["group"], row["depth"], row["weight_variance"], row["bias_variance"]
+
+
+def _write(
+    path: Path, done: dict[tuple[str, int, float, float], dict[str, Any]], rows: Sequence[dict[str, Any]]
+) -> None:
+    """Write a table of the rows, and of those that were there before."""
+    write_table(path, [*rows, *(row for key, row in done.items() if key not in set(map(_key, rows)))])
 
 
 def _measured(
@@ -154,14 +168,19 @@ def _stored(path: Path, settings: dict[str, Any]) -> dict[tuple[str, int, float,
     if not path.exists():
         return {}
     found = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            there = {name: row.get(name) for name in settings}
-            if there != {name: str(value) for name, value in settings.items()}:
-                raise SpecError(f"{path} is of {there}, and asked for is {settings}; choose another folder")
-            numbers = ("fixed_variance", "slope", "condition", "mean_diagonal", "off_diagonal_ratio")
-            fields: dict[str, Any] = {name: float(row[name]) if row[name] else None for name in numbers}
-            key = row["group"], int(row["depth"]), float(row["weight_variance"]), float(row["bias_variance"])
-            names = ("group", "depth", "weight_variance", "bias_variance")
-            found[key] = {**dict(zip(names, key, strict=True)), **fields, **settings}
+    numbers = ("fixed_variance", "slope", "condition", "mean_diagonal", "off_diagonal_ratio")
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                there = {name: row[name] for name in settings}
+                if there != {name: str(value) for name, value in settings.items()}:
+                    raise SpecError(f"{path} is of {there}, and asked for is {settings}; choose another folder")
+                fields: dict[str, Any] = {name: float(row[name]) if row[name] else None for name in numbers}
+                key = row["group"], int(row["depth"]), float(row["weight_variance"]), float(row["bias_variance"])
+                names = ("group", "depth", "weight_variance", "bias_variance")
+                found[key] = {**dict(zip(names, key, strict=True)), **fields, **settings}
+    except SpecError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise StoreError(f"{path} is damaged ({error!r}); delete it, or choose another folder") from None
     return found

@@ -23,7 +23,7 @@ import scipy.linalg
 from equigram.errors import SolverError, SpecError
 from equigram.solve.matrices import Float64s, ritz_values
 from equigram.solve.operators import Operator
-from equigram.solve.regression import EPS, Solution, advice_on_dtype, check_ridge, finish
+from equigram.solve.regression import EPS, USABLE, Solution, advice_on_dtype, check_ridge, finish
 from equigram.solve.targets import Targets
 
 RANK = 512
@@ -65,6 +65,8 @@ class Preconditioner:
         rank = max(1, min(rank, operator.count // 4))
         test, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((operator.count, rank)))
         image = operator.multiply(test)
+        if not np.isfinite(image).all():
+            raise SolverError("the train Gram matrix has entries that are not finite; verify the run store")
         shift = np.sqrt(operator.count) * EPS * float(np.linalg.norm(image))
         image += shift * test
         inner, directions = scipy.linalg.eigh((test.T @ image + image.T @ test) / 2)
@@ -102,8 +104,9 @@ def solve_iteratively(
 ) -> Solution:
     """Kernel regression by preconditioned block conjugate gradients.
 
-    Where the tolerance is not reached, the solution says so in its ``warning``, and its ``residual`` says how far it
-    is. The condition number is estimated from below, by Rayleigh quotients of the sketch and of the solution.
+    Where the tolerance is not reached, the solution is not ``converged`` and says so in its ``warning``, and its
+    ``residual`` says how far it is; beyond :data:`USABLE` there is none. The condition number is estimated from below,
+    by Rayleigh quotients of the sketch and of the solution.
 
     Args:
       operator: A = Θ(X, X) / s of n images.
@@ -119,7 +122,7 @@ def solve_iteratively(
 
     Raises:
       SpecError: the targets are of other images, or a number is out of range.
-      SolverError: A + λ I is not positive definite, or something overflows.
+      SolverError: A + λ I is not positive definite, something overflows, or what is left after all steps is not usable.
     """
     values = targets.values
     if len(values) != operator.count:
@@ -130,6 +133,8 @@ def solve_iteratively(
             f"tolerance {tolerance:g}, {steps} steps and rank {rank} are asked for; the tolerance must be between 0 "
             "and 1, and there must be at least one step and one column"
         )
+    if start is not None and start.shape != values.shape:
+        raise SpecError(f"the start has shape {start.shape}, and the targets {values.shape}; pass one of that shape")
     size, taken = float(np.linalg.norm(values)), 0
     scaled = np.zeros(values.shape) if start is None else np.array(start, dtype=np.float64)
     preconditioner = Preconditioner.sketch(operator, ridge, rank) if sketch is None else sketch.with_ridge(ridge)
@@ -145,17 +150,20 @@ def solve_iteratively(
                 break
         residual = values - _product(operator, ridge, scaled)  # what the steps carry along is rounded
     condition = _condition(preconditioner, ridge, scaled, values - residual)
-    solution = finish(operator.dtype, operator.scale, targets, ridge, scaled, residual=residual, condition=condition)
-    if solution.residual <= tolerance:
-        return solution
-    return dataclasses.replace(
-        solution,
-        warning=(
-            f"with ridge {ridge:g} conjugate gradients stopped after {taken} steps at a residual of "
-            f"{solution.residual:.1e}, above the tolerance {tolerance:g}; the condition number is {condition:.1e} or "
-            f"more: take a larger ridge, more steps or a higher rank{advice_on_dtype(operator.dtype)}"
-        ),
+    relative = float(np.linalg.norm(residual)) / size if size else 0.0
+    if relative <= tolerance:
+        return finish(operator.dtype, operator.scale, targets, ridge, scaled, residual=residual, condition=condition)
+    more = "take more steps (solve.steps), a higher rank (solve.rank) or a larger ridge"
+    if taken < steps:
+        more = f"rounding allows no less: take a larger tolerance or ridge{advice_on_dtype(operator.dtype)}"
+    warning = (
+        f"with ridge {ridge:g} conjugate gradients stopped after {taken} steps at a residual of {relative:.1e}, above "
+        f"the tolerance {tolerance:g}; the condition number is {condition:.1e} or more; {more}"
     )
+    if not relative <= USABLE:
+        raise SolverError(warning)
+    solution = finish(operator.dtype, operator.scale, targets, ridge, scaled, residual=residual, condition=condition)
+    return dataclasses.replace(solution, warning=warning, converged=False)
 
 
 def _steps(
@@ -209,6 +217,6 @@ def _not_positive_definite(operator: Operator, ridge: float, direction: Float64s
     enough = float(f"1e{math.ceil(math.log10(max(-2 * smallest, float(np.finfo(operator.dtype).eps))))}")
     return SolverError(
         f"the train Gram matrix of {operator.count} images plus ridge {ridge:g} is not positive definite: its smallest "
-        f"eigenvalue without ridge is at most {smallest:.1e} of the mean diagonal {operator.scale:.3g}; take a ridge "
-        f"of {enough:g} or more{advice_on_dtype(operator.dtype)}"
+        f"eigenvalue without ridge is at most {smallest:.1e} of the mean diagonal {operator.scale:.3g}; take a larger "
+        f"ridge, such as {enough:g}, and more if that is not enough{advice_on_dtype(operator.dtype)}"
     )

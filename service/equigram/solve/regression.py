@@ -32,6 +32,12 @@ from equigram.solve.targets import Targets
 
 EPS = float(np.finfo(np.float64).eps)
 
+USABLE = 0.1
+"""Relative residual above which coefficients are no solution."""
+
+SOUND = 1e-6
+"""Relative residual up to which nothing is said about it."""
+
 Queries = Callable[[], Iterable[tuple[Floats, Floats]]]
 """Gives images whose variances are wanted, in blocks: Θ(x, X), (m, n), and Θ(x, x), (m,)."""
 
@@ -51,18 +57,24 @@ class Solution:
     residual: float
     """‖(Θ(X, X) + λ s I) α - Y‖ / ‖Y‖ in Frobenius norms, the rounding error of the solution; 0 where Y is 0."""
     condition: float
-    """Estimate (LAPACK ``pocon``) of the condition number of Θ(X, X) + λ s I in the 1-norm."""
+    """Estimate of the condition number of Θ(X, X) + λ s I: in the 1-norm (LAPACK ``pocon``) for a factorisation in
+    memory, else in the 2-norm, from below where there is no eigendecomposition."""
     warning: str | None
-    """One sentence where ``condition`` exceeds 1 / eps of the dtype the Gram matrix came in, else None.
+    """One sentence where ``condition`` exceeds 1 / eps of the dtype the Gram matrix came in, or ``residual`` is above
+    :data:`SOUND`, else None.
 
     Then rounding of the stored entries can change the coefficients at will. Predictions suffer less, but compare
     them with those of a larger ridge.
     """
+    dtype: str
+    """Of the Gram matrix; what is solved is float64."""
     amplitude: float
     """a² = tr(Yᵀ α) / (n k), with which a Gaussian process of covariance a² (Θ(X, X) + λ s I) makes Y most likely.
 
     Predictions do not depend on it, and variances are in units of it.
     """
+    converged: bool = True
+    """Whether conjugate gradients reached their tolerance; true for a factorisation."""
     left_out: Float64s | None = None
     """(n, k): predictions of each training image by the regression on all others, where they were asked for."""
     variances: Float64s | None = None
@@ -227,7 +239,7 @@ def finish(
     """A solution from the coefficients ``(n, k)`` of Θ(X, X) / s + λ I and what these leave of the targets.
 
     Raises:
-      SolverError: the coefficients overflow.
+      SolverError: the coefficients overflow, or leave more than :data:`USABLE` of the targets.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         coefficients = np.ascontiguousarray(scaled / scale)
@@ -237,19 +249,32 @@ def finish(
             f"targets reach {np.abs(targets.values).max():.3g}; scale the kernel or the targets towards 1"
         )
     size, limit = float(np.linalg.norm(targets.values)), 1 / float(np.finfo(dtype).eps)
+    relative = float(np.linalg.norm(residual)) / size if size else 0.0
+    if not relative <= USABLE:
+        raise SolverError(
+            f"with ridge {ridge:g} rounding leaves a residual of {relative:.1e}; the condition number is about "
+            f"{condition:.1e}: take a larger ridge{advice_on_dtype(dtype)}"
+        )
+    warning = None
+    if condition > limit:
+        warning = (
+            f"with ridge {ridge:g} the condition number {condition:.1e} exceeds {limit:.1e}, what {dtype} entries "
+            f"determine; compare with a larger ridge{advice_on_dtype(dtype)}"
+        )
+    elif relative > SOUND:
+        warning = (
+            f"with ridge {ridge:g} rounding leaves a residual of {relative:.1e}, with a condition number of "
+            f"{condition:.1e}; compare with a larger ridge"
+        )
     return Solution(
         ridge=ridge,
         scale=scale,
         coefficients=coefficients,
         offset=targets.offset,
-        residual=float(np.linalg.norm(residual)) / size if size else 0.0,
+        residual=relative,
         condition=condition,
-        warning=(
-            f"with ridge {ridge:g} the condition number {condition:.1e} exceeds {limit:.1e}, what {dtype} entries "
-            f"determine; compare with a larger ridge{advice_on_dtype(dtype)}"
-            if condition > limit
-            else None
-        ),
+        warning=warning,
+        dtype=str(dtype),
         amplitude=float(np.mean(targets.values * coefficients)),
         left_out=left_out,
         variances=variances,
@@ -393,6 +418,10 @@ def not_positive_definite(gram: Floats, scale: float, ridge: float, smallest: fl
     if enough > 1e-2:
         remedy = f"no rounding error is that large: verify the run store, or take a ridge of {enough:g} or more"
     cause, images = _cause(gram)
+    if enough <= 1e-2 and len(images) == 2:
+        remedy = f"take a ridge of {enough:g} or more, or leave one of them out"
+    elif enough <= 1e-2 and images:
+        remedy = f"take a ridge of {enough:g} or more, or leave it out"
     return SolverError(
         f"the train Gram matrix of {len(gram)} images plus ridge {ridge:g} is not positive definite: the smallest "
         f"eigenvalue without ridge is about {smallest:.1e} of the mean diagonal {scale:.3g}{cause}; {remedy}",

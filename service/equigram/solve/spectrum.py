@@ -87,9 +87,7 @@ class Spectrum:
         n = len(self.values)
         if len(targets.values) != n:
             raise SpecError(f"there are targets of {len(targets.values)} images, and eigenvectors of {n}; pass {n}")
-        for name, value, allowed in (("ridge", ridge, ridge < math.inf), ("time", time, True)):
-            if not (value >= 0 and allowed):
-                raise SpecError(f"{name} {value:g} is not allowed; it must be 0 or more")
+        _check_numbers(ridge, time)
         if math.isinf(time) and math.isinf(self.condition(ridge)):
             raise SolverError(
                 f"the train Gram matrix of {n} images plus ridge {ridge:g} is not positive definite: its smallest "
@@ -184,6 +182,12 @@ def posterior_variance(spectrum: Spectrum, cross: Floats, self_kernels: Floats, 
       SpecError, SolverError: the shapes do not fit, or K(X, X) + λ s I is not positive definite.
     """
     _check_cross(spectrum, cross, "cross Gram matrix")
+    _check_numbers(ridge)
+    if self_kernels.shape != (len(cross),) or not np.isfinite(self_kernels).all():
+        raise SpecError(
+            f"the self-kernels have shape {self_kernels.shape}, and there are {len(cross)} images; pass a finite "
+            "number for each"
+        )
     if math.isinf(spectrum.condition(ridge)):
         raise SolverError(
             f"the train Gram matrix plus ridge {ridge:g} is not positive definite: its smallest eigenvalue is "
@@ -226,6 +230,7 @@ def flow_covariance(
       SpecError, SolverError: the shapes do not fit, or a time is infinite and Θ(X, X) + λ s I not positive definite.
     """
     n, m = len(spectrum.values), len(cross)
+    _check_numbers(ridge, *times)
     for matrix, shape, name in (
         (cross, (m, n), "cross NTK"),
         (nngp, (n, n), "train NNGP"),
@@ -236,6 +241,8 @@ def flow_covariance(
             raise SpecError(f"the {name} has shape {matrix.shape}, and the others need {shape}")
         if matrix.ndim == 2:
             check_finite(matrix, name, "images {0} and {1}")
+        elif not np.isfinite(matrix).all():
+            raise SolverError(f"the {name} is not finite")
     modes = cross.astype(np.float64) @ spectrum.vectors / spectrum.scale
     between = spectrum.vectors.T @ nngp.astype(np.float64) @ spectrum.vectors
     crossed = cross_nngp.astype(np.float64) @ spectrum.vectors
@@ -253,6 +260,13 @@ def flow_covariance(
             change = weights @ between @ weights.T - half - half.T
         found.append(test_nngp + change)
     return np.array(found)
+
+
+def _check_numbers(ridge: float, *times: float) -> None:
+    """Raise :class:`SpecError` unless the ridge is finite, and all are 0 or more."""
+    for name, value, allowed in (("ridge", ridge, ridge < math.inf), *(("time", time, True) for time in times)):
+        if not (value >= 0 and allowed):
+            raise SpecError(f"{name} {value:g} is not allowed; it must be 0 or more")
 
 
 def _learned(rates: Float64s, time: float) -> Float64s:

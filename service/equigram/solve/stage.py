@@ -78,6 +78,7 @@ class Result:
       negative_log_likelihood: of the test targets under the Gaussian process that makes the training targets most
         likely, in nats per image and column; ``None`` without variances.
       dtype: of the stored matrix; what is solved is float64.
+      converged: whether conjugate gradients reached the tolerance; true for other methods.
     """
 
     group: str
@@ -98,6 +99,7 @@ class Result:
     log_loss: float | None = None
     negative_log_likelihood: float | None = None
     dtype: str | None = None
+    converged: bool = True
 
 
 def check_solvable(spec: SolveSpec, labels: Labels, classes: tuple[str, ...] | None) -> int:
@@ -107,16 +109,25 @@ def check_solvable(spec: SolveSpec, labels: Labels, classes: tuple[str, ...] | N
       How many columns the targets have.
 
     Raises:
-      DataError: there are no labels, or only one class.
+      DataError: there are no labels, or only one class or target.
       SpecError: ``solve.train_sizes`` asks for more images than there are, or ``solve.folds`` for more parts.
     """
     targets = targets_of(labels, classes)
+    if classes is None and not np.ptp(targets.values, axis=0).any():
+        raise DataError(
+            f"all {len(targets.values)} training images have the same target, {_vector(targets.offset)}, and there is "
+            "nothing to learn; correct the labels, or set `solve: null` to compute the Gram matrices only"
+        )
     smallest = len(targets.values)
     for size in spec.train_sizes or ():
         smallest = min(smallest, len(_subset(labels, size, classes)))
     if spec.choose == "folds" and spec.folds > smallest:
         raise SpecError(f"solve.folds = {spec.folds} parts cannot be made of {smallest} training images; take fewer")
     return int(targets.values.shape[1])
+
+
+def _vector(values: Float64s) -> str:
+    return ", ".join(f"{value:g}" for value in values[:8]) + ", ..." * (len(values) > 8)
 
 
 def check_memory(spec: SolveSpec, train: int, itemsize: int, edge: int, columns: int) -> int:
@@ -142,13 +153,13 @@ def check_memory(spec: SolveSpec, train: int, itemsize: int, edge: int, columns:
     }
     needed = needs[choose_method(spec, train)]
     if needed > budget:
-        remedy = "solve.method: iterative, fewer images (data.per_class) or a larger machine"
-        if spec.method != "direct":
-            remedy = "a lower solve.rank, fewer images (data.per_class) or a larger machine"
+        method = choose_method(spec, train)
+        smaller = "" if method == "direct" else f"tiles of less than {edge} images (gram.tile), "
+        remedy = {"direct": "solve.method: iterative, ", "tiled": "", "iterative": "a lower solve.rank, "}[method]
         raise ResourceError(
-            f"solving with {train:,} training images needs {format_bytes(needed)} of memory with method "
-            f"{choose_method(spec, train)!r}, and {format_bytes(budget)} may be used; take {remedy}, or set "
-            "`solve: null` to compute the Gram matrices only"
+            f"solving with {train:,} training images needs {format_bytes(needed)} of memory with method {method!r}, "
+            f"and {format_bytes(budget)} may be used; take {remedy}{smaller}fewer images (data.per_class) or a larger "
+            "machine, or set `solve: null` to compute the Gram matrices only"
         )
     return needed
 
@@ -299,6 +310,11 @@ class _Stage:
         fields = {**spec, "method": self._method, "seed": self._info.spec.data.seed, "sha256": self._info.sha256}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
+    def _problem(self) -> str:
+        """SHA-256 of what all regressions are about, however they are done."""
+        fields = {"seed": self._info.spec.data.seed, "sha256": self._info.sha256}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
     def solve(self) -> list[Result]:
         """Solve, and store it."""
         attempts: list[_Attempt] = []
@@ -325,6 +341,7 @@ class _Stage:
                 "solutions": [dataclasses.asdict(result) for result in results],
             },
         )
+        self._store.discard_factor(*self._names)
         self._store.discard_iterates(*self._names)
         return results
 
@@ -362,17 +379,35 @@ class _Stage:
                 try:
                     solution = self._solve_large(operator, sketch, targets, ridge, size)
                 except SolverError as error:
-                    solution = error
+                    solution = self._named(error, chosen)
                 yield _Attempt(size, chosen, targets, method, ridge, solution, None)
 
     def _named(self, error: SolverError, chosen: NDArray[np.int64] | None) -> SolverError:
-        """An error with the names of the images that it is about."""
-        if not error.images:
-            return error
+        """An error with the names of the images that it is about; equal ones are looked for where none is named."""
         names = self._store.names("train")
-        images = [names[index if chosen is None else chosen[index]] for index in error.images]
-        subject = "image" if len(images) == 1 else "images"
-        return SolverError(f"{error}; the {subject} came from {' and '.join(images)}", error.images)
+        used = range(len(names)) if chosen is None else chosen.tolist()
+        if error.images:
+            images = [names[used[index]] for index in error.images]
+            subject = "image" if len(images) == 1 else "images"
+            return SolverError(f"{error}; the {subject} came from {' and '.join(images)}", error.images)
+        pair = self._equal_images(used)
+        if pair is None:
+            return error
+        first, second = pair
+        return SolverError(
+            f"{error}; training images {first} ({names[first]}) and {second} ({names[second]}) are equal: leave one out"
+        )
+
+    def _equal_images(self, used: Sequence[int]) -> tuple[int, int] | None:
+        """Two of these training images with the same pixels, if there are any."""
+        tiling, wanted, seen = self._info.tiling, set(used), dict[bytes, int]()
+        for block in range(tiling.train_blocks):
+            first = tiling.train_images(block).start
+            for index, image in enumerate(self._store.block("train", block), first):
+                digest = hashlib.sha256(image.tobytes()).digest()
+                if index in wanted and seen.setdefault(digest, index) != index:
+                    return seen[digest], index
+        return None
 
     def _queries(self) -> Iterator[tuple[NDArray[Any], Float64s]]:
         """The test images, a block at a time: their kernels with the training images, and with themselves."""
@@ -410,34 +445,45 @@ class _Stage:
     ) -> Solution:
         """A regression without the matrix in memory: with an operator, or else by a factorisation in the store.
 
-        Conjugate gradients go on from where they were when they were interrupted.
+        What was interrupted goes on: conjugate gradients from where they were, the others from the last panel, and what
+        had ended is not done again.
         """
         spec, name = self._spec, f"{' '.join(self._names)}, ridge {ridge:g}"
+        place = f"{self._problem()[:16]}-{self._method}-{'all' if size is None else size}-{ridge:g}"
+        kept, facts = self._store.iterate(*self._names, place) or (None, {})
         if operator is None:
-            return solve_tiled(
+            solution = solve_tiled(
                 self._store, *self._names, targets, ridge, memory=memory_budget(spec),
                 progress=lambda done, total: self._listener(Progress(f"factorise {name}", done, total)),
+                solved=None if kept is None else (kept, facts["condition"]),
             )  # fmt: skip
-        digits = max(1, round(-np.log10(spec.tolerance) * 10))
+        else:
+            digits, last = max(1, round(-np.log10(spec.tolerance) * 10)), time.monotonic()
 
-        def told(step: int, residual: float) -> None:
-            reached = 0 if residual <= 0 else int(min(digits, max(0.0, -10 * np.log10(residual))))
-            self._listener(Progress(name, reached, digits, f"residual {residual:.0e} after {step} steps"))
+            def told(step: int, residual: float) -> None:
+                reached = 0 if residual <= 0 else int(min(digits, max(0.0, -10 * np.log10(residual))))
+                self._listener(Progress(name, reached, digits, f"residual {residual:.0e} after {step} steps"))
 
-        place, last = f"{self._inputs()[:16]}-{'all' if size is None else size}-{ridge:g}", time.monotonic()
+            latest: list[Float64s] = []
 
-        def keep(scaled: Float64s) -> None:
-            nonlocal last
-            if time.monotonic() - last >= KEEP_SECONDS:
-                self._store.write_iterate(*self._names, place, scaled)
-                last = time.monotonic()
+            def keep(scaled: Float64s) -> None:
+                nonlocal last
+                latest[:] = [scaled]
+                if time.monotonic() - last >= KEEP_SECONDS:
+                    self._store.write_iterate(*self._names, place, scaled, {})
+                    last = time.monotonic()
 
-        start = self._store.iterate(*self._names, place)
-        solution = solve_iteratively(
-            operator, targets, ridge, tolerance=spec.tolerance, steps=spec.steps, sketch=sketch, start=start,
-            progress=told, keep=keep,
-        )  # fmt: skip
-        self._store.write_iterate(*self._names, place, solution.coefficients * solution.scale)
+            try:
+                solution = solve_iteratively(
+                    operator, targets, ridge, tolerance=spec.tolerance, steps=spec.steps, sketch=sketch, start=kept,
+                    progress=told, keep=keep,
+                )  # fmt: skip
+            except SolverError:
+                if latest and np.isfinite(latest[0]).all():  # more steps may help
+                    self._store.write_iterate(*self._names, place, latest[0], {})
+                raise
+        values = solution.coefficients * solution.scale
+        self._store.write_iterate(*self._names, place, values, {"condition": solution.condition})
         return solution
 
     def _fold_predictions(self, gram: NDArray[Any], targets: Targets) -> list[Float64s | None]:
@@ -479,9 +525,9 @@ class _Stage:
     @staticmethod
     def _choose(solved: Sequence[_Attempt]) -> _Attempt:
         """Of regressions with the same images and a solution, the one to predict with."""
-        if any(one.left_out_error is None for one in solved):
-            return solved[0]
-        return min(solved, key=lambda one: one.left_out_error or 0.0)
+        converged = [one for one in solved if isinstance(one.solution, Solution) and one.solution.converged] or solved
+        tried = [one for one in converged if one.left_out_error is not None]
+        return min(tried, key=lambda one: one.left_out_error or 0.0) if tried else converged[0]
 
     def _result(self, one: _Attempt, *, chosen: bool) -> Result:
         group, kernel = self._names
@@ -511,6 +557,7 @@ class _Stage:
             residual=one.solution.residual,
             condition=one.solution.condition,
             warning=one.solution.warning,
+            converged=one.solution.converged,
             left_out_error=one.left_out_error,
         )
 

@@ -16,7 +16,7 @@ from scipy.linalg import blas, lapack
 from equigram.errors import ResourceError, SolverError
 from equigram.solve.matrices import Float64s, ritz_values
 from equigram.solve.operators import StoredOperator
-from equigram.solve.regression import Solution, advice_on_dtype, check_ridge, finish
+from equigram.solve.regression import EPS, Solution, advice_on_dtype, check_ridge, finish
 from equigram.store import READERS
 from equikernel.memory import format_bytes
 
@@ -50,6 +50,7 @@ def solve_tiled(
     *,
     memory: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    solved: tuple[Float64s, float] | None = None,
 ) -> Solution:
     """Kernel regression with a stored matrix, by a factorisation in panels; interrupted, it goes on from the last one.
 
@@ -60,6 +61,7 @@ def solve_tiled(
       ridge: λ ≥ 0, in units of the mean diagonal.
       memory: bytes that it may use.
       progress: called with the columns of tiles that are factorised, and their number.
+      solved: the coefficients times the scale, and the condition number, where this was solved before.
 
     Raises:
       SpecError: the ridge is negative or not finite.
@@ -78,9 +80,19 @@ def solve_tiled(
             f"{format_bytes(least)} of memory, and may use {format_bytes(memory)}; allow more, or solve iteratively"
         )
     operator = StoredOperator(store, group, kernel)
-    factor = _Factor(store, group, kernel, operator.scale, ridge)
-    factor.compute(_panel_width(memory - least, tiling.train, tiling.edge), progress)
-    scaled = factor.solve(targets.values)
+    if solved is None:
+        factor = _Factor(store, group, kernel, operator.scale, ridge)
+        factor.compute(_panel_width(memory - least, tiling.train, tiling.edge), progress)
+        scaled, condition = factor.solve(targets.values), _condition(operator, factor, ridge)
+        if condition * EPS > 1:
+            store.discard_factor(group, kernel)
+            raise SolverError(
+                f"the train Gram matrix of {tiling.train:,} images plus ridge {ridge:g} is not positive definite to "
+                f"float64 rounding: its condition number is {condition:.1e}; take a larger ridge"
+                f"{advice_on_dtype(operator.dtype)}"
+            )
+    else:
+        scaled, condition = solved
     residual = targets.values - operator.multiply(scaled) - ridge * scaled
     return finish(
         operator.dtype,
@@ -89,7 +101,7 @@ def solve_tiled(
         ridge,
         scaled,
         residual=residual,
-        condition=_condition(operator, factor, ridge),
+        condition=condition,
     )
 
 
