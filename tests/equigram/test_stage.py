@@ -254,6 +254,24 @@ def test_the_ridge_is_chosen_on_training_images_that_are_left_out(finish: Finish
     assert [result.left_out_error for result in first] == 4 * [None]
 
 
+def test_many_ridge_values_come_from_one_eigendecomposition(
+    finish: Finish, save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = finish(data={"train": save(**twins())}, gram={"kernels": ["ntk"], "dtype": "float64"})
+    ridges = (0.0, *np.geomspace(1e-5, 10.0, 9).tolist())
+    path = solved(store, ridge=ridges)
+    path_arrays = store.solution("C1", "ntk")[0]
+    monkeypatch.setattr("equigram.solve.stage.PATH", 100)
+    store.discard_solutions()
+    each = solved(store, ridge=ridges)
+    each_arrays = store.solution("C1", "ntk")[0]
+    for name, values in each_arrays.items():
+        assert_allclose(path_arrays[name], values, rtol=1e-8, atol=1e-10)
+    assert "not positive definite" in (path[0].warning or "")
+    assert [one.chosen for one in path] == [one.chosen for one in each]
+    assert [one.left_out_error for one in path[1:]] == pytest.approx([one.left_out_error for one in each[1:]])
+
+
 def test_conjugate_gradients_that_do_not_converge_are_said_and_not_chosen(
     finish: Finish, save: Callable[..., Path]
 ) -> None:
@@ -308,6 +326,25 @@ def test_interrupted_factorisations_go_on_with_the_next_ridge_value(
     assert [(one.ridge, one.condition) for one in again] == [(one.ridge, one.condition) for one in whole]
     assert factorised == ["factorise C1 ntk, ridge 1"]
     assert_allclose(store.solution("C1", "ntk")[0]["coefficients"], expected, rtol=1e-12)
+
+
+def test_a_damaged_factor_is_made_anew(finish: Finish) -> None:
+    store = finish(gram={"kernels": ["ntk"]})
+    spec = SolveSpec(ridge=(1e-3,), method="tiled", choose="first", memory=1e-5)  # a column of tiles at a time
+    whole = solve_run(store, spec, ("ntk",), nobody)
+    store.discard_solutions()
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, Progress) and event.what.startswith("factorise") and event.done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        solve_run(store, spec, ("ntk",), interrupt)
+    damaged = Path(store.url, "factor/C1/ntk/c/2/0")
+    content = bytearray(damaged.read_bytes())
+    content[9] ^= 1
+    damaged.write_bytes(content)
+    assert solve_run(store, spec, ("ntk",), nobody) == whole
 
 
 def test_equal_targets_are_refused(finish: Finish, save: Callable[..., Path]) -> None:

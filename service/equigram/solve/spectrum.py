@@ -13,7 +13,7 @@ regression with the ridge λ s.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,34 +133,56 @@ def solve_path(
     Raises:
       SpecError, SolverError: as there.
     """
+    solutions = []
+    for solution in solve_path_each(gram, targets, ridge, spectrum):
+        if isinstance(solution, SolverError):
+            raise solution
+        solutions.append(solution)
+    return solutions
+
+
+def solve_path_each(
+    gram: Floats, targets: Targets, ridge: Sequence[float], spectrum: Spectrum | None = None
+) -> Iterator[Solution | SolverError]:
+    """What :func:`solve_path` returns, one at a time; for a ridge value without solution, what it would raise."""
     check_problem(gram, targets, ridge)
     spectrum = eigendecompose(gram) if spectrum is None else spectrum
-    values, vectors, n = spectrum.values, spectrum.vectors, len(gram)
-    squares = np.square(vectors)
-    modes, ones = vectors.T @ targets.values, vectors.T @ np.ones((n, 1))
-    solutions = []
+    squares = np.square(spectrum.vectors)
+    modes, ones = spectrum.vectors.T @ targets.values, spectrum.vectors.T @ np.ones((len(gram), 1))
     for one in map(float, ridge):
-        condition = spectrum.condition(one)
-        if math.isinf(condition):
-            enough = 10.0 ** math.ceil(
-                math.log10(max(-2 * values[0], 2 * EPS * values[-1], float(np.finfo(gram.dtype).eps)))
-            )
-            raise not_positive_definite(gram, spectrum.scale, one, float(values[0]), enough)
-        inverse = 1 / (values + one)
-        scaled = vectors @ (inverse[:, None] * modes)
-        solutions.append(
-            finish(
-                gram.dtype,
-                spectrum.scale,
-                targets,
-                one,
-                scaled,
-                residual=_product(gram, scaled) / spectrum.scale + one * scaled - targets.values,
-                condition=condition,
-                left_out=left_out_predictions(targets, scaled, vectors @ (inverse[:, None] * ones), squares @ inverse),
-            )
-        )
-    return solutions
+        try:
+            yield _on_path(gram, targets, one, spectrum, squares, modes, ones)
+        except SolverError as error:
+            yield error
+
+
+def _on_path(
+    gram: Floats,
+    targets: Targets,
+    ridge: float,
+    spectrum: Spectrum,
+    squares: Float64s,
+    modes: Float64s,
+    ones: Float64s,
+) -> Solution:
+    """A solution, from the squared eigenvectors and what targets and ones are along the eigenvectors."""
+    values, vectors, condition = spectrum.values, spectrum.vectors, spectrum.condition(ridge)
+    if math.isinf(condition):
+        least = max(-2 * values[0], 2 * EPS * values[-1], float(np.finfo(gram.dtype).eps))
+        enough = 10.0 ** math.ceil(math.log10(least))
+        raise not_positive_definite(gram, spectrum.scale, ridge, float(values[0]), enough)
+    inverse = 1 / (values + ridge)
+    scaled = vectors @ (inverse[:, None] * modes)
+    return finish(
+        gram.dtype,
+        spectrum.scale,
+        targets,
+        ridge,
+        scaled,
+        residual=_product(gram, scaled) / spectrum.scale + ridge * scaled - targets.values,
+        condition=condition,
+        left_out=left_out_predictions(targets, scaled, vectors @ (inverse[:, None] * ones), squares @ inverse),
+    )
 
 
 def posterior_variance(spectrum: Spectrum, cross: Floats, self_kernels: Floats, ridge: float) -> Float64s:

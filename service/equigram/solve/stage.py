@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from equigram.errors import DataError, ResourceError, SolverError, SpecError, StoreError
+from equigram.errors import DamagedArrayError, DataError, ResourceError, SolverError, SpecError, StoreError
 from equigram.events import Listener, Progress
 from equigram.plan import Tile
 from equigram.solve.cluster import ClusterOperator
@@ -32,6 +33,7 @@ from equigram.solve.metrics import (
 )
 from equigram.solve.operators import Operator, StoredOperator, SubsetOperator
 from equigram.solve.regression import Solution, memory_needed, solve_each
+from equigram.solve.spectrum import memory_for_spectrum, solve_path_each
 from equigram.solve.targets import Targets, class_targets, nested_subset, real_targets
 from equigram.solve.tiled import least_memory, solve_tiled
 from equigram.spec import ResourceSpec, SolveSpec
@@ -49,6 +51,9 @@ SHARE = 0.9
 VERSION = 2
 """Of what is stored: solutions of another version are solved again."""
 
+
+PATH = 8
+"""So many ridge values or more come from one eigendecomposition, which is then less work than as many inverses."""
 
 KEEP_SECONDS = 60.0
 """Time after which conjugate gradients keep where they are: what is lost at most when they are interrupted."""
@@ -365,7 +370,11 @@ class _Stage:
             leave_one_out = spec.choose == "leave_one_out" or (spec.choose == "auto" and len(spec.ridge) > 1)
             folds = self._fold_predictions(gram, targets) if spec.choose == "folds" else None
             queries = self._queries if spec.variances and chosen is None and self._info.test else None
-            solutions = solve_each(gram, targets, spec.ridge, leave_one_out=leave_one_out, queries=queries)
+            fits = memory_for_spectrum(count) <= memory_budget(spec)
+            if leave_one_out and queries is None and len(spec.ridge) >= PATH and fits:
+                solutions = solve_path_each(gram, targets, spec.ridge)
+            else:
+                solutions = solve_each(gram, targets, spec.ridge, leave_one_out=leave_one_out, queries=queries)
             for index, solution in enumerate(solutions):
                 if isinstance(solution, SolverError):
                     solution, left_out = self._named(solution, chosen), None
@@ -452,11 +461,15 @@ class _Stage:
         place = f"{self._problem()[:16]}-{self._method}-{'all' if size is None else size}-{ridge:g}"
         kept, facts = self._store.iterate(*self._names, place) or (None, {})
         if operator is None:
-            solution = solve_tiled(
-                self._store, *self._names, targets, ridge, memory=memory_budget(spec),
+            tiled = functools.partial(
+                solve_tiled, self._store, *self._names, targets, ridge, memory=memory_budget(spec),
                 progress=lambda done, total: self._listener(Progress(f"factorise {name}", done, total)),
                 solved=None if kept is None else (kept, facts["condition"]),
             )  # fmt: skip
+            try:
+                solution = tiled()
+            except DamagedArrayError:  # a tile of the factor, which is deleted
+                solution = tiled()
         else:
             digits, last = max(1, round(-np.log10(spec.tolerance) * 10)), time.monotonic()
 
