@@ -458,7 +458,7 @@ class _Stage:
         had ended is not done again.
         """
         spec, name = self._spec, f"{' '.join(self._names)}, ridge {ridge:g}"
-        place = f"{self._problem()[:16]}-{self._method}-{'all' if size is None else size}-{ridge:g}"
+        place = f"{self._problem()[:16]}-{self._method}-{'all' if size is None else size}-{ridge!r}"
         kept, facts = self._store.iterate(*self._names, place) or (None, {})
         if operator is None:
             tiled = functools.partial(
