@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -215,7 +216,10 @@ def test_a_server_that_does_not_answer_is_said_in_one_line(job: Job, tmp_path: P
     spec = job(storage_options={"s3": {"endpoint_url": "http://127.0.0.1:9", "key": "none", "secret": "none"}})
     (tmp_path / "job.yaml").write_text(yaml.safe_dump({**spec.to_store(), "storage_options": spec.storage_options}))
     command = [str(Path(sys.executable).with_name("equigram")), "import", "job.yaml", "s3://bucket/x.zarr"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    environment = os.environ | {"AWS_MAX_ATTEMPTS": "1"}  # else it takes some seconds
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "http://127.0.0.1:9/bucket" in done.stderr
