@@ -227,7 +227,7 @@ def plan(
 def status(store: StoreArgument) -> None:
     """Show what a store holds: its job, the tiles done and missing, and the results."""
     from equigram.screen import summary, tile_map
-    from equigram.solve.stage import stored_results
+    from equigram.solve.stage import solved_matrices, stored_results
     from equigram.store import GramStore
 
     opened = GramStore.open(store)
@@ -253,7 +253,7 @@ def status(store: StoreArgument) -> None:
         if tiling.test:
             out.print("\ntest x train")
             out.print(tile_map(tiling, done, "cross"))
-    solved = _solved(opened)
+    solved = solved_matrices(opened)
     results = [result for pair in solved for result in stored_results(opened, *pair)]
     if results:
         _print_results(results, info.spec.gram.dtype)
@@ -322,6 +322,8 @@ def predict(
             best = [columns[int(row.argmax())]] if found.classes else []
             more = [] if found.variances is None else [found.variances[index]]
             lines.writerow([name, *best, *(f"{value:.6g}" for value in (*row, *more))])
+    if found.warning:
+        err.print(f"note: {found.group} {found.kernel}: {found.warning}", soft_wrap=True)
     if output is not None:
         words = f"{len(found.names):,} predictions ({found.group} {found.kernel}, ridge {found.ridge:g}) in {output}"
         err.print(words, soft_wrap=True)
@@ -751,16 +753,17 @@ def main() -> None:
 
 def _choose_solution(store: GramStore, group: str | None, kernel: str | None) -> tuple[str, str]:
     """The solution to predict with: the one asked for, or the last."""
+    from equigram.solve.stage import solved_matrices
     from equikernel.errors import either, suggestion
 
-    solved = _solved(store)
+    solved = solved_matrices(store)
     if not solved:
         total = len(store.info.tiling)
         missing = total - len(store.finished_tiles())
         reason = (
             f"{missing:,} of {total:,} tiles are missing; `equigram run JOB.yaml` computes them"
             if missing
-            else "it was never solved; run its job with a `solve` section"
+            else "it is not solved as its last job asks for; run that with a `solve` section"
         )
         raise IncompleteRunError(f"{store.url} has nothing to predict with: {reason}")
     for option, asked, choices in (
@@ -773,13 +776,6 @@ def _choose_solution(store: GramStore, group: str | None, kernel: str | None) ->
                 + suggestion(asked, choices)
             )
     return next((g, k) for g, k in reversed(solved) if group in (None, g) and kernel in (None, k))
-
-
-def _solved(store: GramStore) -> list[tuple[str, str]]:
-    """The groups and kernels of the last job that have a solution, in its order; older ones are not looked at."""
-    spec = store.info.spec
-    kernels = spec.gram.kernels if spec.solve is None else spec.solved_kernels
-    return [(g, k) for g in spec.gram.groups for k in kernels if store.has_solution(g, k)]
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 from equigram import plot
 from equigram.errors import IncompleteRunError
 from equigram.solve.metrics import confusion_matrix
-from equigram.solve.stage import stored_results
+from equigram.solve.stage import solved_matrices, stored_results
 from equigram.tables import write_table
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def draw_run(store: GramStore, folder: str | Path) -> list[Path]:
     labels, test_labels = store.labels("train"), store.labels("test") if info.test else None
     class_labels = labels if info.classes is not None else None
     written = []
+    solved = solved_matrices(store)
     spectra = {}
     curves = {}
     for group in info.spec.gram.groups:
@@ -59,7 +60,7 @@ def draw_run(store: GramStore, folder: str | Path) -> list[Path]:
             written.append(plot.gram_heatmap(_correlations(gram), class_labels, info.classes, title, path))
             some = np.unique(np.linspace(0, len(gram) - 1, min(len(gram), SPECTRUM_IMAGES)).astype(int))
             spectra[name] = np.linalg.eigvalsh(gram[np.ix_(some, some)].astype(np.float64))
-            if class_labels is None or test_labels is None or not store.has_solution(group, kernel):
+            if class_labels is None or test_labels is None or (group, kernel) not in solved:
                 continue
             arrays, fields = store.solution(group, kernel)
             ridge = float(arrays["ridge"][fields["chosen"]])

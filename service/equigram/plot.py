@@ -345,7 +345,7 @@ def augmentation(points: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
 def trainability(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """Condition numbers of the NTK over depth and weight variance, a panel for each group and bias variance.
 
-    White cells are not positive definite to rounding; the line is the boundary between the phases, χ₁ = 1.
+    Grey cells are not positive definite to rounding; the line is the boundary between the phases, χ₁ = 1.
 
     Args:
       rows: of :func:`equigram.experiments.trainability.run_trainability`.

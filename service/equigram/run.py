@@ -739,6 +739,7 @@ class Predictions:
         asked for.
       variances: ``(m,)`` float64, of a target of each image, with noise, in squared units of the targets, under the
         Gaussian process that makes the training targets most likely; ``None`` unless they were asked for.
+      warning: what a person should know of the solution, if anything.
     """
 
     names: tuple[str, ...]
@@ -749,6 +750,7 @@ class Predictions:
     ridge: float
     probabilities: NDArray[np.float64] | None = None
     variances: NDArray[np.float64] | None = None
+    warning: str | None = None
 
 
 def predict(
@@ -826,7 +828,11 @@ def predict(
                 crosses[rows, first : first + train.count] = cross
                 itself[rows] = getattr(function.diagonal(block)[group], kernel)
             progress((index * len(values) + start + len(cross)) // blocks, len(values))
-    found = Predictions(new.names, values, info.classes, group, kernel, ridges[chosen])
+    warning = next(
+        (one["warning"] for one in fields["solutions"] if one["train_size"] is None and one["ridge"] == ridges[chosen]),
+        None,
+    )
+    found = Predictions(new.names, values, info.classes, group, kernel, ridges[chosen], warning=warning)
     if calibrated and beta is not None:
         found = dataclasses.replace(found, probabilities=probabilities(values, beta))
     if variances:

@@ -216,7 +216,7 @@ def results_table(results: Sequence[Result]) -> Table:
     columns: list[tuple[str, Callable[[Result], str | None]]] = [
         ("group", lambda r: r.group),
         ("kernel", lambda r: r.kernel),
-        ("ridge", lambda r: f"{r.ridge:g}" + (" <" if r.chosen else "  ") * several),
+        ("ridge", lambda r: f"{r.ridge:.3g}" + (" <" if r.chosen else "  ") * several),
         ("accuracy  95%", _accuracy),
         ("mse", lambda r: _number(r.mean_squared_error, "#.3g")),
         ("left out\nmse", lambda r: _number(r.left_out_error, "#.3g")),

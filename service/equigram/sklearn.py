@@ -12,13 +12,12 @@ They need scikit-learn (``pip install equigram[sklearn]``), and work in pipeline
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import io
 import math
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -102,13 +101,11 @@ class _KernelRegression(BaseEstimator):  # type: ignore[misc]
         from equigram.run import run
         from equigram.spec import JobSpec
 
-        with self._folder() as folder:
-            path = folder / "x.npz"
-            np.savez(path, x_train=self.images_)
+        with self._images_of_job() as images:
             spec = JobSpec.parse(
                 {
-                    "store": self.store or str(Path(folder) / "run"),
-                    "data": {"train": str(path), "normalize": "none"},
+                    "store": self.store or images.replace("x.npz", "run"),
+                    "data": {"train": images, "normalize": "none"},
                     "network": network.model_dump(exclude={"group"}, exclude_unset=True),
                     "gram": {
                         "groups": [network.group],
@@ -127,17 +124,23 @@ class _KernelRegression(BaseEstimator):  # type: ignore[misc]
             return store.matrix("gram", network.group, self.kernel)[np.ix_(place, place)]
 
     @contextlib.contextmanager
-    def _folder(self) -> Iterator[Path]:
-        """Where the images lie for a job, which knows them by their path: for a store always in the same place."""
-        digest = hashlib.sha256(f"{self.store}".encode() + self.images_.tobytes()).hexdigest()[:32]
-        folder = Path(tempfile.gettempdir(), f"equigram-{digest}")
-        if self.store is None:
-            folder = Path(tempfile.mkdtemp(prefix="equigram-"))
+    def _images_of_job(self) -> Iterator[str]:
+        """Where the images lie for a job, which knows them by their place: beside the store, as long as it runs."""
+        import fsspec
+
+        folder = None if self.store is not None else tempfile.mkdtemp(prefix="equigram-")
+        place = f"{folder}/x.npz" if self.store is None else f"{self.store.rstrip('/')}.images.npz"
+        content = io.BytesIO()
+        np.savez(content, x_train=self.images_)
+        fs, path = fsspec.core.url_to_fs(place)
         try:
-            folder.mkdir(mode=0o700, exist_ok=True)
-            yield folder
+            fs.makedirs(str(path).rpartition("/")[0], exist_ok=True)
+            fs.pipe_file(path, content.getvalue())
+            yield place
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            fs.rm(path)
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _cross(self, images: Array, others: Array | None) -> Array:
         network = self._network()

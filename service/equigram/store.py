@@ -1092,8 +1092,12 @@ class GramStore:
 
     def discard_factor(self, group: str, kernel: str) -> None:
         """Delete a factor, if there is one."""
-        with self._alone(), self._storage("delete a factor"), contextlib.suppress(FileNotFoundError):
-            self._call("rm", f"{self._place[1]}/factor/{group}/{kernel}", recursive=True)
+        path = f"{self._place[1]}/factor/{group}/{kernel}"
+        with self._storage("look for a factor"):
+            there = self._call("exists", path)
+        if there:
+            with self._alone(), self._storage("delete a factor"), contextlib.suppress(FileNotFoundError):
+                self._call("rm", path, recursive=True)
 
     # ------------------------------------------------------------------ iterates
 
@@ -1122,8 +1126,10 @@ class GramStore:
 
     def discard_iterates(self, group: str, kernel: str) -> None:
         """Delete all iterates of a matrix."""
+        path = f"{self._place[1]}/iterate/{group}/{kernel}"
         with self._storage("delete where the solver was"), contextlib.suppress(FileNotFoundError):
-            self._call("rm", f"{self._place[1]}/iterate/{group}/{kernel}", recursive=True)
+            if self._call("exists", path):
+                self._call("rm", path, recursive=True)
 
     # ------------------------------------------------------------------ history
 

@@ -405,6 +405,13 @@ def test_predictions_are_of_the_last_job_and_not_of_an_older_one(copy: Place) ->
     done = copy.command("predict", "run", "new", "-o", "p.csv", folder=copy.folder)
     assert "(C4 nngp, ridge 0.7)" in done.err
     assert " ntk " not in copy.command("status", "run", folder=copy.folder).out.partition("history")[2]
+    job["solve"] = {"ridge": [1e-9], "method": "iterative", "steps": 1, "rank": 1}
+    (copy / "job.yaml").write_text(yaml.safe_dump(job), encoding="utf-8")
+    assert copy.command("run", "job.yaml", folder=copy.folder).code == 1
+    assert "next: equigram run JOB.yaml goes on from here" in copy.command("status", "run", folder=copy.folder).out
+    done = copy.command("predict", "run", "new", folder=copy.folder)
+    assert (done.code, done.out) == (2, "")
+    assert "it is not solved as its last job asks for" in done.err
 
 
 def test_a_single_image_can_be_predicted(run: Place) -> None:
@@ -688,7 +695,7 @@ def test_an_unfinished_run_has_no_pictures_and_no_predictions(copy: Place) -> No
 
 def test_a_run_that_was_not_solved_has_no_predictions(copy: Place) -> None:
     shutil.rmtree(copy / "run/solution")
-    words = "error: run has nothing to predict with: it was never solved; run its job with a `solve` section"
+    words = "error: run has nothing to predict with: it is not solved as its last job asks for; run that"
     copy.refuses(words, "predict", "run", "new")
 
 

@@ -223,9 +223,14 @@ def test_interrupted_curves_go_on_and_matrices_may_be_larger_than_memory(
     assert run_curves(finished, tmp_path / "parts", nobody, sizes=[1, 2], subsets=2) == whole
     assert len(scored) == len(whole) - 4  # a size is kept when all its subsets are done
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["curves.csv", "curves.png", "curves.svg"]
-    for damaged in ("[1]", "{", '{"rows": [1]}'):
-        (tmp_path / "parts/curves.part.json").write_text(damaged)
-        curves._begun(tmp_path / "parts/curves.part.json", {})
+    part, rows = tmp_path / "parts/curves.part.json", [{**whole[0], "accuracy": 5.0}]
+    digest = curves._digest(whole[:1])
+    for damaged in ("[1]", "{", '{"rows": [1]}', json.dumps({"rows": rows, "sha256": digest})):
+        part.write_text(damaged)
+        assert curves._begun(part, {}) == {}
+    part.write_text(json.dumps({"rows": whole[:1], "sha256": digest}))
+    assert list(curves._begun(part, {}).values()) == whole[:1]
+    part.unlink()
     run_curves(finished, tmp_path / "parts", nobody, sizes=[1], subsets=2, seed=1)
     assert len(scored) == len(whole) - 4 + 8
 
@@ -415,7 +420,10 @@ def test_damaged_files_of_experiments_are_said(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match=r"C1-2.npz is damaged .* delete it and run again"):
             run_convergence(spec, tmp_path, nobody)
     (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(StoreError, match=r"settings.json is damaged .*; delete it, or choose another folder"):
+    with pytest.raises(StoreError, match=r"settings.json is damaged .*; choose another folder"):
+        run_convergence(spec, tmp_path, nobody)
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(StoreError, match=r"holds samples, but not of what \(settings.json\); choose another folder"):
         run_convergence(spec, tmp_path, nobody)
 
 

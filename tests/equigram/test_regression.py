@@ -21,6 +21,7 @@ from sklearn.kernel_ridge import KernelRidge
 
 from equigram.errors import DataError, SolverError, SpecError
 from equigram.solve import (
+    ArrayOperator,
     Solution,
     Targets,
     class_targets,
@@ -28,6 +29,7 @@ from equigram.solve import (
     nested_subset,
     real_targets,
     solve,
+    solve_iteratively,
 )
 from equigram.solve.regression import solve_each
 
@@ -75,6 +77,21 @@ def test_variances_are_those_of_the_gaussian_process() -> None:
         assert solution.variances is not None
         np.testing.assert_allclose(solution.variances, itself - ((cross @ inverse) * cross).sum(axis=1), rtol=1e-8)
         assert solution.noisy_variances() == pytest.approx(solution.amplitude * (solution.variances + ridge * s))
+
+
+def test_the_condition_of_equal_images_is_seen() -> None:
+    """Their difference is orthogonal to the vector with which LAPACK's estimate begins, and to equal targets."""
+    gram, _, values = problem()
+    gram[5], gram[:, 5], gram[5, 5] = gram[2], gram[:, 2], gram[2, 2]
+    values[5] = values[2]
+    scaled = gram / gram.diagonal().mean() + 1e-8 * np.eye(len(gram))
+    true = np.linalg.cond(scaled, 1)
+    (solution,) = solve(gram, real_targets(values), [1e-8])
+    assert true / 5 < solution.condition < 1.01 * true
+    (solution,) = solve(gram.astype(np.float32), real_targets(values), [1e-8])
+    assert solution.warning is not None
+    found = solve_iteratively(ArrayOperator(gram), real_targets(values), 1e-8)
+    assert np.linalg.cond(scaled) / 20 < found.condition < 1.01 * np.linalg.cond(scaled)
 
 
 def test_the_amplitude_makes_the_targets_most_likely() -> None:

@@ -110,6 +110,7 @@ def test_the_train_matrix_can_be_computed_by_a_job(tmp_path: Path) -> None:
     assert_allclose(job.decision_function(images), here.decision_function(images), atol=1e-4)
     assert (tmp_path / "run/gram/C4/ntk").exists()
     (tmp_path / "run/gram/C4/ntk/c/0/0").unlink()  # as after an interruption
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     again = EquivariantKernelClassifier(NET, resources={"workers": 0}, store=str(tmp_path / "run")).fit(images, labels)
     assert_array_equal(again.solution_.coefficients, job.solution_.coefficients)
     with pytest.raises(StoreMismatchError):

@@ -283,6 +283,17 @@ def test_conjugate_gradients_that_do_not_converge_are_said_and_not_chosen(
         solved(store, ridge=(1e-6,), steps=1, **fields)
     assert Path(store.url, "iterate/C1/ntk").exists()
     results = solved(store, ridge=(1e-4, 10.0), steps=7, tolerance=1e-6, **fields)
+    assert Path(store.url, "iterate/C1/ntk").exists()
+    steps: list[str] = []
+    spec = SolveSpec(ridge=(1e-4,), steps=200, tolerance=1e-6, **fields)
+    (found,) = solve_run(store, spec, ("ntk",), lambda event: steps.append(str(getattr(event, "detail", ""))))
+    assert found.converged
+    assert not Path(store.url, "iterate/C1/ntk").exists()
+    went_on = len([step for step in steps if "after" in step])
+    steps.clear()
+    store.discard_solutions()
+    solve_run(store, spec, ("ntk",), lambda event: steps.append(str(getattr(event, "detail", ""))))
+    assert went_on < len([step for step in steps if "after" in step])
     assert [one.converged for one in results] == [False, True]
     assert [one.chosen for one in results] == [False, True]
     (told,) = warnings(results, "float32")

@@ -68,6 +68,10 @@ def run_augmentation(
     for name in names:
         if not groups.is_group(name) or not groups.on_grid(name):
             raise SpecError(f"group {name!r} does not map pixels to pixels; choose of C2, C4, D1, D2 and D4")
+    square = info.image_shape[0] == info.image_shape[1]
+    for name in names:
+        if not (square or groups.keeps_rectangles(name)):
+            raise SpecError(f"group {name!r} turns images by 90 degrees, which needs square ones; choose C2, D1 or D2")
     some = np.unique(np.linspace(0, info.train - 1, min(info.train, images)).astype(int))
     train = store.images("train")[some].astype(np.float64)
     test = store.images("test")[: min(info.test, images)].astype(np.float64)

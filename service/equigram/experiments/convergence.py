@@ -122,7 +122,9 @@ def run_convergence(spec: Convergence, folder: Path, listener: Listener) -> list
     try:
         there = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else fields
     except (OSError, ValueError) as error:
-        raise StoreError(f"{settings} is damaged ({error}); delete it, or choose another folder") from None
+        raise StoreError(f"{settings} is damaged ({error}); choose another folder") from None
+    if not settings.exists() and (folder / "samples").exists():
+        raise StoreError(f"{folder} holds samples, but not of what ({settings.name}); choose another folder")
     if there != fields:
         raise SpecError(f"{folder} holds samples of {there}, and asked for are {fields}; choose another folder")
     write_whole(settings, json.dumps(fields).encode())
@@ -163,7 +165,7 @@ def _stored(path: Path) -> dict[str, Array]:
     try:
         with path.open("rb") as content, np.load(content) as file:
             return {name: file[name] for name in KERNELS}
-    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise StoreError(f"{path} is damaged ({error}); delete it and run again") from None
 
 

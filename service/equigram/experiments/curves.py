@@ -7,6 +7,7 @@ of the subset.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
@@ -114,7 +115,7 @@ def run_curves(
                     }
                 rows.append(row)
                 done += 1
-            write_whole(part, json.dumps({**problem, "rows": rows}).encode())
+            write_whole(part, json.dumps({**problem, "rows": rows, "sha256": _digest(rows)}).encode())
     listener(Progress("subsets", total, total))
     write_table(folder / "curves.csv", rows)
     part.unlink()
@@ -127,10 +128,16 @@ def _begun(part: Path, problem: dict[str, Any]) -> dict[tuple[str, str, int, int
     try:
         content = json.loads(part.read_text(encoding="utf-8"))
         rows = content.pop("rows")
+        if content.pop("sha256") != _digest(rows):
+            return {}
         begun = {(row["group"], row["kernel"], row["per_class"], row["subset"]): row for row in rows}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or damaged
         return {}
     return begun if content == problem else {}
+
+
+def _digest(rows: list[dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def default_sizes(smallest: int) -> list[int]:

@@ -27,6 +27,9 @@ from equikernel.activations import parse
 STEPS = 5000
 """Iterations after which the variance is taken for its fixed point."""
 
+KEPT = 20
+"""New points after which the table is written."""
+
 LARGEST = 1e12
 """A variance beyond this one diverges."""
 
@@ -109,6 +112,7 @@ def run_trainability(spec: Trainability, folder: Path, listener: Listener) -> li
     ]
     images = np.random.default_rng(spec.seed).standard_normal((spec.images, spec.size, spec.size, 1))
     rows: list[dict[str, Any]] = []
+    fresh = 0
     for index, (group, depth, weight, bias) in enumerate(points):
         listener(Progress("networks", index, len(points)))
         row = done.get((group, depth, weight, bias))
@@ -122,8 +126,10 @@ def run_trainability(spec: Trainability, folder: Path, listener: Listener) -> li
                 **settings,
             }
         rows.append(row)
-        if points[index] not in done and index % 20 == 19:
+        fresh += points[index] not in done
+        if fresh == KEPT:
             _write(path, done, rows)
+            fresh = 0
     listener(Progress("networks", len(points), len(points)))
     _write(path, done, rows)
     plot.trainability(rows, folder / "trainability.png")
@@ -172,6 +178,8 @@ def _stored(path: Path, settings: dict[str, Any]) -> dict[tuple[str, int, float,
     try:
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
+                if None in row.values():
+                    raise ValueError("a line that ends early")
                 there = {name: row[name] for name in settings}
                 if there != {name: str(value) for name, value in settings.items()}:
                     raise SpecError(f"{path} is of {there}, and asked for is {settings}; choose another folder")

@@ -136,20 +136,27 @@ def solve_iteratively(
     if start is not None and start.shape != values.shape:
         raise SpecError(f"the start has shape {start.shape}, and the targets {values.shape}; pass one of that shape")
     size, taken = float(np.linalg.norm(values)), 0
-    scaled = np.zeros(values.shape) if start is None else np.array(start, dtype=np.float64)
+    # One more column, of noise: where the targets have nothing along an eigenvector, it shows the eigenvalue.
+    columns = values.shape[1]
+    probe = np.random.default_rng(1).standard_normal((len(values), 1))
+    values = np.hstack([values, probe * (size or 1.0) / np.linalg.norm(probe)])
+    scaled = np.zeros(values.shape)
+    if start is not None:
+        scaled[:, :columns] = start
     preconditioner = Preconditioner.sketch(operator, ridge, rank) if sketch is None else sketch.with_ridge(ridge)
     residual = values if start is None else values - _product(operator, ridge, scaled)
     for _ in range(RESTARTS):
-        if np.linalg.norm(residual) <= tolerance * size or taken >= steps:
+        if np.linalg.norm(residual[:, :columns]) <= tolerance * size or taken >= steps:
             break
-        for relative in _steps(operator, ridge, preconditioner, scaled, residual, size):
+        for relative in _steps(operator, ridge, preconditioner, scaled, residual, size, columns):
             taken += 1
             progress(taken, relative)
-            keep(scaled)
+            keep(scaled[:, :columns])
             if relative <= tolerance or taken >= steps:
                 break
         residual = values - _product(operator, ridge, scaled)  # what the steps carry along is rounded
     condition = _condition(preconditioner, ridge, scaled, values - residual)
+    scaled, residual = np.ascontiguousarray(scaled[:, :columns]), residual[:, :columns]
     relative = float(np.linalg.norm(residual)) / size if size else 0.0
     if relative <= tolerance:
         return finish(operator.dtype, operator.scale, targets, ridge, scaled, residual=residual, condition=condition)
@@ -173,8 +180,12 @@ def _steps(
     scaled: Float64s,
     residual: Float64s,
     size: float,
+    columns: int,
 ) -> Iterator[float]:
-    """Endless steps that improve ``scaled`` in place, from its residual; yields ‖residual‖ / ``size`` after each."""
+    """Endless steps that improve ``scaled`` in place, from its residual.
+
+    Yields ‖residual‖ / ``size`` of the first ``columns`` after each.
+    """
     # In the preconditioned system the residual is always basis @ factor, with orthonormal columns.
     basis, factor = np.linalg.qr(preconditioner.apply(residual, -0.5))
     search = basis
@@ -190,7 +201,7 @@ def _steps(
         basis, change = np.linalg.qr(basis - scipy.linalg.cho_solve(inverse, image.T).T)
         search = basis + search @ change.T
         factor = change @ factor
-        yield float(np.linalg.norm(preconditioner.apply(basis @ factor, 0.5))) / size
+        yield float(np.linalg.norm(preconditioner.apply(basis @ factor[:, :columns], 0.5))) / size
 
 
 def _product(operator: Operator, ridge: float, values: Float64s) -> Float64s:

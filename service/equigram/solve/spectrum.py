@@ -257,7 +257,7 @@ def flow_covariance(
         (cross, (m, n), "cross NTK"),
         (nngp, (n, n), "train NNGP"),
         (cross_nngp, (m, n), "cross NNGP"),
-        (test_nngp, (m,) * test_nngp.ndim, "test NNGP"),
+        (test_nngp, (m,) if test_nngp.ndim == 1 else (m, m), "test NNGP"),
     ):
         if matrix.shape != shape:
             raise SpecError(f"the {name} has shape {matrix.shape}, and the others need {shape}")

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -118,7 +119,7 @@ def check_solvable(spec: SolveSpec, labels: Labels, classes: tuple[str, ...] | N
       SpecError: ``solve.train_sizes`` asks for more images than there are, or ``solve.folds`` for more parts.
     """
     targets = targets_of(labels, classes)
-    if classes is None and not np.ptp(targets.values, axis=0).any():
+    if classes is None and (np.abs(targets.values) <= 1e-12 * np.abs(targets.offset)).all():
         raise DataError(
             f"all {len(targets.values)} training images have the same target, {_vector(targets.offset)}, and there is "
             "nothing to learn; correct the labels, or set `solve: null` to compute the Gram matrices only"
@@ -231,7 +232,9 @@ def solve_run(
     results: list[Result] = []
     for index, (group, kernel) in enumerate(pairs):
         stage = _Stage(store, spec, group, kernel, labels, test_labels, listener, (index, len(pairs)), cluster)
-        results += stage.stored() or stage.solve()
+        some = stage.stored() or stage.solve()
+        stage.tidy(some)
+        results += some
         listener(Progress("solve", (index + 1) * stage.regressions, len(pairs) * stage.regressions))
     return results
 
@@ -241,6 +244,28 @@ def kernel_function(store: GramStore, group: str, kernel: str) -> KernelFunction
     info = store.info
     together = next(one.groups for one in info.passes if (group, kernel) in one.matrices)
     return KernelFunction(info.spec.network, (group,), info.spec.engine_for(together), info.spec.gram.dtype)
+
+
+def _asked(spec: SolveSpec) -> str:
+    """SHA-256 of what a job asks for, wherever it is solved."""
+    fields = spec.model_dump(mode="json", exclude={"memory", "kernels"})
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def solved_matrices(store: GramStore) -> list[tuple[str, str]]:
+    """The groups and kernels that are solved as the last job asks for, in its order.
+
+    Raises:
+      DamagedArrayError: a solution is damaged.
+    """
+    spec, found = store.info.spec, list[tuple[str, str]]()
+    for group, kernel in itertools.product(spec.gram.groups, spec.solved_kernels or spec.gram.kernels):
+        if store.has_solution(group, kernel):
+            _, attributes = store.solution(group, kernel)
+            same = spec.solve is None or attributes.get("asked") == _asked(spec.solve)
+            if same and attributes.get("version") == VERSION:
+                found.append((group, kernel))
+    return found
 
 
 def stored_results(store: GramStore, group: str, kernel: str) -> list[Result]:
@@ -343,12 +368,17 @@ class _Stage:
                 "chosen": best,
                 "inverse_temperature": beta,
                 "inputs": self._inputs(),
+                "asked": _asked(self._spec),
                 "solutions": [dataclasses.asdict(result) for result in results],
             },
         )
-        self._store.discard_factor(*self._names)
-        self._store.discard_iterates(*self._names)
         return results
+
+    def tidy(self, results: Sequence[Result]) -> None:
+        """Delete what is only of use until all is solved."""
+        self._store.discard_factor(*self._names)
+        if all(result.converged for result in results):
+            self._store.discard_iterates(*self._names)
 
     def _check_some_solved(self, some: Sequence[_Attempt]) -> None:
         """Raise unless a ridge value has a solution."""
@@ -399,7 +429,7 @@ class _Stage:
             images = [names[used[index]] for index in error.images]
             subject = "image" if len(images) == 1 else "images"
             return SolverError(f"{error}; the {subject} came from {' and '.join(images)}", error.images)
-        pair = self._equal_images(used)
+        pair = self._equal_images(used) if "positive definite" in str(error) else None
         if pair is None:
             return error
         first, second = pair
@@ -538,7 +568,9 @@ class _Stage:
     @staticmethod
     def _choose(solved: Sequence[_Attempt]) -> _Attempt:
         """Of regressions with the same images and a solution, the one to predict with."""
-        converged = [one for one in solved if isinstance(one.solution, Solution) and one.solution.converged] or solved
+        converged = [one for one in solved if isinstance(one.solution, Solution) and one.solution.converged]
+        if not converged:
+            return min(solved, key=lambda one: one.solution.residual if isinstance(one.solution, Solution) else np.inf)
         tried = [one for one in converged if one.left_out_error is not None]
         return min(tried, key=lambda one: one.left_out_error or 0.0) if tried else converged[0]
 
