@@ -24,6 +24,7 @@ from equigram.experiments.augmentation import run_augmentation
 from equigram.experiments.convergence import BATCH, Convergence, run_convergence
 from equigram.experiments.curves import default_sizes, run_curves
 from equigram.experiments.dynamics import run_dynamics
+from equigram.experiments.parts import Parts
 from equigram.experiments.trainability import Trainability, fixed_point, run_trainability
 from equigram.solve import memory_needed
 from equigram.spec import JobSpec
@@ -223,16 +224,55 @@ def test_interrupted_curves_go_on_and_matrices_may_be_larger_than_memory(
     assert run_curves(finished, tmp_path / "parts", nobody, sizes=[1, 2], subsets=2) == whole
     assert len(scored) == len(whole) - 4  # a size is kept when all its subsets are done
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["curves.csv", "curves.png", "curves.svg"]
-    part, rows = tmp_path / "parts/curves.part.json", [{**whole[0], "accuracy": 5.0}]
-    digest = curves._digest(whole[:1])
-    for damaged in ("[1]", "{", '{"rows": [1]}', json.dumps({"rows": rows, "sha256": digest})):
-        part.write_text(damaged)
-        assert curves._begun(part, {}) == {}
-    part.write_text(json.dumps({"rows": whole[:1], "sha256": digest}))
-    assert list(curves._begun(part, {}).values()) == whole[:1]
-    part.unlink()
     run_curves(finished, tmp_path / "parts", nobody, sizes=[1], subsets=2, seed=1)
     assert len(scored) == len(whole) - 4 + 8
+
+
+def test_parts_of_experiments_are_kept_unless_they_are_damaged_or_of_another_problem(tmp_path: Path) -> None:
+    path, problem = tmp_path / "x.part.json", {"seed": 1, "times": (1.0, math.inf)}
+    parts = Parts(path, problem)
+    assert parts.get("a") is None
+    parts.keep("a", [{"accuracy": 0.5}])
+    assert Parts(path, problem).get("a") == [{"accuracy": 0.5}]
+    assert Parts(path, {"seed": 2}).get("a") is None
+    content = path.read_text(encoding="utf-8")
+    for damaged in ("[1]", "{", "{}", content.replace("0.5", "5.0"), content.replace("accuracy", "accurasy")):
+        path.write_text(damaged)
+        assert Parts(path, problem).get("a") is None
+    parts.delete()
+    assert not path.exists()
+
+
+def test_interrupted_dynamics_and_augmentation_go_on(
+    finished: GramStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(event: Event) -> None:
+        if isinstance(event, Progress) and event.done == 1:
+            raise KeyboardInterrupt
+
+    computed: list[str] = []
+
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*given: Any) -> Any:
+            computed.append(original.__name__)
+            return original(*given)
+
+        return counting
+
+    whole = run_dynamics(finished, tmp_path / "a", nobody)
+    with pytest.raises(KeyboardInterrupt):
+        run_dynamics(finished, tmp_path / "b", interrupt)
+    monkeypatch.setattr(dynamics, "_modes", counted(dynamics._modes))
+    assert run_dynamics(finished, tmp_path / "b", nobody) == whole  # one of two matrices
+    options: dict[str, Any] = {"names": ("C2", "D1"), "images": 4}
+    rows = run_augmentation(finished, tmp_path / "c", nobody, **options)
+    with pytest.raises(KeyboardInterrupt):
+        run_augmentation(finished, tmp_path / "d", interrupt, **options)
+    compared = counted(equigram.experiments.augmentation._compared)
+    monkeypatch.setattr(equigram.experiments.augmentation, "_compared", compared)
+    assert run_augmentation(finished, tmp_path / "d", nobody, **options) == rows
+    assert computed == ["_modes", "_compared"]
+    assert not list(tmp_path.rglob("*.part.json"))
 
 
 def test_the_ridge_of_a_subset_is_chosen_on_left_out_images(finished: GramStore, tmp_path: Path) -> None:

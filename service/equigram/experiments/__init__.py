@@ -1,5 +1,1 @@
-"""Experiments of the theory: each writes data, a table (CSV) and a figure (PNG, SVG).
-
-Those that take long (convergence, curves, trainability) go on when they were interrupted; the others take a single
-decomposition, and start anew.
-"""
+"""Experiments of the theory: each writes data, a table (CSV) and a figure (PNG, SVG), and goes on when interrupted."""

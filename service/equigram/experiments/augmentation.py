@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from equigram.errors import DataError, SolverError, SpecError
 from equigram.events import Listener, Progress
+from equigram.experiments.parts import Parts
 from equigram.solve.stage import targets_of
 from equigram.tables import write_table
 from equikernel import groups
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from equigram.store import GramStore
+    from equikernel.network import Architecture
 
 Array = NDArray[np.float64]
 
@@ -76,48 +78,64 @@ def run_augmentation(
     train = store.images("train")[some].astype(np.float64)
     test = store.images("test")[: min(info.test, images)].astype(np.float64)
     targets = targets_of(labels[some], info.classes)
+    problem = {"store": info.created, "images": [len(train), len(test)], "ridge": list(ridge)}
+    parts = Parts(folder / "augmentation.part.json", problem)
     rows: list[dict[str, Any]] = []
     points: list[dict[str, Any]] = []
     for done, name in enumerate(names):
         listener(Progress("groups", done, len(names)))
-        elements = groups.symmetries(name)
-        orbit = np.concatenate([np.ascontiguousarray(element.on_images(train)) for element in elements])
-        options: dict[str, Any] = {"engine": "auto", "dtype": "float64"}
-        network = info.spec.network
-        gram, cross = (compute(network, ("C1",), *pair, **options)["C1"] for pair in ((orbit, None), (test, orbit)))
-        group = compute(network, (name,), train, None, **options)[name]
-        for kernel in ("nngp", "ntk"):
-            whole, between = np.asarray(getattr(gram, kernel)), np.asarray(getattr(cross, kernel))
-            averaged = _mean_blocks(whole, len(elements))[: len(train)]
-            averaged_cross = between.reshape(len(test), len(elements), len(train)).mean(axis=1)
-            scale = float(np.diagonal(whole).mean())
-            difference = np.abs(averaged - np.asarray(getattr(group, kernel))).max() / np.abs(averaged).max()
-            for value in ridge:
-                values = np.tile(targets.values, (len(elements), 1))
-                augmented = between @ _solve(whole, values, value * scale)
-                symmetric = averaged_cross @ _solve(averaged, targets.values, value * scale / len(elements))
-                rows.append(
-                    {
-                        "group": name,
-                        "kernel": kernel,
-                        "elements": len(elements),
-                        "images": len(train),
-                        "ridge_augmented": value * scale,
-                        "ridge_averaged": value * scale / len(elements),
-                        "largest_prediction": float(np.abs(augmented).max()),
-                        "largest_difference": float(np.abs(augmented - symmetric).max()),
-                        "kernel_difference": float(difference),
-                    }
-                )
-                points += [
-                    {"group": name, "kernel": kernel, "augmented": float(one), "averaged": float(other)}
-                    for one, other in zip(augmented.ravel(), symmetric.ravel(), strict=True)
-                ]
+        part = parts.get(name)
+        if part is None:
+            part = _compared(info.spec.network, name, train, test, targets.values, ridge)
+            parts.keep(name, part)
+        rows += part[0]
+        points += part[1]
     listener(Progress("groups", len(names), len(names)))
     write_table(folder / "augmentation.csv", rows)
     write_table(folder / "predictions.csv", points)
+    parts.delete()
     plot.augmentation(points, folder / "augmentation.png")
     return rows
+
+
+def _compared(
+    network: Architecture, name: str, train: Array, test: Array, targets: Array, ridge: Sequence[float]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of a group, and its predictions."""
+    rows: list[dict[str, Any]] = []
+    points: list[dict[str, Any]] = []
+    elements = groups.symmetries(name)
+    orbit = np.concatenate([np.ascontiguousarray(element.on_images(train)) for element in elements])
+    options: dict[str, Any] = {"engine": "auto", "dtype": "float64"}
+    gram, cross = (compute(network, ("C1",), *pair, **options)["C1"] for pair in ((orbit, None), (test, orbit)))
+    group = compute(network, (name,), train, None, **options)[name]
+    for kernel in ("nngp", "ntk"):
+        whole, between = np.asarray(getattr(gram, kernel)), np.asarray(getattr(cross, kernel))
+        averaged = _mean_blocks(whole, len(elements))[: len(train)]
+        averaged_cross = between.reshape(len(test), len(elements), len(train)).mean(axis=1)
+        scale = float(np.diagonal(whole).mean())
+        difference = np.abs(averaged - np.asarray(getattr(group, kernel))).max() / np.abs(averaged).max()
+        for value in ridge:
+            augmented = between @ _solve(whole, np.tile(targets, (len(elements), 1)), value * scale)
+            symmetric = averaged_cross @ _solve(averaged, targets, value * scale / len(elements))
+            rows.append(
+                {
+                    "group": name,
+                    "kernel": kernel,
+                    "elements": len(elements),
+                    "images": len(train),
+                    "ridge_augmented": value * scale,
+                    "ridge_averaged": value * scale / len(elements),
+                    "largest_prediction": float(np.abs(augmented).max()),
+                    "largest_difference": float(np.abs(augmented - symmetric).max()),
+                    "kernel_difference": float(difference),
+                }
+            )
+            points += [
+                {"group": name, "kernel": kernel, "augmented": float(one), "averaged": float(other)}
+                for one, other in zip(augmented.ravel(), symmetric.ravel(), strict=True)
+            ]
+    return rows, points
 
 
 def _mean_blocks(orbit: Array, count: int) -> Array:

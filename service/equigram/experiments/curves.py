@@ -7,8 +7,6 @@ of the subset.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +16,11 @@ from numpy.typing import NDArray
 
 from equigram.errors import DataError, ResourceError, SpecError
 from equigram.events import Listener, Progress
+from equigram.experiments.parts import Parts
 from equigram.solve.metrics import accuracy, mean_squared_error
 from equigram.solve.regression import best_of, memory_needed, solve_each
 from equigram.solve.stage import targets_of
-from equigram.tables import write_table, write_whole
+from equigram.tables import write_table
 from equikernel.memory import available_memory, format_bytes
 
 if TYPE_CHECKING:
@@ -87,57 +86,30 @@ def run_curves(
     whole = max(map(len, members))  # of all images there is one subset
     drawn = {size: orders if size < whole else orders[:1] for size in chosen}
     total, done = len(pairs) * sum(map(len, drawn.values())), 0
-    part = folder / "curves.part.json"
-    problem = {
-        "store": info.created,
-        "images": [info.train, info.test],
-        "seed": seed,
-        "ridge": list(ridge),
-    }
-    begun = _begun(part, problem)
+    problem = {"store": info.created, "images": [info.train, info.test], "seed": seed, "ridge": list(ridge)}
+    parts = Parts(folder / "curves.part.json", {**problem, "subsets": subsets})
     rows: list[dict[str, Any]] = []
     for group, kernel in pairs:
         matrices = _Matrices(store, group, kernel, available - needed)
         for size in chosen:
-            for subset, order in enumerate(drawn[size]):
-                listener(Progress("subsets", done, total))
-                images = np.sort(np.concatenate([one[:size] for one in order]))
-                row = begun.get((group, kernel, size, subset))
-                if row is None:
-                    targets = targets_of(labels[images], info.classes)
-                    row = {
-                        "group": group,
-                        "kernel": kernel,
-                        "per_class": size,
-                        "images": len(images),
-                        "subset": subset,
-                        **_score(*matrices.of(images), targets, truth, ridge),
-                    }
-                rows.append(row)
-                done += 1
-            write_whole(part, json.dumps({**problem, "rows": rows, "sha256": _digest(rows)}).encode())
+            name = f"{group} {kernel} {size}"
+            some = parts.get(name)
+            if some is None:
+                some = []
+                for subset, order in enumerate(drawn[size]):
+                    listener(Progress("subsets", done + subset, total))
+                    images = np.sort(np.concatenate([one[:size] for one in order]))
+                    fields = {"group": group, "kernel": kernel, "per_class": size, "images": len(images)}
+                    score = _score(*matrices.of(images), targets_of(labels[images], info.classes), truth, ridge)
+                    some.append({**fields, "subset": subset, **score})
+                parts.keep(name, some)
+            rows += some
+            done += len(some)
     listener(Progress("subsets", total, total))
     write_table(folder / "curves.csv", rows)
-    part.unlink()
+    parts.delete()
     plot.curves(rows, folder / "curves.png")
     return rows
-
-
-def _begun(part: Path, problem: dict[str, Any]) -> dict[tuple[str, str, int, int], dict[str, Any]]:
-    """The rows that an interrupted experiment with the same problem has left."""
-    try:
-        content = json.loads(part.read_text(encoding="utf-8"))
-        rows = content.pop("rows")
-        if content.pop("sha256") != _digest(rows):
-            return {}
-        begun = {(row["group"], row["kernel"], row["per_class"], row["subset"]): row for row in rows}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or damaged
-        return {}
-    return begun if content == problem else {}
-
-
-def _digest(rows: list[dict[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def default_sizes(smallest: int) -> list[int]:
