@@ -826,6 +826,7 @@ def predict(
             values[rows] += cross @ coefficients[first : first + train.count]
             if variances:
                 crosses[rows, first : first + train.count] = cross
+            if variances and index == 0:
                 itself[rows] = getattr(function.diagonal(block)[group], kernel)
             progress((index * len(values) + start + len(cross)) // blocks, len(values))
     warning = next(

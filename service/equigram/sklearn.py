@@ -15,7 +15,6 @@ import contextlib
 import io
 import math
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Any, Self
@@ -101,10 +100,13 @@ class _KernelRegression(BaseEstimator):  # type: ignore[misc]
         from equigram.run import run
         from equigram.spec import JobSpec
 
-        with self._images_of_job() as images:
+        with (
+            tempfile.TemporaryDirectory(prefix="equigram-") as folder,
+            self._images_beside(store := self.store or f"{folder}/run") as images,
+        ):
             spec = JobSpec.parse(
                 {
-                    "store": self.store or images.replace("x.npz", "run"),
+                    "store": store,
                     "data": {"train": images, "normalize": "none"},
                     "network": network.model_dump(exclude={"group"}, exclude_unset=True),
                     "gram": {
@@ -118,29 +120,25 @@ class _KernelRegression(BaseEstimator):  # type: ignore[misc]
                 },
                 source="EquivariantKernel",
             )
-            store = run(spec).store
-            order = [int(re.findall(r"\d+", name)[-1]) for name in store.names("train")]
+            done = run(spec).store
+            order = [int(re.findall(r"\d+", name)[-1]) for name in done.names("train")]
             place = np.argsort(order)
-            return store.matrix("gram", network.group, self.kernel)[np.ix_(place, place)]
+            return done.matrix("gram", network.group, self.kernel)[np.ix_(place, place)]
 
     @contextlib.contextmanager
-    def _images_of_job(self) -> Iterator[str]:
+    def _images_beside(self, store: str) -> Iterator[str]:
         """Where the images lie for a job, which knows them by their place: beside the store, as long as it runs."""
         import fsspec
 
-        folder = None if self.store is not None else tempfile.mkdtemp(prefix="equigram-")
-        place = f"{folder}/x.npz" if self.store is None else f"{self.store.rstrip('/')}.images.npz"
-        content = io.BytesIO()
+        place, content = f"{store.rstrip('/')}.images.npz", io.BytesIO()
         np.savez(content, x_train=self.images_)
         fs, path = fsspec.core.url_to_fs(place)
+        fs.makedirs(str(path).rpartition("/")[0], exist_ok=True)
+        fs.pipe_file(path, content.getvalue())
         try:
-            fs.makedirs(str(path).rpartition("/")[0], exist_ok=True)
-            fs.pipe_file(path, content.getvalue())
             yield place
         finally:
             fs.rm(path)
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
 
     def _cross(self, images: Array, others: Array | None) -> Array:
         network = self._network()

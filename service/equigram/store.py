@@ -46,6 +46,7 @@ import numpy as np
 from equigram.claim import LOOK, claim, lock
 from equigram.claim import NAME as CLAIM
 from equigram.data import Dataset, Preprocessing, Split
+from equigram.digests import json_sha256
 from equigram.errors import (
     DamagedArrayError,
     DamagedTileError,
@@ -464,7 +465,7 @@ class GramStore:
                 f"{self.url} has store format {attributes.get('format')!r}, this version of equigram reads {FORMAT}; "
                 "use the version of equigram that made it"
             )
-        if attributes.pop("checksum", None) != _checksum(attributes):
+        if attributes.pop("checksum", None) != json_sha256(attributes):
             raise StoreError(
                 f"{self.url}: the attributes in zarr.json are damaged, or were edited: their checksum differs; restore "
                 "the file, or delete the store and run again"
@@ -993,10 +994,14 @@ class GramStore:
 
     def has_solution(self, group: str, kernel: str) -> bool:
         """Whether a solution is stored completely."""
-        return self._solution_attributes(group, kernel) is not None
+        return self.solution_attributes(group, kernel) is not None
 
-    def _solution_attributes(self, group: str, kernel: str) -> dict[str, Any] | None:
-        """Those of a solution; ``None`` where there is none."""
+    def solution_attributes(self, group: str, kernel: str) -> dict[str, Any] | None:
+        """Those of a solution, without reading its arrays; ``None`` where there is none.
+
+        Raises:
+          DamagedArrayError: they are damaged.
+        """
         with self._storage("read the solution"):
             try:
                 document = json.loads(self._call("cat_file", f"{self._place[1]}/solution/{group}/{kernel}/zarr.json"))
@@ -1007,7 +1012,7 @@ class GramStore:
         fields = document.get("attributes") if isinstance(document, dict) else None
         if fields == {}:
             return None  # an interrupted solver stage
-        if not isinstance(fields, dict) or fields.pop("checksum", None) != _checksum(fields):
+        if not isinstance(fields, dict) or fields.pop("checksum", None) != json_sha256(fields):
             raise DamagedArrayError(f"{self.url}: the solution of {group} {kernel} is damaged; {SOLVE_AGAIN}")
         return fields
 
@@ -1018,7 +1023,7 @@ class GramStore:
           IncompleteRunError: there is none.
           DamagedArrayError: it is damaged.
         """
-        fields = self._solution_attributes(group, kernel)
+        fields = self.solution_attributes(group, kernel)
         if fields is None:
             raise IncompleteRunError(
                 f"{self.url} has no solution for {group} {kernel}; finish it with `equigram run JOB.yaml`"
@@ -1477,12 +1482,6 @@ def _sha256(values: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
 
 
-def _checksum(attributes: Mapping[str, Any]) -> str:
-    """SHA-256 of attributes as JSON stores them."""
-    text = json.dumps(json.loads(json.dumps(attributes)), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _is_unfinished(attributes: Mapping[str, Any]) -> bool:
     """Whether attributes are those of an interrupted creation, and not damaged ones of a run."""
     return attributes.get("state") == "preparing" and _signed(attributes) == attributes
@@ -1491,7 +1490,7 @@ def _is_unfinished(attributes: Mapping[str, Any]) -> bool:
 def _signed(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Attributes with their checksum."""
     fields = {name: value for name, value in attributes.items() if name != "checksum"}
-    return {**fields, "checksum": _checksum(fields)}
+    return {**fields, "checksum": json_sha256(fields)}
 
 
 def _arrays_of(split: Split) -> dict[str, NDArray[Any]]:

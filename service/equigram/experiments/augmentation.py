@@ -67,11 +67,10 @@ def run_augmentation(
     labels = store.labels("train")
     if labels is None or not info.test:
         raise DataError(f"{store.url} has no labels, or no test images, with which regressions could be compared")
+    square = info.image_shape[0] == info.image_shape[1]
     for name in names:
         if not groups.is_group(name) or not groups.on_grid(name):
             raise SpecError(f"group {name!r} does not map pixels to pixels; choose of C2, C4, D1, D2 and D4")
-    square = info.image_shape[0] == info.image_shape[1]
-    for name in names:
         if not (square or groups.keeps_rectangles(name)):
             raise SpecError(f"group {name!r} turns images by 90 degrees, which needs square ones; choose C2, D1 or D2")
     some = np.unique(np.linspace(0, info.train - 1, min(info.train, images)).astype(int))

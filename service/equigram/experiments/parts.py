@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from equigram.digests import json_sha256
 from equigram.tables import write_whole
 
 
@@ -23,7 +23,7 @@ class Parts:
         self._parts: dict[str, Any] = {}
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if content["sha256"] == _digest(content["parts"]) and content["problem"] == self._problem:
+            if content["sha256"] == json_sha256(content["parts"]) and content["problem"] == self._problem:
                 self._parts = dict(content["parts"])
         except (OSError, ValueError, LookupError, TypeError):  # none, or damaged
             pass
@@ -39,13 +39,9 @@ class Parts:
           StoreError: the file cannot be written.
         """
         self._parts[name] = part
-        content = {"problem": self._problem, "parts": self._parts, "sha256": _digest(self._parts)}
+        content = {"problem": self._problem, "parts": self._parts, "sha256": json_sha256(self._parts)}
         write_whole(self._path, json.dumps(content).encode())
 
     def delete(self) -> None:
         """Forget all: the table is written."""
         self._path.unlink(missing_ok=True)
-
-
-def _digest(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -117,6 +117,7 @@ def run_trainability(spec: Trainability, folder: Path, listener: Listener) -> li
         listener(Progress("networks", index, len(points)))
         row = done.get((group, depth, weight, bias))
         if row is None:
+            fresh += 1
             row = {
                 "group": group,
                 "depth": depth,
@@ -126,7 +127,6 @@ def run_trainability(spec: Trainability, folder: Path, listener: Listener) -> li
                 **settings,
             }
         rows.append(row)
-        fresh += points[index] not in done
         if fresh == KEPT:
             _write(path, done, rows)
             fresh = 0
@@ -144,7 +144,8 @@ def _write(
     path: Path, done: dict[tuple[str, int, float, float], dict[str, Any]], rows: Sequence[dict[str, Any]]
 ) -> None:
     """Write a table of the rows, and of those that were there before."""
-    write_table(path, [*rows, *(row for key, row in done.items() if key not in set(map(_key, rows)))])
+    written = set(map(_key, rows))
+    write_table(path, [*rows, *(row for key, row in done.items() if key not in written)])
 
 
 def _measured(

@@ -157,20 +157,19 @@ def solve_iteratively(
         residual = values - _product(operator, ridge, scaled)  # what the steps carry along is rounded
     condition = _condition(preconditioner, ridge, scaled, values - residual)
     scaled, residual = np.ascontiguousarray(scaled[:, :columns]), residual[:, :columns]
-    relative = float(np.linalg.norm(residual)) / size if size else 0.0
-    if relative <= tolerance:
-        return finish(operator.dtype, operator.scale, targets, ridge, scaled, residual=residual, condition=condition)
-    more = "take more steps (solve.steps), a higher rank (solve.rank) or a larger ridge"
-    if taken < steps:
-        more = f"rounding allows no less: take a larger tolerance or ridge{advice_on_dtype(operator.dtype)}"
-    warning = (
-        f"with ridge {ridge:g} conjugate gradients stopped after {taken} steps at a residual of {relative:.1e}, above "
-        f"the tolerance {tolerance:g}; the condition number is {condition:.1e} or more; {more}"
-    )
-    if not relative <= USABLE:
-        raise SolverError(warning)
+    relative, warning = float(np.linalg.norm(residual)) / size if size else 0.0, None
+    if not relative <= tolerance:
+        more = "take more steps (solve.steps), a higher rank (solve.rank) or a larger ridge"
+        if taken < steps:
+            more = f"rounding allows no less: take a larger tolerance or ridge{advice_on_dtype(operator.dtype)}"
+        warning = (
+            f"with ridge {ridge:g} conjugate gradients stopped after {taken} steps at a residual of {relative:.1e}, "
+            f"above the tolerance {tolerance:g}; the condition number is {condition:.1e} or more; {more}"
+        )
+        if not relative <= USABLE:
+            raise SolverError(warning)
     solution = finish(operator.dtype, operator.scale, targets, ridge, scaled, residual=residual, condition=condition)
-    return dataclasses.replace(solution, warning=warning, converged=False)
+    return solution if warning is None else dataclasses.replace(solution, warning=warning, converged=False)
 
 
 def _steps(

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from equigram.digests import json_sha256
 from equigram.errors import DamagedArrayError, DataError, ResourceError, SolverError, SpecError, StoreError
 from equigram.events import Listener, Progress
 from equigram.plan import Tile
@@ -246,10 +246,9 @@ def kernel_function(store: GramStore, group: str, kernel: str) -> KernelFunction
     return KernelFunction(info.spec.network, (group,), info.spec.engine_for(together), info.spec.gram.dtype)
 
 
-def _asked(spec: SolveSpec) -> str:
-    """SHA-256 of what a job asks for, wherever it is solved."""
-    fields = spec.model_dump(mode="json", exclude={"memory", "kernels"})
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+def _asked(spec: SolveSpec) -> dict[str, Any]:
+    """What a job asks for, wherever it is solved, as JSON."""
+    return spec.model_dump(mode="json", exclude={"memory", "kernels"})
 
 
 def solved_matrices(store: GramStore) -> list[tuple[str, str]]:
@@ -260,11 +259,10 @@ def solved_matrices(store: GramStore) -> list[tuple[str, str]]:
     """
     spec, found = store.info.spec, list[tuple[str, str]]()
     for group, kernel in itertools.product(spec.gram.groups, spec.solved_kernels or spec.gram.kernels):
-        if store.has_solution(group, kernel):
-            _, attributes = store.solution(group, kernel)
-            same = spec.solve is None or attributes.get("asked") == _asked(spec.solve)
-            if same and attributes.get("version") == VERSION:
-                found.append((group, kernel))
+        attributes = store.solution_attributes(group, kernel) or {}
+        same = spec.solve is None or attributes.get("asked") == json_sha256(_asked(spec.solve))
+        if same and attributes.get("version") == VERSION:
+            found.append((group, kernel))
     return found
 
 
@@ -336,14 +334,13 @@ class _Stage:
 
     def _inputs(self) -> str:
         """SHA-256 of all that decides the results."""
-        spec = self._spec.model_dump(mode="json", exclude={"memory", "kernels"})
-        fields = {**spec, "method": self._method, "seed": self._info.spec.data.seed, "sha256": self._info.sha256}
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        info = self._info
+        asked = {**_asked(self._spec), "method": self._method}
+        return json_sha256({**asked, "seed": info.spec.data.seed, "sha256": info.sha256})
 
     def _problem(self) -> str:
         """SHA-256 of what all regressions are about, however they are done."""
-        fields = {"seed": self._info.spec.data.seed, "sha256": self._info.sha256}
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        return json_sha256({"seed": self._info.spec.data.seed, "sha256": self._info.sha256})
 
     def solve(self) -> list[Result]:
         """Solve, and store it."""
@@ -368,7 +365,7 @@ class _Stage:
                 "chosen": best,
                 "inverse_temperature": beta,
                 "inputs": self._inputs(),
-                "asked": _asked(self._spec),
+                "asked": json_sha256(_asked(self._spec)),
                 "solutions": [dataclasses.asdict(result) for result in results],
             },
         )
