@@ -52,7 +52,7 @@ lock: $(UV)  ## renew the locks; excludes.txt keeps TensorFlow out
 	  --excludes excludes.txt pyproject.toml --extra s3 --extra cluster --extra cuda -c requirements.txt --upgrade \
 	  -o requirements-cuda.txt
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
-	  --excludes excludes.txt pyproject.toml --extra s3 --group dev -c requirements.txt --upgrade -o requirements-dev.txt
+	  --excludes excludes.txt pyproject.toml --extra s3 --extra service --group dev -c requirements.txt --upgrade -o requirements-dev.txt
 
 clean:          ## remove the environment and everything generated
 	rm -rf $(VENV) .uv runs plots examples/data .mypy_cache .ruff_cache .pytest_cache .hypothesis

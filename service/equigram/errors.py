@@ -104,3 +104,47 @@ class SolverError(EquigramError, ArithmeticError):
     def __init__(self, message: str, images: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.images = images
+
+
+class ServiceError(EquigramError, ConnectionError):
+    """The service does not answer, or not as one of equigram does."""
+
+    exit_code = 4
+
+
+class AuthenticationError(EquigramError, PermissionError):
+    """The service does not know the token, or its scope does not allow what is asked for."""
+
+    exit_code = 4
+
+
+class JobNotFoundError(EquigramError, LookupError):
+    """The service has no such job, or the job has no such thing."""
+
+    exit_code = 2
+
+
+class ConflictError(EquigramError, ValueError):
+    """The job is not in a state that allows what is asked for, or another job has its name."""
+
+    exit_code = 2
+
+
+class LimitError(EquigramError, ValueError):
+    """More is asked for than the service allows."""
+
+    exit_code = 2
+
+
+class ForbiddenUrlError(SpecError, PermissionError):
+    """The service does not allow jobs to read or write there."""
+
+
+class JobFailedError(EquigramError, RuntimeError):
+    """The job that was waited for failed; what it had finished is kept."""
+
+
+class JobCancelledError(EquigramError, RuntimeError):
+    """The job that was waited for was cancelled, or is incomplete; what it had finished is kept."""
+
+    exit_code = 3
