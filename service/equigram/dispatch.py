@@ -25,7 +25,16 @@ from equigram.errors import (
     StoreMismatchError,
     TileFailedError,
 )
-from equigram.events import Listener, TileCopied, TileFailed, TileFinished, TileStarted, WorkerLost, WorkerStarted
+from equigram.events import (
+    Listener,
+    TileCopied,
+    TileFailed,
+    TileFinished,
+    TileStarted,
+    WorkerLost,
+    WorkerReleased,
+    WorkerStarted,
+)
 from equikernel.errors import EquikernelError, MemoryLimitError
 
 if TYPE_CHECKING:
@@ -96,6 +105,9 @@ class Executor(Protocol):
     def capacity(self) -> int:
         """How many workers there should be now."""
 
+    def limit(self) -> int | None:
+        """How many workers there may be at most now; the rest is let go. ``None``: the run need not share."""
+
     def start(self) -> int:
         """Begin to start a worker; its number, one after the other from 0."""
 
@@ -150,6 +162,8 @@ class _Worker:
     """The tiles that it holds, the oldest first, and since when it may be at each."""
     strip: deque[Tile] = field(default_factory=deque)
     """Tiles that are meant for it."""
+    leaving: bool = False
+    """It is given no more tiles, and ends when it has finished those that it holds."""
 
 
 class Dispatcher:
@@ -210,6 +224,8 @@ class Dispatcher:
                 if now - looked >= LOOK_SECONDS:
                     looked, self._target = now, max(self._executor.capacity(), 1)
                     self._replace_hung(now)
+                    self._share()
+                self._let_leave()
                 self._read_ahead()
                 if not (self._waiting or self._holders or self._again):
                     return
@@ -249,6 +265,33 @@ class Dispatcher:
             number = self._executor.start()
             self._starting += 1
             self._workers[number] = _Worker(number, now)
+
+    def _share(self) -> None:
+        """Choose the workers that leave, where there are more than there may be: those with the fewest tiles."""
+        limit = self._executor.limit()
+        surplus = 0 if limit is None else max(0, len(self._workers) - max(limit, 1))
+        by_tiles = sorted(self._workers.values(), key=lambda worker: (worker.ready, len(worker.tiles)))
+        for place, worker in enumerate(by_tiles):
+            worker.leaving = place < surplus
+            if worker.leaving and worker.strip:
+                self._next.appendleft(worker.strip)
+                worker.strip = deque()
+            self._offer(worker)
+
+    def _let_leave(self) -> None:
+        """End the workers that leave and hold no tile any more."""
+        for worker in [one for one in self._workers.values() if one.leaving and not one.tiles]:
+            del self._workers[worker.number]
+            self._starting -= not worker.ready
+            self._executor.stop(worker.number)
+            self._tell(WorkerReleased(worker.number))
+
+    def _offer(self, worker: _Worker) -> None:
+        """Have a worker among those that are given tiles if it may have some."""
+        if worker.ready and not worker.leaving and len(worker.tiles) < TILES_IN_FLIGHT:
+            self._open[worker] = None
+        else:
+            self._open.pop(worker, None)
 
     def _hand_out(self, now: float) -> None:
         """Fill up the workers, the emptiest first."""
@@ -296,8 +339,7 @@ class Dispatcher:
             worker.heard = now
         worker.tiles[tile] = now
         self._holders.setdefault(tile, []).append(worker)
-        if len(worker.tiles) == TILES_IN_FLIGHT:
-            del self._open[worker]
+        self._offer(worker)
         self._executor.submit(worker.number, tile)
 
     def _patience(self, now: float) -> float:
@@ -318,7 +360,7 @@ class Dispatcher:
                 worker.ready = True
                 self._starting -= 1
                 self._failed_starts = 0
-                self._open[worker] = None
+                self._offer(worker)
                 self._tell(WorkerStarted(number, place, processor))
             case Done(number, tile, report):
                 self._let_go(worker, tile, now)
@@ -350,7 +392,7 @@ class Dispatcher:
     def _let_go(self, worker: _Worker, tile: Tile, now: float) -> None:
         """A worker has nothing to do with a tile any more, and may be at its next one."""
         del worker.tiles[tile]
-        self._open[worker] = None
+        self._offer(worker)
         for following in worker.tiles:
             worker.tiles[following] = now
 

@@ -18,7 +18,7 @@ import time
 import traceback
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from equigram.dispatch import CAPACITY_SECONDS, TILES_IN_FLIGHT, Died, Done, Failed, Started, sentence
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from equigram.store import GramStore
 
 T = TypeVar("T")
+
+Share: TypeAlias = Callable[[], tuple[float, float]]
+"""Tells which part of a cluster's workers a run may have now, as an interval of 0 to 1; other runs have the rest."""
 
 CONNECT_SECONDS = 5.0
 """How long the machine at a cluster's address may take to accept a connection."""
@@ -217,6 +220,15 @@ def fitting_workers(resources: ResourceSpec, memory: int) -> int:
     )
 
 
+def shared_workers(begin: float, end: float, workers: int) -> int:
+    """How many of a cluster's workers lie in an interval of 0 to 1; one at least.
+
+    >>> [shared_workers(begin, begin + 1 / 3, 8) for begin in (0, 1 / 3, 2 / 3)]
+    [2, 3, 3]
+    """
+    return max(1, int(end * workers + 1e-9) - int(begin * workers + 1e-9))
+
+
 def target_workers(resources: ResourceSpec, memory: int) -> int:
     """How many workers of ``memory`` bytes the connected cluster should be asked for now.
 
@@ -378,6 +390,7 @@ class OnRay:
       groups: those of the pass.
       memory: bytes that each worker may need; Ray places them accordingly.
       actor: what computes the tiles.
+      share: tells which part of the cluster the run may have now; ``None`` if it need not share.
     """
 
     def __init__(
@@ -387,7 +400,9 @@ class OnRay:
         groups: tuple[str, ...],
         memory: int,
         actor: type[TileActor] = TileActor,
+        share: Share | None = None,
     ) -> None:
+        self._share = share
         self._store = store
         self._actor = actor
         self._spec = spec
@@ -417,7 +432,16 @@ class OnRay:
         """How many workers there should be now."""
         if self._spec.resources.address is None:
             check_local_cluster()
-        return target_workers(self._spec.resources, self._memory)
+        limit = self.limit()
+        target = target_workers(self._spec.resources, self._memory)
+        return target if limit is None else min(target, limit)
+
+    def limit(self) -> int | None:
+        """How many workers there may be at most now: the share of those that the cluster holds, and one at least."""
+        begin, end = (0.0, 1.0) if self._share is None else self._share()
+        if (begin, end) == (0.0, 1.0):
+            return None
+        return shared_workers(begin, end, fitting_workers(self._spec.resources, self._memory))
 
     def start(self) -> int:
         """Ask Ray for an actor."""

@@ -80,6 +80,13 @@ class WorkerLost(Event):
 
 
 @dataclass(frozen=True)
+class WorkerReleased(Event):
+    """A worker ended because the run has more workers than its share of the cluster; it had finished its tiles."""
+
+    worker: int
+
+
+@dataclass(frozen=True)
 class TileStarted(Event):
     """A tile was handed to a worker, which may have another one to finish first."""
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from equigram.solve.stage import Result
     from equigram.store import GramStore
 
-SPECTRUM_IMAGES = 4000
-"""Training images that a spectrum is computed from at most, evenly spread: eigenvalues cost n³."""
+DRAWN_IMAGES = 4000
+"""Training images that a heat map and a spectrum show at most, evenly spread: eigenvalues cost n³."""
 
 
 def draw_run(store: GramStore, folder: str | Path) -> list[Path]:
@@ -47,6 +47,8 @@ def draw_run(store: GramStore, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     labels, test_labels = store.labels("train"), store.labels("test") if info.test else None
     class_labels = labels if info.classes is not None else None
+    some = np.unique(np.linspace(0, info.train - 1, min(info.train, DRAWN_IMAGES)).astype(int))
+    count = "the " if len(some) == info.train else f"{len(some):,} of {info.train:,} "
     written = []
     solved = solved_matrices(store)
     spectra = {}
@@ -54,12 +56,12 @@ def draw_run(store: GramStore, folder: str | Path) -> list[Path]:
     for group in info.spec.gram.groups:
         for kernel in info.spec.gram.kernels:
             name = f"{group} {kernel.upper()}"
-            gram = store.matrix("gram", group, kernel)
+            gram = store.matrix("gram", group, kernel, some, some)
             path = folder / f"gram-{group}-{kernel}.png"
-            title = f"{name}: correlations of the training images"
-            written.append(plot.gram_heatmap(_correlations(gram), class_labels, info.classes, title, path))
-            some = np.unique(np.linspace(0, len(gram) - 1, min(len(gram), SPECTRUM_IMAGES)).astype(int))
-            spectra[name] = np.linalg.eigvalsh(gram[np.ix_(some, some)].astype(np.float64))
+            title = f"{name}: correlations of {count}training images"
+            some_labels = None if class_labels is None else class_labels[some]
+            written.append(plot.gram_heatmap(_correlations(gram), some_labels, info.classes, title, path))
+            spectra[name] = np.linalg.eigvalsh(gram.astype(np.float64))
             if class_labels is None or test_labels is None or (group, kernel) not in solved:
                 continue
             arrays, fields = store.solution(group, kernel)

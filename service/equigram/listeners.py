@@ -22,6 +22,7 @@ from equigram.events import (
     TileFailed,
     TileFinished,
     WorkerLost,
+    WorkerReleased,
     WorkerStarted,
 )
 
@@ -154,6 +155,8 @@ class Metrics:
                 self._ready.clear()
             case WorkerStarted():
                 self._ready.add(event.worker)
+            case WorkerReleased():
+                self._ready.discard(event.worker)
             case WorkerLost():
                 self._ready.discard(event.worker)
                 self._lost.inc()

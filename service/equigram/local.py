@@ -32,6 +32,10 @@ class InProcess:
         """One."""
         return 1
 
+    def limit(self) -> int | None:
+        """None: this process shares with nobody."""
+        return None
+
     def start(self) -> int:
         """Be ready at once."""
         number, self._started = self._started, self._started + 1

@@ -202,6 +202,21 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def colors(values: NDArray[np.floating[Any]], low: float, high: float) -> NDArray[np.uint8]:
+    """The colours of a heat map, without axes: ``(rows, cols, 4)``, clear where a value is not finite.
+
+    Args:
+      values: ``(rows, cols)``.
+      low, high: the values at the ends of the colours.
+    """
+    from matplotlib import colormaps
+
+    scaled = (np.asarray(values, dtype=np.float64) - low) / (high - low if high > low else 1.0)
+    found: NDArray[np.uint8] = colormaps["viridis"](np.ma.masked_invalid(scaled), bytes=True)
+    found[~np.isfinite(values), 3] = 0
+    return found
+
+
 def _color_map(name: str) -> Any:
     from matplotlib import colormaps
 

@@ -20,7 +20,7 @@ from equigram.claim import alive
 from equigram.data import Split, Survey, fingerprint, load_dataset, load_images, load_more, survey
 from equigram.data.sources import some
 from equigram.dispatch import Dispatcher
-from equigram.driver import OnRay, check_address, check_room, on_a_worker, ray_session, target_workers
+from equigram.driver import OnRay, Share, check_address, check_room, on_a_worker, ray_session, target_workers
 from equigram.errors import (
     DamagedTileError,
     DataError,
@@ -112,6 +112,10 @@ class Finished:
     results: tuple[Result, ...]
 
 
+def everything(found: Survey) -> None:
+    """Allow any number of images of any size."""
+
+
 def run(spec: JobSpec, listener: Listener = nobody) -> Finished:
     """Do everything that the job asks for and the store does not hold yet.
 
@@ -128,8 +132,15 @@ def run(spec: JobSpec, listener: Listener = nobody) -> Finished:
     return finish(store, spec, listener, costs)
 
 
-def prepare(spec: JobSpec, listener: Listener = nobody) -> tuple[GramStore, dict[Pass, float] | None]:
+def prepare(
+    spec: JobSpec, listener: Listener = nobody, allow: Callable[[Survey], None] = everything
+) -> tuple[GramStore, dict[Pass, float] | None]:
     """The store of a job with its images, made if there is none, and the costs of its pairs where they were measured.
+
+    Args:
+      spec: the job.
+      listener: told of everything.
+      allow: raises where there are more or larger images than there may be; asked before anything is loaded.
 
     Raises: as :func:`run`.
     """
@@ -137,7 +148,7 @@ def prepare(spec: JobSpec, listener: Listener = nobody) -> tuple[GramStore, dict
     check_address(spec.resources)
     if not GramStore.exists(spec.store):
         try:
-            return create_store(spec, listener)
+            return create_store(spec, listener, allow)
         except StoreExistsError:
             listener(Note(f"another driver has made {spec.store} in the meantime; this one goes on from it"))
     store = open_store(spec, listener)
@@ -146,12 +157,18 @@ def prepare(spec: JobSpec, listener: Listener = nobody) -> tuple[GramStore, dict
     return store, None
 
 
-def finish(store: GramStore, spec: JobSpec, listener: Listener, costs: dict[Pass, float] | None = None) -> Finished:
+def finish(
+    store: GramStore,
+    spec: JobSpec,
+    listener: Listener,
+    costs: dict[Pass, float] | None = None,
+    share: Share | None = None,
+) -> Finished:
     """Compute the tiles that a store lacks, and those that turn out to be damaged, and solve.
 
     Args, Raises: as of :func:`compute_tiles` and :func:`run`.
     """
-    compute_tiles(store, spec, listener, costs)
+    compute_tiles(store, spec, listener, costs, share)
     try:
         results = solve(store, spec, listener)
     except DamagedTileError:
@@ -199,9 +216,12 @@ def _short(fact: int | str | None) -> str:
     return f"{fact:,}" if isinstance(fact, int) else str(fact)[:12]
 
 
-def create_store(spec: JobSpec, listener: Listener) -> tuple[GramStore, dict[Pass, float]]:
+def create_store(
+    spec: JobSpec, listener: Listener, allow: Callable[[Survey], None]
+) -> tuple[GramStore, dict[Pass, float]]:
     """A new store with the images of a job, after everything that can be refused was; and the costs of its pairs."""
     found = look_at_images(spec)
+    allow(found)
     GramStore(spec.store).check_writable()
     plan = make_plan(spec, found, None, listener)
     check_disk(spec, plan)
@@ -463,7 +483,13 @@ def measured_size(
     return min(height, side), min(width, side)
 
 
-def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener, costs: dict[Pass, float] | None = None) -> None:
+def compute_tiles(
+    store: GramStore,
+    spec: JobSpec,
+    listener: Listener,
+    costs: dict[Pass, float] | None = None,
+    share: Share | None = None,
+) -> None:
     """Compute the tiles that are missing, pass by pass, on Ray or, where that is faster, in this process.
 
     Args:
@@ -471,6 +497,7 @@ def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener, costs: di
       spec: its job, which may name other resources than the store does.
       listener: told of everything.
       costs: the cost of a pair in each pass on one worker, where it is known already.
+      share: tells which part of the cluster the run may have now; ``None`` if it need not share.
     """
     info, tiling, resources = store.info, store.info.tiling, spec.resources
     finished = {one: (part, part.finished_tiles(tidy=True)) for one, part in store.passes()}
@@ -497,7 +524,9 @@ def compute_tiles(store: GramStore, spec: JobSpec, listener: Listener, costs: di
         warn_of_another_driver(store, listener)
         listener(Progress("pairs", done, total))
         for one, (part, tiles) in left.items():
-            executor: Executor = _here(part, spec, one) if here else OnRay(part, spec, one.groups, memory[one])
+            executor: Executor = (
+                _here(part, spec, one) if here else OnRay(part, spec, one.groups, memory[one], share=share)
+            )
             for report in _compute_pass(store, tiles, executor, resources, listener):
                 done += report.pairs
                 listener(Progress("pairs", done, total))

@@ -36,6 +36,7 @@ class Simulated:
       tile_seconds: how long a worker computes a tile.
       workers: how many there should be at a time.
       fault: what happens to a worker at a tile, halfway.
+      limit: how many workers there may be at most at a time.
       start_seconds: from asking for a worker until it is ready.
       submit_seconds, answer_seconds: what the driver takes to hand out a tile, and to take an answer.
       write_seconds: from a computed tile to the answer; meanwhile the next one is computed.
@@ -47,12 +48,14 @@ class Simulated:
         workers: Callable[[float], int],
         fault: Callable[[int, Tile], Fault] = lambda worker, tile: None,
         *,
+        limit: Callable[[float], int | None] = lambda now: None,
         start_seconds: float = 1.0,
         submit_seconds: float = 0.0,
         answer_seconds: float = 0.0,
         write_seconds: float = 0.0,
     ) -> None:
         self._tile_seconds, self._workers, self._fault = tile_seconds, workers, fault
+        self._limit = limit
         self._start_seconds, self._write_seconds = start_seconds, write_seconds
         self._submit_seconds, self._answer_seconds = submit_seconds, answer_seconds
         self._machines: list[_Machine] = []
@@ -69,6 +72,10 @@ class Simulated:
     def capacity(self) -> int:
         """How many workers there should be now."""
         return self._workers(self._clock)
+
+    def limit(self) -> int | None:
+        """How many workers there may be at most now."""
+        return self._limit(self._clock)
 
     def start(self) -> int:
         """A worker that is ready after a while, if there is room for it."""

@@ -21,7 +21,7 @@ from equigram.errors import (
     StoreMismatchError,
     TileFailedError,
 )
-from equigram.events import Event, TileCopied, TileFailed, TileFinished, WorkerLost, WorkerStarted
+from equigram.events import Event, TileCopied, TileFailed, TileFinished, WorkerLost, WorkerReleased, WorkerStarted
 from equigram.plan import Tile, Tiling
 from equigram.simulated import Fault, Simulated
 from equikernel import ImageError, NonFiniteKernelError
@@ -129,6 +129,35 @@ def test_workers_that_join_are_used_and_those_that_leave_are_not_missed() -> Non
     assert len(of(events, WorkerLost)) == 2
     assert not of(events, TileFailed)  # a node that leaves is no fault of its tiles
     assert executor.now() < 100 + 60 + len(tiling) / 10
+
+
+def test_a_run_lets_workers_go_when_its_share_shrinks_and_takes_them_back_when_it_grows() -> None:
+    share = {0: 4, 50: 1, 150: 3}
+
+    def most(now: float) -> int:
+        return next(count for since, count in reversed(share.items()) if now >= since)
+
+    tiling = Tiling(train=30, test=0, edge=1)
+    executor = Simulated(equal(), most, limit=most)
+    events = run(tiling, executor)
+    released = of(events, WorkerReleased)
+    assert len(released) == 3
+    assert len(of(events, WorkerStarted)) == 4 + 2
+    assert not of(events, WorkerLost)
+    assert not of(events, TileFailed)
+    assert len(executor.computed) <= len(tiling) + 2  # what the released ones held was finished by them
+    # 4 workers until the first look after 50 s, 1 until that after 150 s, then 3
+    assert executor.now() == pytest.approx(150 + (len(tiling) - 4 * 50 - 100) / 3, abs=25)
+
+
+@settings(deadline=None, max_examples=50)
+@given(tilings, st.lists(st.integers(1, 6), min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_every_tile_is_computed_once_whatever_share_a_run_has(tiling: Tiling, shares: list[int], random: Any) -> None:
+    def most(now: float) -> int:
+        return shares[int(now // 15) % len(shares)]
+
+    executor = Simulated(lambda worker, tile: random.uniform(0.5, 20), most, limit=most)
+    assert not of(run(tiling, executor, hung_after=1000), WorkerLost)
 
 
 def test_a_hung_worker_is_replaced() -> None:

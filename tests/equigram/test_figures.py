@@ -116,7 +116,7 @@ def test_the_spectrum_is_that_of_the_stored_matrix(tmp_path: Path, drawn: dict[s
 def test_the_spectrum_of_many_images_is_that_of_some(
     tmp_path: Path, drawn: dict[str, tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figures, "SPECTRUM_IMAGES", 5)
+    monkeypatch.setattr(figures, "DRAWN_IMAGES", 5)
     draw_run(make_run(tmp_path), tmp_path)
     assert len(drawn["spectrum.png"][0]["C4 NTK"]) == 5
 

@@ -1,0 +1,173 @@
+"""The driver of a job: a process of its own, which Ray starts, and which needs no service.
+
+    python -m equigram.api.drive ROOT JOB ATTEMPT --max-images 200000
+
+It does what ``equigram run`` does, keeps its events and how it ended where the service finds them, and draws the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from equigram.api.journal import Journal
+from equigram.api.models import ErrorDetail, TileCounts
+from equigram.api.records import Outcome, Records, now, spec_to_run
+from equigram.errors import EquigramError, LimitError, StoreError
+from equigram.events import Listener, Note, Progress
+from equigram.figures import draw_run
+from equigram.run import finish, prepare
+from equigram.solve.stage import Result, solved_matrices, stored_results
+from equigram.storage import configure
+from equigram.store import GramStore
+from equikernel.errors import EquikernelError
+
+if TYPE_CHECKING:
+    from equigram.data import Survey
+
+SHARE_SECONDS = 5.0
+"""Time between two looks at the share of the job."""
+
+NO_REDIRECTS = {protocol: {"allow_redirects": False} for protocol in ("http", "https")}
+"""A server that jobs may read from must not send them to one that they may not."""
+
+
+class _Terminated(BaseException):
+    """SIGTERM: the job was cancelled, or its machine is to go."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a job, and keep how it ended."""
+    parser = argparse.ArgumentParser(prog="python -m equigram.api.drive", description="The driver of a job.")
+    parser.add_argument("root")
+    parser.add_argument("job")
+    parser.add_argument("attempt", type=int)
+    parser.add_argument("--max-images", type=int, required=True)
+    given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    began = now()
+    records = Records(given.root)
+    outcome = Outcome(state="terminated", ended=now())
+    try:
+        with Journal(records.attempt(given.job, given.attempt)) as journal:
+            store = _drive(records, given.job, given.max_images, journal)
+            outcome = success(store)
+    except _Terminated:
+        outcome = Outcome(state="terminated", ended=now())
+    except (EquigramError, EquikernelError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        outcome = failure(error)
+    except Exception as error:
+        traceback.print_exc()
+        outcome = failure(EquigramError(f"an error that nobody expected, {type(error).__name__}: see the log"))
+    records.end(given.job, given.attempt, outcome.model_copy(update={"began": began}))
+    return 0 if outcome.state == "done" else 1
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
+def _drive(records: Records, job: str, most: int, listener: Listener) -> GramStore:
+    """Do everything that a job asks for, and draw it."""
+    record = records.record(job)
+    if record is None:
+        raise StoreError(f"{records.root} has no job {job}; it was deleted")
+    spec = spec_to_run(record, records.root)
+    configure(NO_REDIRECTS)
+
+    def allow(found: Survey) -> None:
+        count = found.train + found.test
+        if count > most:
+            raise LimitError(
+                f"{job} has {count:,} images, and the service allows {most:,}; take fewer (data.per_class), or ask its "
+                "operator for more (equigram serve --max-images)"
+            )
+
+    store, costs = prepare(spec, listener, allow)
+    finished = finish(store, spec, listener, costs, _Share(records, job))
+    _draw(records, job, finished.store, listener)
+    return finished.store
+
+
+class _Share:
+    """The job's part of the cluster, as the service has told it; all of it until it tells."""
+
+    def __init__(self, records: Records, job: str) -> None:
+        self._records, self._job = records, job
+        self._looked, self._share = float("-inf"), (0.0, 1.0)
+
+    def __call__(self) -> tuple[float, float]:
+        if time.monotonic() - self._looked > SHARE_SECONDS:
+            self._looked = time.monotonic()
+            try:
+                share = self._records.share(self._job)
+            except StoreError:  # later
+                return self._share
+            self._share = (0.0, 1.0) if share is None else (share.begin, share.end)
+        return self._share
+
+
+def _draw(records: Records, job: str, store: GramStore, listener: Listener) -> None:
+    """Draw the figures of a finished run beside its record; where that fails, the run is done all the same."""
+    listener(Progress("drawing figures", 0, 1))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            draw_run(store, folder)
+            for file in sorted(Path(folder).iterdir()):
+                records.figures(job).put(file.name, file)
+    except (EquigramError, EquikernelError, OSError, MemoryError) as error:
+        listener(Note(f"the figures could not be drawn: {error}"))
+
+
+def failure(error: Exception) -> Outcome:
+    """The outcome of a driver that ends with an error."""
+    return Outcome(state="failed", ended=now(), error=ErrorDetail(type=type(error).__name__, message=str(error)))
+
+
+def success(store: GramStore) -> Outcome:
+    """The outcome of a driver that has done everything, with what a list of jobs says of the run."""
+    info = store.info
+    results = [one for pair in solved_matrices(store) for one in stored_results(store, *pair)]
+    return Outcome(
+        state="done",
+        ended=now(),
+        train=info.train,
+        test=info.test,
+        counts=tile_counts(store),
+        headline=headline(results),
+    )
+
+
+def tile_counts(store: GramStore) -> TileCounts:
+    """Tiles and pairs of all passes, from a listing of the store."""
+    tiling = store.info.tiling
+    done = [part.finished_tiles() for _, part in store.passes()]
+    return TileCounts(
+        tiles=len(done) * len(tiling),
+        finished=sum(map(len, done)),
+        pairs=len(done) * tiling.total_pairs,
+        finished_pairs=sum(one.pairs for one in done),
+    )
+
+
+def headline(results: list[Result]) -> str | None:
+    """The best result of those with all training images, in words."""
+    whole = [one for one in results if one.chosen and one.train_size is None]
+    if accurate := [one for one in whole if one.accuracy is not None]:
+        best = max(accurate, key=lambda one: one.accuracy or 0.0)
+        return f"accuracy {best.accuracy:.1%} ({best.group} {best.kernel})"
+    if measured := [one for one in whole if one.mean_squared_error is not None]:
+        best = min(measured, key=lambda one: one.mean_squared_error or 0.0)
+        return f"mean squared error {best.mean_squared_error:.3g} ({best.group} {best.kernel})"
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
