@@ -324,6 +324,14 @@ def _add_results(app: FastAPI) -> None:
         """Predictions for the test images; of the last matrix that was solved unless one is named."""
         return predictions(store, group, kernel, confused=sort == "confused", offset=offset, limit=limit)
 
+    @app.get("/jobs/{name}/images/{split}/{index}.png", response_class=Response)
+    def image(store: Store, split: SplitName, index: Annotated[int, InPath(ge=0, le=10**9)]) -> Response:
+        """An image as it was before it was normalised."""
+        count = store.info.test if split == "test" else store.info.train
+        if index >= count:
+            raise JobNotFoundError(f"there is no {split} image {index}; there are {count}")
+        return Response(image_picture(store, split, index), media_type="image/png")
+
     @app.get("/jobs/{name}/{part}/{group}/{kernel}", response_class=Response)
     def matrix(
         store: Store, jobs: InJobs, part: Which, group: Group, kernel: Kernel, rows: Window = None, cols: Window = None
@@ -348,14 +356,6 @@ def _add_results(app: FastAPI) -> None:
         content, low, high = gram_picture(store, part, group, kernel, along, across, pixels)
         headers = {"x-minimum": repr(low), "x-maximum": repr(high)}
         return Response(content, media_type="image/png", headers=headers)
-
-    @app.get("/jobs/{name}/images/{split}/{index}.png", response_class=Response)
-    def image(store: Store, split: SplitName, index: Annotated[int, InPath(ge=0, le=10**9)]) -> Response:
-        """An image as it was before it was normalised."""
-        count = store.info.test if split == "test" else store.info.train
-        if index >= count:
-            raise JobNotFoundError(f"there is no {split} image {index}; there are {count}")
-        return Response(image_picture(store, split, index), media_type="image/png")
 
     @app.get("/jobs/{name}/figures/{figure}", response_class=Response)
     def figure(

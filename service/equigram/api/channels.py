@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
+from equigram.api.models import ENDED, State
+
 if TYPE_CHECKING:
     from equigram.api.jobs import Job
     from equigram.api.journal import Entry
@@ -85,9 +87,7 @@ class Channels:
         if new:
             self._send(channel, b"".join(text for _, text in new))
 
-    def _change(self, job: str, state: str) -> None:
-        from equigram.api.models import ENDED
-
+    def _change(self, job: str, state: State) -> None:
         channel = self._channel(job)
         channel.state = _state_message(job, state)
         channel.ended = state in ENDED
@@ -119,7 +119,7 @@ class Channels:
         """Whether no event of a job is kept."""
         return job not in self._channels or not self._channels[job].recent
 
-    async def watch(self, job: str, state: str, after: Place | None, *, follow: bool) -> AsyncIterator[bytes]:
+    async def watch(self, job: str, state: State, after: Place | None, *, follow: bool) -> AsyncIterator[bytes]:
         """Everything that happens to a job from now on, after what is kept of what has happened.
 
         Args:
@@ -129,12 +129,14 @@ class Channels:
           follow: go on when the job has ended; else end with it.
         """
         channel = self._channel(job)
+        if not channel.state:
+            self._change(job, state)
         queue: asyncio.Queue[bytes | None] = asyncio.Queue()
         channel.watchers.add(queue)
         self.watchers += 1
         try:
             known = [text for place, text in channel.recent if after is None or place > after]
-            yield (channel.state or _state_message(job, state)) + b"".join(known)
+            yield channel.state + b"".join(known)
             while follow or not (channel.ended and queue.empty()):
                 try:
                     chunk = await asyncio.wait_for(queue.get(), PING_SECONDS)

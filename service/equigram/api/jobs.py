@@ -181,6 +181,8 @@ class Jobs:
         self._lock = threading.RLock()
         """Held while the jobs below, or a state, are changed; never while storage or Ray are asked."""
         self._jobs: dict[str, Job] = {}
+        self._deleted: dict[str, int] = {}
+        """How often jobs began to be deleted, or were: what was read meanwhile is not true any more."""
         self._wake = threading.Event()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._look_always, name="jobs", daemon=True)
@@ -290,8 +292,11 @@ class Jobs:
         if job.state not in ENDED or job.status in ("pending", "running"):
             raise ConflictError(f"{name} is {job.state}; cancel it before you delete it")
         with self._lock:
+            self._deleted[name] = self._deleted.get(name, 0) + 1
             self._jobs.pop(name, None)
         self.records.delete(name)
+        with self._lock:
+            self._deleted[name] += 1
         self._listener.deleted(name)
 
     def job(self, name: str) -> Job:
@@ -351,25 +356,30 @@ class Jobs:
     # ------------------------------------------------------------------ finding
 
     def _add(self, record: Record) -> Job:
+        """Take a job that was submitted into account."""
+        job = self._known(record)
+        with self._lock:
+            return self._jobs.setdefault(record.id, job)
+
+    def _known(self, record: Record) -> Job:
         """A job that was submitted, as its record, its wish and its outcome say."""
         wish = self.records.wish(record)
         job = Job(record.id, record, wish, self.records.outcome(record.id, wish.attempt))
         begun = self.records.attempt(record.id, wish.attempt).read("live.jsonl") is not None
         job.state = state_of(wish, job.outcome, None, begun=begun) or "starting"
-        with self._lock:
-            return self._jobs.setdefault(record.id, job)
+        return job
 
     def _find(self, name: str) -> bool:
         """Look for a job that is not known; whether there is one."""
+        before = self._deleted.get(name, 0)
         with contextlib.suppress(StoreError):
-            if record := self.records.record(name):
-                self._add(record)
-                return True
-            job = Job(name, None)
-            if self._look_at_run(job):
+            record = self.records.record(name)
+            job = Job(name, None) if record is None else self._known(record)
+            if record is not None or self._look_at_run(job):
                 with self._lock:
-                    self._jobs.setdefault(name, job)
-                return True
+                    if self._deleted.get(name, 0) == before and before % 2 == 0:
+                        self._jobs.setdefault(name, job)
+                        return True
         return False
 
     def _look_at_run(self, job: Job) -> bool:
@@ -475,16 +485,19 @@ class Jobs:
             if job.reader is None:
                 job.reader = JournalReader(self.records.attempt(job.id, job.wish.attempt))
             entries = job.reader.read()
-            kinds = [job.view.apply(entry) for entry in entries]
-        if job.view.tiles is None or {"ComputationStarted", "ComputationEnded"} & set(kinds):
-            with contextlib.suppress(EquigramError):
-                store = self.store(job)
-                job.view.tiles = TileMap.of(store) if store is not None else None
+            kinds = [job.view.apply(entry, lambda: self._listing(job)) for entry in entries]
         if entries:
             self._listener.entries(job, entries, kinds)
             if job.state == "starting" and job.wish.state == "run":
                 with self._lock:
                     self._change(job, "running")
+
+    def _listing(self, job: Job) -> TileMap | None:
+        """The tiles of a job as its store has them now; ``None`` where there is none, or it does not answer."""
+        with contextlib.suppress(EquigramError):
+            store = self.store(job)
+            return TileMap.of(store) if store is not None else None
+        return None
 
     def _judge(self, job: Job, status: Status | None) -> None:
         """Find out whether a driver is at work, has ended, or is lost."""

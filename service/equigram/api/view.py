@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -131,11 +132,21 @@ class View:
     """When the first event happened."""
     _pace: deque[tuple[datetime, int]] = field(default_factory=deque)
 
-    def apply(self, entry: Entry) -> str:
-        """Take an event into account; its kind."""
+    def apply(self, entry: Entry, listing: Callable[[], TileMap | None]) -> str:
+        """Take an event into account.
+
+        Args:
+          entry: the event.
+          listing: the tiles as the store has them now; asked when a computation begins or ends, or nothing is known.
+
+        Returns:
+          Its kind.
+        """
         event = json.loads(entry.text)
         kind = str(event["event"])
         self.began = self.began or event["time"]
+        if kind in ("ComputationStarted", "ComputationEnded") or (self.tiles is None and "tile" in event):
+            self.tiles = listing() or self.tiles
         if self.tiles is not None:
             self.tiles.apply(kind, event)
         number = event.get("worker")
