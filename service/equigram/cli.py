@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import functools
 import io
 import secrets
 import shlex
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, TextIO, cast
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from equigram import __version__
 from equigram.errors import EquigramError, IncompleteRunError, SpecError, StoreError
+from equigram.terminal import command, err, out
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,60 +47,12 @@ interruption goes on where it stopped. The smallest job:
 Exit codes: 0 done, 1 the run failed (finished tiles are kept), 2 a wrong request, 130 interrupted, 143 terminated.""",
 )
 
-out = Console(markup=False, highlight=False, emoji=False)
-err = Console(stderr=True, markup=False, highlight=False, emoji=False)
-
 JobArgument = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
 AddressOption = Annotated[
     str | None,
     typer.Option(help="Ray cluster, host:port, ray://host:port or auto; instead of resources.address.", metavar="RAY"),
 ]
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="The run store: a folder or any fsspec URL.")]
-
-Parameters = ParamSpec("Parameters")
-
-
-class _Terminated(BaseException):
-    """SIGTERM, which batch systems and containers send before they kill."""
-
-
-def _terminate(*_: object) -> None:
-    raise _Terminated
-
-
-def _command(group: typer.Typer) -> Callable[[Callable[Parameters, None]], Callable[Parameters, None]]:
-    """Registers a command; errors that are raised on purpose become one sentence and an exit code."""
-
-    def register(function: Callable[Parameters, None]) -> Callable[Parameters, None]:
-        command = _guarded(function)
-        group.command(name=function.__name__.rstrip("_"))(command)
-        return command
-
-    return register
-
-
-def _guarded(function: Callable[Parameters, None]) -> Callable[Parameters, None]:
-    @functools.wraps(function)
-    def command(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
-        before = signal.signal(signal.SIGTERM, _terminate)
-        try:
-            function(*args, **kwargs)
-        except (KeyboardInterrupt, _Terminated) as stop:
-            said, code = ("interrupted", 130) if isinstance(stop, KeyboardInterrupt) else ("terminated", 143)
-            kept = "; finished tiles are kept, and the same command goes on from there"
-            err.print(f"{said}{kept if function.__name__ == 'run' else ''}", soft_wrap=True)
-            raise typer.Exit(code) from None
-        except Exception as error:
-            from equikernel.errors import EquikernelError
-
-            if not isinstance(error, (EquigramError, EquikernelError)):
-                raise
-            err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
-            raise typer.Exit(error.exit_code) from None
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    return command
 
 
 def _load(job: Path, address: str | None) -> JobSpec:
@@ -121,7 +70,7 @@ def _on_cluster(spec: JobSpec, address: str | None) -> JobSpec:
     return type(spec).parse({**fields, "resources": {**fields["resources"], "address": address}}, source="--address")
 
 
-@_command(app)
+@command(app)
 def run(
     job: JobArgument,
     address: AddressOption = None,
@@ -183,7 +132,7 @@ def run(
         out.print(f"      equigram predict {store} IMAGES", soft_wrap=True)
 
 
-@_command(app)
+@command(app)
 def plan(
     job: JobArgument,
     address: AddressOption = None,
@@ -223,7 +172,7 @@ def plan(
         check_disk(spec, result)
 
 
-@_command(app)
+@command(app)
 def status(store: StoreArgument) -> None:
     """Show what a store holds: its job, the tiles done and missing, and the results."""
     from equigram.screen import summary, tile_map
@@ -261,7 +210,7 @@ def status(store: StoreArgument) -> None:
         out.print("next: equigram run JOB.yaml goes on from here")
 
 
-@_command(app)
+@command(app)
 def predict(
     store: StoreArgument,
     images: Annotated[
@@ -329,7 +278,7 @@ def predict(
         err.print(words, soft_wrap=True)
 
 
-@_command(app)
+@command(app)
 def plot(
     store: StoreArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the pictures.")] = Path(
@@ -347,7 +296,7 @@ def plot(
         out.print(str(path), soft_wrap=True)
 
 
-@_command(app)
+@command(app)
 def verify(
     store: StoreArgument,
     repair: Annotated[
@@ -417,7 +366,7 @@ def _some(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-@_command(app)
+@command(app)
 def extend(
     store: StoreArgument,
     data: Annotated[
@@ -466,7 +415,7 @@ def extend(
         _print_results(finished.results, spec.gram.dtype)
 
 
-@_command(app)
+@command(app)
 def export(
     store: StoreArgument,
     output: Annotated[str, typer.Argument(metavar="OUT", help="A new .npz file, or a new .zarr: a folder or any URL.")],
@@ -508,7 +457,7 @@ def export(
     out.print(f"{output}: {', '.join(names)}", soft_wrap=True)
 
 
-@_command(app)
+@command(app)
 def import_(
     job: JobArgument,
     source: Annotated[str, typer.Argument(metavar="MATRICES", help="An .npz file or a zarr, as `export` writes them.")],
@@ -605,7 +554,7 @@ OutputOption = Annotated[
 ]
 
 
-@_command(experiments)
+@command(experiments)
 def convergence(
     output: OutputOption,
     groups: Annotated[
@@ -662,7 +611,7 @@ def convergence(
     out.print(f"{output / 'convergence.csv'}, convergence.png, convergence.svg", soft_wrap=True)
 
 
-@_command(experiments)
+@command(experiments)
 def dynamics(
     store: StoreArgument,
     output: OutputOption,
@@ -690,7 +639,7 @@ def dynamics(
     out.print(f"{output / 'spectrum.csv'}, dynamics.csv, dynamics.png, dynamics.svg", soft_wrap=True)
 
 
-@_command(experiments)
+@command(experiments)
 def curves(
     store: StoreArgument,
     output: OutputOption,
@@ -724,7 +673,7 @@ def curves(
     out.print(f"{output / 'curves.csv'}, curves.png, curves.svg", soft_wrap=True)
 
 
-@_command(experiments)
+@command(experiments)
 def augmentation(
     store: StoreArgument,
     output: OutputOption,
@@ -754,7 +703,7 @@ def augmentation(
     out.print(f"{output / 'augmentation.csv'}, predictions.csv, augmentation.png, augmentation.svg", soft_wrap=True)
 
 
-@_command(experiments)
+@command(experiments)
 def trainability(
     output: OutputOption,
     groups: Annotated[
