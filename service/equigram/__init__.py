@@ -13,17 +13,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from equigram.client import Client, Job
     from equigram.errors import EquigramError
     from equigram.run import predict, run
     from equigram.spec import JobSpec
     from equigram.store import GramStore
 
 __version__ = "0.1.0"
-__all__ = ["EquigramError", "GramStore", "JobSpec", "__version__", "predict", "run"]
+__all__ = ["Client", "EquigramError", "GramStore", "Job", "JobSpec", "__version__", "predict", "run"]
 
 _HOMES = {
+    "Client": "client",
     "EquigramError": "errors",
     "GramStore": "store",
+    "Job": "client",
     "JobSpec": "spec",
     "predict": "run",
     "run": "run",

@@ -148,3 +148,9 @@ class JobCancelledError(EquigramError, RuntimeError):
     """The job that was waited for was cancelled, or is incomplete; what it had finished is kept."""
 
     exit_code = 3
+
+
+class WaitTimeoutError(EquigramError, TimeoutError):
+    """The job that was waited for has not ended in the time that was given; it goes on."""
+
+    exit_code = 3
