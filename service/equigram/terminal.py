@@ -60,9 +60,11 @@ def _guarded(function: Callable[Parameters, None]) -> Callable[Parameters, None]
             package = (error.name or "").partition(".")[0]
             if package in ("", "equigram", "equikernel"):
                 raise
+            name = function.__name__.rstrip("_")
+            does, extra = ("serves", "service") if name == "serve" else ("computes", "workers")
             _fail(
-                f"`equigram {function.__name__.rstrip('_')}` computes, and needs packages that are not installed "
-                f"({package}); install them with pip install 'equigram[workers]'"
+                f"`equigram {name}` {does}, and needs packages that are not installed ({package}); install them with "
+                f"pip install 'equigram[{extra}]'"
             )
             raise typer.Exit(2) from None
         except Exception as error:

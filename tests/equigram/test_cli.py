@@ -27,7 +27,7 @@ from equikernel.worker import processor_kind
 EQUIGRAM = str(Path(sys.executable).with_name("equigram"))
 ENVIRONMENT = os.environ | {"COLUMNS": "80", "TERM": "xterm", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
 LIMIT = 120
-COMMANDS = ("run", "plan", "status", "verify", "extend", "export", "import", "predict", "plot")
+COMMANDS = ("run", "plan", "status", "verify", "extend", "export", "import", "predict", "plot", "submit", "fetch")
 
 
 class Done(NamedTuple):
