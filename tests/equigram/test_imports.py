@@ -29,7 +29,8 @@ def loaded(code: str) -> set[str]:
     ("code", "absent"),
     [
         ("import equigram", HEAVY | {"numpy", "pydantic", "typer", "rich", "yaml"}),
-        ("import equigram.cli", HEAVY | {"numpy", "pydantic", "yaml"}),
+        ("import equigram.cli", HEAVY | {"numpy", "pydantic", "yaml", "httpx"}),
+        ("import equigram; equigram.Client, equigram.Job", HEAVY | {"fastapi", "uvicorn", "prometheus_client"}),
         ("import equigram; equigram.JobSpec, equigram.EquigramError", HEAVY),
         ("import equikernel; equikernel.GroupCNN(group='C4', depth=2)", HEAVY),
     ],
