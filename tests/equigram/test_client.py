@@ -435,6 +435,10 @@ def test_a_silent_service_is_not_waited_for_forever() -> None:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         with Client(url, timeout=0.1) as client, pytest.raises(ServiceError, match=r"nothing comes within 0\.1 s"):
             client.service()
+        with mock.patch.object(connection, "PATIENCE", 0.05), Client(url, timeout=0.1) as client:
+            with mock.patch("time.sleep") as pause, pytest.raises(ServiceError):
+                client.service()
+            assert pause.call_count == 1
 
 
 def test_asking_twice_for_what_the_first_time_did_is_no_error(service: Service, client: Client) -> None:

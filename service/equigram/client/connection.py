@@ -24,6 +24,9 @@ from equikernel.errors import EquikernelError
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
 """Seconds between tries of a request."""
 
+PATIENCE = 60.0
+"""Seconds after the first failure beyond which there is no other try, however long each took."""
+
 QUIET = 45.0
 """Seconds without a sign of life, one of which is sent every 15 s, after which a stream of events is taken for lost."""
 
@@ -53,6 +56,7 @@ class Patience:
 
     def __init__(self) -> None:
         self._tries = 0
+        self._since = 0.0
 
     def bear(self, lost: UnreachedError) -> None:
         """Wait before the next try.
@@ -60,7 +64,10 @@ class Patience:
         Raises:
           EquigramError: there is none.
         """
-        if self._tries == len(PAUSES) or (lost.pause or 0) > sum(PAUSES):
+        now = time.monotonic()
+        if self._tries == 0:
+            self._since = now
+        if self._tries == len(PAUSES) or now - self._since > PATIENCE or (lost.pause or 0) > PATIENCE:
             raise lost.error from None
         if self._tries == 0:
             _LOG.warning("%s; trying again for %.0f s", str(lost.error).partition(";")[0], sum(PAUSES))
