@@ -88,9 +88,11 @@ async function show() {
 onUnauthorized(askForToken);
 
 addEventListener("hashchange", async () => {
+  const { id } = document.activeElement;
   await show();
-  // Who uses the keyboard or listens starts at the top of the new part.
-  byId("page-heading")?.focus();
+  if (byId("token-form")) return;
+  // Who uses the keyboard or listens goes on with the same control, as the filter of the list, or starts at the top.
+  (byId("main").contains(byId(id)) && !byId(id).disabled ? byId(id) : byId("page-heading")).focus();
 });
 
 byId("skip").addEventListener("click", (event) => {

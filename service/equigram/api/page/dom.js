@@ -111,21 +111,24 @@ export function coalesced(task) {
   };
 }
 
-/** A function that runs a task in the next frame, at most once in some milliseconds. */
+/** A function that runs a task in the next frame, at most once in some milliseconds, or a fifth of the time if it is slow. */
 export function throttled(task, milliseconds, signal) {
   let waiting = false;
-  let last = -Infinity;
+  let next = 0;
   return () => {
     if (waiting) return;
     waiting = true;
     setTimeout(
       () =>
-        requestAnimationFrame((now) => {
+        requestAnimationFrame(() => {
           waiting = false;
-          last = now;
-          if (!signal.aborted) task();
+          if (signal.aborted) return;
+          const start = performance.now();
+          task();
+          const took = performance.now() - start;
+          next = start + Math.max(milliseconds, 5 * took);
         }),
-      Math.max(0, last + milliseconds - performance.now()),
+      Math.max(0, next - performance.now()),
     );
   };
 }

@@ -44,6 +44,7 @@ function summaryPanel() {
       const { progress, counts } = job;
       const running = job.state === "running";
       const number = progress?.total ? `: ${count(progress.done)} of ${count(progress.total)}` : "";
+      byId("stage").parentElement.hidden = progress === null;
       setText(byId("stage"), progress ? `${progress.stage}${number}` : "");
       setText(byId("stage-detail"), progress?.detail ? ` ${progress.detail}` : "");
       byId("job-progress").value = counts?.pairs ? counts.finished_pairs / counts.pairs : 0;
@@ -125,6 +126,7 @@ function actionsPanel(id, service, onChange, signal) {
       button.disabled = true;
       try {
         await task();
+        byId("page-heading").focus(); // a disabled button would lose it
       } finally {
         onChange(); // also enables what the new state allows
       }
