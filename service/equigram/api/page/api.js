@@ -27,7 +27,8 @@ export class ServiceError extends Error {
 
 async function errorOf(response) {
   const body = await response.json().catch(() => null);
-  return new ServiceError(response.status, body?.error?.message ?? `The service answered with status ${response.status}.`);
+  const message = body?.error?.message ?? `The service answered with status ${response.status}.`;
+  return new ServiceError(response.status, message);
 }
 
 /** The response to a request with the token; raises ServiceError, and AbortError when the signal aborts. */
@@ -56,13 +57,11 @@ export async function json(path, options) {
   return (await request(path, options)).json();
 }
 
-/** A path below a job. Its id may have slashes, which stay. */
-export function jobPath(id, rest = "") {
-  return `jobs/${id.split("/").map(encodeURIComponent).join("/")}${rest}`;
-}
-
 /** Names as a part of a path each. */
 export const segments = (...names) => names.map((name) => `/${encodeURIComponent(name)}`).join("");
+
+/** A path below a job. */
+export const jobPath = (id, rest = "") => `jobs${segments(id)}${rest}`;
 
 /** An object URL of a picture, which cannot carry the token by itself; revoked when the signal aborts. */
 export async function objectUrl(path, signal) {

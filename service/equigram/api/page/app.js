@@ -17,12 +17,12 @@ function mount(template, title) {
   return current.signal;
 }
 
-/** Where the address points to: the list is `#/?state=running&offset=50`, a job `#/jobs/its/name`. */
+/** Where the address points to: the list is `#/?state=running&offset=50`, a job `#/jobs/its-name`. */
 function parseHash() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
   if (!path.startsWith("jobs/")) return { query: new URLSearchParams(query) };
   try {
-    return { job: path.slice("jobs/".length).split("/").map(decodeURIComponent).join("/") };
+    return { job: decodeURIComponent(path.slice("jobs/".length)) };
   } catch {
     return { unknown: true }; // a percent sign that encodes nothing
   }
@@ -92,7 +92,8 @@ addEventListener("hashchange", async () => {
   await show();
   if (byId("token-form")) return;
   // Who uses the keyboard or listens goes on with the same control, as the filter of the list, or starts at the top.
-  (byId("main").contains(byId(id)) && !byId(id).disabled ? byId(id) : byId("page-heading")).focus();
+  byId("page-heading").focus();
+  if (byId("main").contains(byId(id))) byId(id).focus();
 });
 
 byId("skip").addEventListener("click", (event) => {

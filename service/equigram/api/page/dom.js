@@ -20,8 +20,8 @@ export function setText(node, text) {
 
 /** Give a select these options, [value, text] each, and keep what was chosen where it is still there. */
 export function setOptions(select, options) {
-  const same = options.length === select.options.length && options.every(([value], i) => select.options[i].value === value);
-  if (same) return;
+  const values = Array.from(select.options, ({ value }) => value);
+  if (options.map(([value]) => value).join("\n") === values.join("\n")) return;
   const chosen = select.value;
   select.replaceChildren(...options.map(([value, text]) => element("option", { value }, text)));
   if (options.some(([value]) => value === chosen)) select.value = chosen;
@@ -111,7 +111,7 @@ export function coalesced(task) {
   };
 }
 
-/** A function that runs a task in the next frame, at most once in some milliseconds, or a fifth of the time if it is slow. */
+/** A function that runs a task in the next frame, once in some milliseconds and a fifth of the time at most. */
 export function throttled(task, milliseconds, signal) {
   let waiting = false;
   let next = 0;

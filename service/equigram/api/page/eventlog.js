@@ -15,7 +15,7 @@ const SENTENCES = {
     return `${what}: ${number}${detail ? `, ${detail}` : ""}`;
   },
   ComputationStarted: ({ tiles, missing_tiles, workers, host }) =>
-    `Computation of ${count(missing_tiles)} of ${plural(tiles, "tile")} started with ${plural(workers, "worker")} on ${host}`,
+    `Computing ${count(missing_tiles)} of ${plural(tiles, "tile")} with ${plural(workers, "worker")}, driver: ${host}`,
   ComputationEnded: ({ tiles, pairs, seconds, error }) =>
     error
       ? `Computation ended: ${error}`
@@ -24,7 +24,7 @@ const SENTENCES = {
   WorkerLost: ({ worker, reason, tiles }) => `Worker ${worker} lost: ${reason}; ${plural(tiles, "tile")} for others`,
   WorkerReleased: ({ worker }) => `Worker ${worker} released`,
   TileFailed: ({ tile, worker, reason, failures, pause }) =>
-    `${tile} failed on worker ${worker} for the ${ordinal(failures)} time, tried again after ${duration(pause)}: ${reason}`,
+    `${tile} failed on worker ${worker} for the ${ordinal(failures)} time, again in ${duration(pause)}: ${reason}`,
   state: ({ state }) => `The job is now ${state}`,
 };
 
@@ -88,6 +88,7 @@ export function eventsPanel(_id, signal) {
 
   return {
     event(kind, data) {
+      if (kind === "Progress" && data.what === "pairs") return; // follows every tile, and says no more than it
       const last = entries.at(-1);
       if (isTileEvent(kind) && kind !== "TileFailed") {
         if (last?.kind !== "tiles") add(new TilesEntry(data.time));

@@ -13,7 +13,7 @@ const MOST_PIXELS = 1024;
 const FEWEST = 8;
 const STEP = 1.5;
 
-/** The window of a matrix that is seen: `scale` is its part of the rows and of the columns, `top` and `left` its corner. */
+/** The window of a matrix that is seen: `scale` is its part of rows and columns, `top` and `left` are its corner. */
 export class Window {
   constructor(rows, cols) {
     this.rows = rows;
@@ -106,7 +106,9 @@ function onGesture(canvas, { pan, zoom }) {
   );
 }
 
-function hatch(context, ratio, background, line) {
+/** What lies below missing tiles. */
+function hatch(context, background, line) {
+  const ratio = window.devicePixelRatio;
   const tile = document.createElement("canvas");
   const size = Math.round(8 * ratio);
   tile.width = tile.height = size;
@@ -208,7 +210,7 @@ export function gramPanel(id, signal) {
       (range.right - range.left) * across,
       (range.bottom - range.top) * down,
     ];
-    context.fillStyle = hatch(context, window.devicePixelRatio, cssColor(canvas, "--tile-missing"), cssColor(canvas, "--hatch"));
+    context.fillStyle = hatch(context, cssColor(canvas, "--tile-missing"), cssColor(canvas, "--hatch"));
     context.fillRect(...place);
     // Entries stay squares however large they are.
     context.imageSmoothingEnabled = place[2] < bitmap.width;

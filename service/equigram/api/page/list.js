@@ -3,18 +3,19 @@
 import { request } from "./api.js";
 import { byId, element, repeat, setOptions, setState, setText, shown } from "./dom.js";
 import { NOTHING, count, dateTime, duration, percent, plural, secondsBetween } from "./format.js";
+import { ACTIVE, STATES } from "./states.js";
 
 const PAGE = 50;
 const REFRESH = 2000;
 
 const FILTERS = [
   ["", "all"],
-  ["queued,starting,running", "active"],
-  ...["queued", "starting", "running", "done", "failed", "cancelled", "incomplete"].map((state) => [state, state]),
+  [[...ACTIVE].join(), "active"],
+  ...STATES.map((state) => [state, state]),
 ];
 
 /** The address of a job within the page. */
-export const jobHash = (id) => `#/jobs/${id.split("/").map(encodeURIComponent).join("/")}`;
+const jobHash = (id) => `#/jobs/${encodeURIComponent(id)}`;
 
 function listHash(state, offset) {
   const query = new URLSearchParams();
@@ -54,7 +55,7 @@ class Row {
     const { cells } = this;
     const { counts } = job;
     setState(this.state, job.state);
-    setText(this.remark, job.error?.message ?? job.headline ?? (job.state === "running" ? (job.progress?.stage ?? "") : ""));
+    setText(this.remark, job.error?.message ?? job.headline ?? job.progress?.stage ?? "");
     setText(cells.Owner, job.owner ?? NOTHING);
     setText(cells.Networks, `${job.groups.join(", ")} · ${job.kernels.join(", ")}`);
     setText(cells.Train, count(job.train));
@@ -104,8 +105,8 @@ export function openList(query, service, signal) {
       return row.node;
     });
     const body = byId("job-rows");
-    const inOrder = shownRows.length === body.children.length && shownRows.every((node, i) => node === body.children[i]);
-    if (!inOrder) body.replaceChildren(...shownRows);
+    const same = shownRows.length === body.children.length && shownRows.every((row, i) => row === body.children[i]);
+    if (!same) body.replaceChildren(...shownRows);
 
     byId("job-table").hidden = jobs.length === 0;
     byId("list-empty").hidden = jobs.length > 0;
@@ -113,7 +114,8 @@ export function openList(query, service, signal) {
     byId("list-paging").hidden = offset === 0 && total <= PAGE;
     byId("list-newer").disabled = offset === 0;
     byId("list-older").disabled = offset + jobs.length >= total;
-    setText(byId("list-range"), `${count(jobs.length ? offset + 1 : 0)} to ${count(offset + jobs.length)} of ${count(total)}`);
+    const range = jobs.length > 0 ? `${count(offset + 1)} to ${count(offset + jobs.length)}` : "none";
+    setText(byId("list-range"), `${range} of ${count(total)}`);
   }
 
   repeat(() => shown(byId("list-error"), refresh), REFRESH, signal);

@@ -80,7 +80,14 @@ export function predictionsPanel(id, signal) {
     byId("confusions-block").hidden = pairs.length === 0;
     byId("confusions").replaceChildren(
       ...pairs.map(({ number, true: truth, predicted }) =>
-        element("li", {}, element("b", {}, truth), " taken for ", element("b", {}, predicted), ` ${count(number)} times`),
+        element(
+          "li",
+          {},
+          element("b", {}, truth),
+          " taken for ",
+          element("b", {}, predicted),
+          `: ${plural(number, "image")}`,
+        ),
       ),
     );
   }

@@ -6,10 +6,19 @@ import { NOTHING, count, value } from "./format.js";
 
 /** What a figure shows, by the beginning of its name, for those who do not see it. */
 const FIGURES = {
-  gram: (matrix) => [`${matrix} Gram matrix`, `Heat map of the ${matrix} correlations of the training images, sorted by class`],
-  confusion: (matrix) => [`${matrix} confusion matrix`, `Confusion matrix of the ${matrix} predictions: true classes in rows, predicted ones in columns`],
+  gram: (matrix) => [
+    `${matrix} Gram matrix`,
+    `Heat map of the ${matrix} correlations of the training images, sorted by class`,
+  ],
+  confusion: (matrix) => [
+    `${matrix} confusion matrix`,
+    `Confusion matrix of the ${matrix} predictions: true classes in rows, predicted ones in columns`,
+  ],
   spectrum: () => ["Spectrum", "Eigenvalues of the train matrices by rank, on logarithmic axes"],
-  "learning-curves": () => ["Learning curves", "Accuracy on the test images by number of training images, a curve for each matrix"],
+  "learning-curves": () => [
+    "Learning curves",
+    "Accuracy on the test images by number of training images, a curve for each matrix",
+  ],
 };
 
 /** "gram-C4-ntk" → its caption and its description. */
@@ -20,11 +29,14 @@ function describe(name) {
   return FIGURES[kind](kernel ? `${group} ${kernel.toUpperCase()}` : "");
 }
 
+/** Whether the job predicts with it, and it has learnt from all images: what a reader looks for. */
+const isFinal = (score) => score.chosen && score.train_size === null;
+
 function scoreRow(score) {
   const number = (text) => element("td", { class: "number" }, text);
   return element(
     "tr",
-    { "data-testid": "score-row", class: score.chosen ? "chosen" : null },
+    { "data-testid": "score-row", class: isFinal(score) ? "final" : null },
     element("th", { scope: "row" }, score.group),
     element("td", {}, score.kernel.toUpperCase()),
     number(value(score.ridge)),
@@ -43,8 +55,9 @@ export function resultPanels(id, signal) {
 
   async function showScores() {
     const { scores } = await json(jobPath(id, "/result"), { signal });
-    // The chosen ones first, else in the order of the service.
-    const sorted = [...scores].sort((a, b) => Number(b.chosen) - Number(a.chosen));
+    // The order of the service but for what is chosen, which comes first.
+    const rank = (score) => (isFinal(score) ? 0 : score.chosen ? 1 : 2);
+    const sorted = [...scores].sort((a, b) => rank(a) - rank(b));
     byId("score-rows").replaceChildren(...sorted.map(scoreRow));
     byId("result-panel").hidden = scores.length === 0;
   }

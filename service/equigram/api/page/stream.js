@@ -47,6 +47,11 @@ export class Parser {
   }
 }
 
+/** Whether asking once more for the same gets the same answer. */
+function isFinal(error) {
+  return error instanceof ServiceError && error.status >= 400 && error.status < 500 && error.status !== 429;
+}
+
 /**
  * Follow a stream until the signal aborts, and connect again where it broke off.
  *
@@ -73,7 +78,7 @@ export async function follow(path, onMessage, onConnection, signal) {
       );
     } catch (error) {
       if (signal.aborted) return;
-      if (error instanceof ServiceError && error.status >= 400 && error.status < 500 && error.status !== 429) throw error;
+      if (isFinal(error)) throw error;
     }
     if (signal.aborted) return;
     onConnection(wait / 1000);

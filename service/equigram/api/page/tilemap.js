@@ -220,6 +220,7 @@ export function tilesPanel(id, signal) {
   }
 
   async function fetchPart(view) {
+    if (view.name === "cross" && job.blocks[1] === 0) return new Part(view.name, 0, 0, new Uint8Array());
     const response = await request(jobPath(id, `/tiles?part=${view.name}`), { signal });
     const [rows, cols] = [Number(response.headers.get("X-Rows")), Number(response.headers.get("X-Cols"))];
     return new Part(view.name, rows, cols, new Uint8Array(await response.arrayBuffer()));
@@ -230,10 +231,10 @@ export function tilesPanel(id, signal) {
     await shown(byId("tiles-error"), async () => {
       const parts = await Promise.all(views.map(fetchPart));
       stale = false;
-      byId("tiles-panel").hidden = false;
       views.forEach((view, i) => view.show(parts[i]));
       meanwhile.forEach(([kind, data]) => apply(kind, data));
-      redraw();
+      showTexts();
+      byId("tiles-panel").hidden = false;
     });
     meanwhile = null;
     await pause(REFETCH, signal);

@@ -93,8 +93,8 @@ function ramp(colors, steps) {
 /**
  * Paint a part: `colors` are [red, green, blue] by state, `line` that of the lines between tiles.
  *
- * A pixel of several tiles has the colour of failed ones if there is one, else that of computing ones, else a mixture of
- * missing and stored by their shares: the last missing tiles of many are seen.
+ * A pixel of several tiles has the colour of failed ones if there is one, else that of computing ones, else a mixture
+ * of missing and stored by their shares: the last missing tiles of many are seen.
  */
 export function paint(part, width, height, colors, line) {
   const image = new ImageData(width, height);
