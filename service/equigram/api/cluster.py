@@ -9,7 +9,6 @@ import json
 import os
 import secrets
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +19,8 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+
+import psutil
 
 from equigram.api.models import NodeView
 from equigram.errors import ClusterError, JobNotFoundError
@@ -32,6 +33,9 @@ ANSWER_SECONDS = 10.0
 
 LOOK_SECONDS = 10.0
 """Time without a question after which a local cluster is asked whether it is still there."""
+
+PARTS = ("gcs_server", "raylet", "dashboard.py")
+"""The processes without which a cluster is of no use."""
 
 OBJECT_STORE = 256 * 2**20
 """Bytes of shared memory of a local cluster, for blocks of images."""
@@ -204,16 +208,18 @@ class LocalCluster:
                 self._token.write_text(secrets.token_hex(32), encoding="ascii")
             os.environ.update(self._environment())  # for Ray's client in this process
             dashboard = self._dashboard()
-            if dashboard is None or not _answers(dashboard):
+            if dashboard is None or not self._is_whole():
                 self.stop()
                 dashboard = self._start()
+            elif not _answers(dashboard):  # ended, it would take the drivers with it: it is waited for
+                raise ClusterError(f"the Ray cluster of this machine, at {dashboard}, is slow to answer")
         return Cluster(dashboard, sys.executable)
 
     def stop(self) -> None:
         """End all processes of the cluster, and with them the drivers and workers; what is stored stays."""
         for process in self._processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self._file.unlink(missing_ok=True)
 
     @property
@@ -234,6 +240,14 @@ class LocalCluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         }
+
+    def _is_whole(self) -> bool:
+        """Whether all processes are there without which Ray does nothing."""
+        names = set()
+        for process in self._processes():
+            with contextlib.suppress(psutil.Error):
+                names.add(next((part for part in PARTS if part in " ".join(process.cmdline()[:4])), ""))
+        return set(PARTS) <= names
 
     def _start(self) -> str:
         from equikernel.kernel import available_cores
@@ -274,14 +288,14 @@ class LocalCluster:
         self._file.write_text(json.dumps({"dashboard": url}), encoding="utf-8")
         return url
 
-    def _processes(self) -> list[int]:
+    def _processes(self) -> list[psutil.Process]:
         """All processes with the token of the cluster in their environment, but for this one."""
-        mine, found = f"RAY_AUTH_TOKEN_PATH={self._token}".encode(), []
-        for place in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # it has ended, or is somebody else's
-                values = (place / "environ").read_bytes().split(b"\0")
-                if mine in values and int(place.name) != os.getpid():
-                    found.append(int(place.name))
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):  # it has ended, or is somebody else's
+                mine = process.environ().get("RAY_AUTH_TOKEN_PATH") == str(self._token)
+                if mine and process.pid != os.getpid():
+                    found.append(process)
         return found
 
 

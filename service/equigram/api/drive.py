@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from equigram.api.journal import Journal
 from equigram.api.models import ErrorDetail, TileCounts
 from equigram.api.records import Outcome, Records, now, spec_to_run
+from equigram.driver import ray_session
 from equigram.errors import EquigramError, LimitError, StoreError
 from equigram.events import Listener, Note, Progress
 from equigram.figures import draw_run
@@ -90,8 +91,9 @@ def _drive(records: Records, job: str, most: int, listener: Listener) -> GramSto
                 "operator for more (equigram serve --max-images)"
             )
 
-    store, costs = prepare(spec, listener, allow)
-    finished = finish(store, spec, listener, costs, _Share(records, job))
+    with ray_session(spec.resources):  # one for all stages
+        store, costs = prepare(spec, listener, allow)
+        finished = finish(store, spec, listener, costs, _Share(records, job))
     _draw(records, job, finished.store, listener)
     return finished.store
 
