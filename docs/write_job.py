@@ -41,7 +41,7 @@ network:
 
 Strides and pooling must keep the symmetry of the groups, and residual branches the size of the image; a size that does
 not fit is refused with the nearest ones that do. Networks with strides or pooling take the engine `general`, which is
-for small images. docs/engines.md says what each engine can do and costs.
+for small images. [Engines](engines.md) says what each engine can do and costs.
 """
 
 
