@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 SOURCES := service workers tests benchmarks examples docs deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak storage scaling bench lint format lock clean
+.PHONY: help install demo test docs soak storage scaling bench lint format lock clean
 
 help:           ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
+docs: $(STAMP)   ## the site, docs/_build/html; warnings are errors
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+
 format: $(STAMP)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
@@ -55,7 +58,7 @@ lock: $(UV)  ## renew the locks; excludes.txt keeps TensorFlow out
 	  --excludes excludes.txt pyproject.toml --extra s3 --extra service --group dev -c requirements.txt --upgrade -o requirements-dev.txt
 
 clean:          ## remove the environment and everything generated
-	rm -rf $(VENV) .uv runs plots examples/data .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .uv runs plots examples/data docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(STAMP): requirements-dev.txt pyproject.toml | $(UV)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \

@@ -1,9 +1,10 @@
 """Augmentation equals symmetry: regression on all turned images with a CNN kernel, against the group-averaged kernel.
 
-With the kernel Θ of a plain CNN, the n training images in all |G| positions, and the ridge λ, the prediction is that of
-the averaged kernel ``Θ_G(x, x') = 1/|G| Σ_g Θ(x, g x')`` on the n images alone with the ridge λ / |G|, because the
-coefficients of an image are the same in all of its positions (Gerken and Kessel 2024, *Emergent equivariance in deep
-ensembles*). Without a dense head Θ_G is also the kernel of the group convolutional network. Ridges here are absolute.
+With the kernel Θ of a plain CNN, the n training images in all ``|G|`` positions, and the ridge λ, the prediction is
+that of the averaged kernel ``Θ_G(x, x') = 1/|G| Σ_g Θ(x, g x')`` on the n images alone with the ridge ``λ / |G|``,
+because the coefficients of an image are the same in all of its positions (Gerken and Kessel 2024, *Emergent
+equivariance in deep ensembles*). Without a dense head Θ_G is also the kernel of the group convolutional network.
+Ridges here are absolute.
 """
 
 from __future__ import annotations
