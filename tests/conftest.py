@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ for line in sys.stdin:
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.chdir(request["folder"])
+        os.environ.update(request["environment"])
         sys.argv = ["equigram", *request["arguments"]]
         equigram.cli.main()
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -67,7 +69,7 @@ def pictures(count: int, *, size: int = 8, classes: int = 3, seed: int = 0) -> t
 
 @pytest.fixture(scope="session")
 def equigram(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """Runs the command line with arguments as a process in a folder."""
+    """Runs the command line with arguments as a process in a folder; ``environment=`` adds variables."""
     streams = tmp_path_factory.mktemp("streams")
     out, err = streams / "out", streams / "err"
     server = subprocess.Popen(
@@ -77,9 +79,12 @@ def equigram(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
     assert to_server is not None
     assert from_server is not None
 
-    def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    def run(
+        folder: Path, *arguments: object, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> subprocess.CompletedProcess[str]:
         texts = list(map(str, arguments))
-        request = {"arguments": texts, "folder": str(folder), "out": str(out), "err": str(err)}
+        streams = {"out": str(out), "err": str(err)}
+        request = {"arguments": texts, "folder": str(folder), "environment": dict(environment), **streams}
         print(json.dumps(request), file=to_server, flush=True)
         code = int(from_server.readline())
         return subprocess.CompletedProcess(
