@@ -18,7 +18,6 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from tests.conftest import pictures
 from numpy.testing import assert_array_equal
 from playwright.sync_api import Page, expect, sync_playwright
 
@@ -111,6 +110,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def client(service: Service) -> Iterator[Client]:
     with Client(service.url) as one:
         yield one
+
+
+def pictures(count: int, size: int, seed: int = 0) -> tuple[Any, Any]:
+    """Noisy stripes whose width tells the class."""
+    rng, labels = np.random.default_rng(seed), np.arange(count) % 3
+    stripes = 80 * (np.arange(size) // (labels[:, None] + 1) % 2)
+    return (stripes[:, None, :] + rng.integers(0, 120, (count, size, size))).astype(np.uint8), labels
 
 
 def fields(service: Service, name: str, count: int, **gram: Any) -> dict[str, Any]:
