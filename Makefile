@@ -8,8 +8,10 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 STAMP := $(VENV)/.installed
 SOURCES := service workers tests benchmarks examples docs deploy
 
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test docs soak storage scaling bench lint format lock clean
+.PHONY: help install demo test browser docs load soak storage scaling bench lint format lock clean
 
 help:           ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,8 +21,11 @@ install: $(STAMP)  ## make .venv from requirements-dev.txt
 demo: $(STAMP)  ## real photographs, CNN against C4, from images to predictions and plots
 	$(BIN)/python examples/demo.py
 
-test: $(STAMP)  ## every test but the soaks
+test: $(STAMP) browser  ## every test but the soaks
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+load: $(STAMP)   ## the service with 200 watchers, 1,000 jobs, 50 submissions at once, and kills at all moments
+	$(BIN)/python benchmarks/service.py
 
 soak: $(STAMP)   ## hundreds of faults against real runs, an hour or so; SOAK_FAULTS=200
 	$(BIN)/python -m pytest -m soak -s -o faulthandler_timeout=0
@@ -40,6 +45,11 @@ lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+
+# Without a browser, and without a way to install one, the tests of the page are skipped, with a reason.
+browser:        ## Chromium, for the tests of the page
+	@command -v chromium google-chrome >/dev/null || ! command -v apt-get >/dev/null || { \
+	  $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends chromium >/dev/null; }
 
 docs: $(STAMP)   ## the site, docs/_build/html; warnings are errors
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html

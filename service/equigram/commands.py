@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from equigram.errors import SpecError
-from equigram.terminal import command, err, out
+from equigram.terminal import command, err, out, printable
 
 if TYPE_CHECKING:
     from equigram.api.models import JobSummary
@@ -126,7 +125,7 @@ def logs(
     """Print what the driver of a job printed."""
     with _client(server, token_file) as client:
         text = client.job(id).log(lines)
-    out.print(_printable(text), end="", soft_wrap=True)
+    out.print(printable(text), end="", soft_wrap=True)
 
 
 @command(app, PANEL)
@@ -203,7 +202,7 @@ class _Notes(logging.Handler):
     """Shows what a person should know."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        err.print(Text(f"note: {_printable(record.getMessage())}", style="yellow"), soft_wrap=True)
+        err.print(Text(f"note: {printable(record.getMessage())}", style="yellow"), soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -248,16 +247,11 @@ def _table(found: list[JobSummary]) -> Table:
     for one in found:
         images = [f"{count:,}" for count in (one.train, one.test) if count is not None]
         table.add_row(
-            _printable(one.id),
+            printable(one.id),
             one.state,
             f"{one.counts.finished / max(one.counts.tiles, 1):.0%}" if one.counts else "-",
             " + ".join(images) or "-",
             (one.submitted or "-")[:16].replace("T", " "),
-            _printable(one.headline or (one.error.message if one.error else "")),
+            printable(one.headline or (one.error.message if one.error else "")),
         )
     return table
-
-
-def _printable(text: str) -> str:
-    """Text of others without what would steer the terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", re.sub(r"\x1b\[[0-9;]*[A-Za-z]|\r(?=\n)", "", text))

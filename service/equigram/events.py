@@ -40,7 +40,10 @@ class Progress(Event):
 
 @dataclass(frozen=True)
 class ComputationStarted(Event):
-    """The computation of missing tiles began; ``pairs`` are image pairs, ``host`` is where the driver runs."""
+    """The computation of missing tiles began, in the pass ``number`` of the run, from 0.
+
+    ``pairs`` are image pairs, ``host`` is where the driver runs.
+    """
 
     tiles: int
     missing_tiles: int
@@ -49,6 +52,7 @@ class ComputationStarted(Event):
     workers: int
     host: str
     process: int
+    number: int = 0
 
 
 @dataclass(frozen=True)

@@ -527,7 +527,8 @@ def compute_tiles(
             executor: Executor = (
                 _here(part, spec, one) if here else OnRay(part, spec, one.groups, memory[one], share=share)
             )
-            for report in _compute_pass(store, tiles, executor, resources, listener):
+            number = list(finished).index(one)
+            for report in _compute_pass(store, tiles, executor, resources, listener, number):
                 done += report.pairs
                 listener(Progress("pairs", done, total))
 
@@ -539,15 +540,21 @@ def _here(store: GramStore, spec: JobSpec, one: Pass) -> Executor:
 
 
 def _compute_pass(
-    store: GramStore, finished: TileSet, executor: Executor, resources: ResourceSpec, listener: Listener
+    store: GramStore,
+    finished: TileSet,
+    executor: Executor,
+    resources: ResourceSpec,
+    listener: Listener,
+    number: int,
 ) -> Iterator[TileReport]:
-    """Compute the tiles of a pass that are not ``finished``, and report each; its events are kept in the store."""
+    """Compute the tiles of the pass ``number`` that are not ``finished``, and report each; its events are stored."""
     tiling = store.info.tiling
     everyone = tell(listener, History(store, listener), _Kinds(store, listener))
     began, total = time.monotonic(), tiling.total_pairs
     missing, missing_pairs = len(tiling) - len(finished), total - finished.pairs
     workers = 0 if isinstance(executor, InProcess) else executor.capacity()
-    everyone(ComputationStarted(len(tiling), missing, total, missing_pairs, workers, socket.gethostname(), os.getpid()))
+    host, process = socket.gethostname(), os.getpid()
+    everyone(ComputationStarted(len(tiling), missing, total, missing_pairs, workers, host, process, number))
     tiles, pairs, failure = 0, 0, "it was interrupted"
     try:
         dispatcher = Dispatcher(tiling.strips(finished), executor, everyone, resources.hung_after, resources.wait)

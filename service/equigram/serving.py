@@ -40,6 +40,7 @@ def serve(
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, metavar="NUMBER", help="Jobs that run at the same time.")] = 2,
     max_images: Annotated[int, typer.Option(min=1, metavar="NUMBER", help="Images of a job.")] = 200_000,
+    max_pixels: Annotated[int, typer.Option(min=1, metavar="NUMBER", help="Pixels of an image.")] = 65_536,
     max_jobs: Annotated[int, typer.Option(min=1, metavar="NUMBER", help="Jobs of a token that have not ended.")] = 100,
     max_upload: Annotated[float, typer.Option(min=0.001, metavar="GIB", help="Size of an upload.")] = 2.0,
     stop: Annotated[bool, typer.Option("--stop", help="Serve nothing; end the cluster of this machine.")] = False,
@@ -51,7 +52,7 @@ def serve(
     of its own, and stays until `equigram serve ROOT --stop`.
     """
     from equigram.api.cluster import LocalCluster
-    from equigram.api.jobs import Limits
+    from equigram.api.job import Limits
     from equigram.api.server import Settings, absolute_root
     from equigram.api.server import serve as serve_jobs
 
@@ -61,6 +62,12 @@ def serve(
             "the cluster of this machine is stopped; jobs that ran go on when the service is back", soft_wrap=True
         )
         return
-    limits = Limits(concurrency=concurrency, images=max_images, jobs=max_jobs, upload_bytes=int(max_upload * 2**30))
+    limits = Limits(
+        concurrency=concurrency,
+        images=max_images,
+        pixels=max_pixels,
+        jobs=max_jobs,
+        upload_bytes=int(max_upload * 2**30),
+    )
     settings = Settings(root, host, port, address, cpus, tokens, tuple(read or ()), tuple(hostname or ()), limits)
     serve_jobs(settings, lambda url: out.print(f"equigram serves {root} at {url}", soft_wrap=True))

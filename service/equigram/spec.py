@@ -29,9 +29,11 @@ def _one_is_a_list(value: Any) -> Any:
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if not values:
         raise ValueError("the list is empty; name at least one")
-    for index, value in enumerate(values):
-        if value in values[:index]:
+    seen = set()
+    for value in values:
+        if value in seen:
             raise ValueError(f"{value!r} is named twice; name each once")
+        seen.add(value)
     return values
 
 
@@ -59,7 +61,7 @@ def _plain_labels(labels: dict[str, str]) -> dict[str, str]:
 
 Item = TypeVar("Item")
 Several = Annotated[tuple[Item, ...], BeforeValidator(_one_is_a_list), AfterValidator(_distinct)]
-Url = Annotated[str, BeforeValidator(_path_as_text), Field(min_length=1), "a path or URL"]
+Url = Annotated[str, BeforeValidator(_path_as_text), Field(min_length=1, max_length=4096), "a path or URL"]
 Count = Annotated[int, Field(ge=1, strict=True)]
 
 

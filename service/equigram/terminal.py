@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import signal
 from collections.abc import Callable
 from typing import ParamSpec
@@ -82,4 +83,9 @@ def _guarded(function: Callable[Parameters, None]) -> Callable[Parameters, None]
 
 def _fail(sentence: str) -> None:
     """Say why a command ends."""
-    err.print(Text.assemble(("error: ", "bold red"), sentence), soft_wrap=True)
+    err.print(Text.assemble(("error: ", "bold red"), printable(sentence)), soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """Text of others without what would steer the terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "�", re.sub(r"\x1b\[[0-9;]*[A-Za-z]|\r(?=\n)", "", text))

@@ -20,7 +20,7 @@ NOW = "2026-01-01T00:00:00+00:00"
 
 def record(name: str = "a") -> Record:
     spec = JobSpec.parse({"store": name, "data": {"train": "images"}})
-    return Record(id=name, spec=spec.to_store(), owner="ann", priority=3, submitted=NOW)
+    return Record(id=name, nonce="01234567", spec=spec.to_store(), owner="ann", priority=3, submitted=NOW)
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -41,14 +41,16 @@ def test_a_record_is_kept_once_and_read_as_it_was_written(root: str) -> None:
     assert records.record("a") == record()
     assert records.wish(record()) == Wish(state="run", attempt=1, since=NOW)
     wish = Wish(state="cancelled", attempt=2, since=NOW)
-    records.want("a", wish)
+    records.want(record(), wish)
     assert Records(root).wish(record()) == wish
-    records.give("a", Share(begin=0.25, end=0.5))
-    assert records.share("a") == Share(begin=0.25, end=0.5)
+    records.give(record(), Share(begin=0.25, end=0.5))
+    assert records.share(record()) == Share(begin=0.25, end=0.5)
     outcome = Outcome(state="failed", ended=NOW, error=ErrorDetail(type="DataError", message="no images"))
-    assert records.outcome("a", 2) is None
-    records.end("a", 2, outcome)
-    assert records.outcome("a", 2) == outcome
+    assert records.outcome(record(), 2) is None
+    records.end(record(), 2, outcome)
+    assert records.outcome(record(), 2) == outcome
+    again = record().model_copy(update={"nonce": "76543210"})
+    assert (records.wish(again).attempt, records.outcome(again, 2)) == (1, None)  # of another job of that name
 
 
 def test_of_many_who_submit_the_same_name_one_is_first(root: str) -> None:
@@ -66,11 +68,27 @@ def test_a_deleted_job_leaves_nothing(root: str) -> None:
     records.submit(record("a"))
     records.submit(record("b"))
     Folder(root).write("a/zarr.json", b"{}")
-    records.figures("a").write("spectrum.png", b"a picture")
+    records.figures(record()).write("spectrum.png", b"a picture")
     records.delete("a")
-    assert (records.ids(), records.runs()) == (["b"], [])
-    assert records.figures("a").names() == []
+    assert (records.ids(), records.runs(), records.half_deleted()) == (["b"], [], [])
+    assert records.figures(record()).names() == []
     records.delete("a")
+
+
+def test_a_deletion_that_was_interrupted_leaves_no_job_but_the_way_to_finish_it(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = Records(root)
+    records.submit(record())
+    Folder(root).write("a/zarr.json", b"{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(records._runs, "delete", lambda name: (_ for _ in ()).throw(StoreError("killed")))
+        with pytest.raises(StoreError, match="killed"):
+            records.delete("a")
+    assert records.record("a") is None
+    assert records.half_deleted() == ["a"]
+    records.delete("a")
+    assert (records.ids(), records.runs(), records.half_deleted()) == ([], [], [])
 
 
 def test_a_file_can_be_moved_in_and_read(root: str, tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ import contextlib
 import hashlib
 import logging
 import re
+import struct
 import zipfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 from fastapi import Depends, FastAPI, Header, Query, Request, Response
@@ -23,9 +24,11 @@ from starlette.exceptions import HTTPException
 
 from equigram import __version__
 from equigram.api.channels import Channels
+from equigram.api.checks import check_text
 from equigram.api.details import detail, summary
 from equigram.api.guard import Guard, body_of
-from equigram.api.jobs import Drivers, Jobs, Limits
+from equigram.api.job import Drivers, Limits
+from equigram.api.jobs import Jobs
 from equigram.api.metrics import ServiceMetrics
 from equigram.api.models import (
     ErrorAnswer,
@@ -79,8 +82,13 @@ STATUSES: tuple[tuple[type[Exception], int], ...] = (
 )
 """Statuses of errors; the first that fits."""
 
+STATES = rf"^({'|'.join(get_args(State))})(,({'|'.join(get_args(State))}))*$"
+
 EXPANDED = 8
 """An archive may be so many times as large when it is unpacked as an upload may be."""
+
+ENTRY_BYTES = 400
+"""Of the directory of an archive for each file, at most, on the average."""
 
 _LOG = logging.getLogger("equigram.service")
 
@@ -165,7 +173,7 @@ def _user(request: Request) -> User:
 def _store(name: Name, request: Request) -> GramStore:
     """The run store of a job that has one."""
     jobs = _jobs(request)
-    store = jobs.store(jobs.job(name))
+    store = jobs.registry.store(jobs.job(name))
     if store is None:
         raise JobNotFoundError(f"{name} has no run store yet: its images are not loaded")
     return store
@@ -222,6 +230,7 @@ def _add_jobs(app: FastAPI) -> None:
         idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
     ) -> JobDetail:
         """Submit a job; the same one again goes on where it stopped."""
+        check_text(body.spec)
         job, created = jobs.submit(body.spec, body.priority, user.name, idempotency_key)
         response.status_code = 201 if created else 200
         response.headers["location"] = f"/jobs/{job.id}"
@@ -231,7 +240,9 @@ def _add_jobs(app: FastAPI) -> None:
     def list_jobs(
         jobs: InJobs,
         response: Response,
-        state: Annotated[str | None, Query(description="States, with commas.", examples=["running,queued"])] = None,
+        state: Annotated[
+            str | None, Query(description="States, with commas.", examples=["running,queued"], pattern=STATES)
+        ] = None,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
         offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
     ) -> list[JobSummary]:
@@ -281,7 +292,7 @@ def _add_jobs(app: FastAPI) -> None:
         """
         job = await run_in_threadpool(jobs.job, name)
         if channels.is_empty(job.id):
-            await run_in_threadpool(jobs.read, job, again=True)
+            await run_in_threadpool(jobs.registry.read, job, again=True)
         last = after or last_event_id
         attempt, _, number = last.partition(".") if last else ("", "", "")
         place = (int(attempt), int(number)) if last else None
@@ -294,16 +305,19 @@ def _add_results(app: FastAPI) -> None:
     """What is in the run store of a job."""
 
     @app.get("/jobs/{name}/tiles")
-    def tiles(name: Name, jobs: InJobs, part: Literal["gram", "cross"] = "gram") -> Response:
+    def get_tiles(name: Name, jobs: InJobs, part: Literal["gram", "cross"] = "gram") -> Response:
         """The state of each tile, a byte: 0 missing, 1 being computed, 2 stored, 3 failed and tried again.
 
         Row by row; the headers ``X-Rows`` and ``X-Cols`` have their numbers.
         """
         job = jobs.job(name)
-        detail(job, jobs)
-        if job.view.tiles is None or (part == "cross" and not job.view.tiles.tiling.test):
-            raise JobNotFoundError(f"{name} has no tiles of {part} yet: it has no such images, or they are not loaded")
-        states = job.view.tiles.states(part)
+        if job.view.tiles is None:
+            detail(job, jobs)
+        with job.lock:
+            tiles = job.view.tiles
+            if tiles is None or (part == "cross" and not tiles.tiling.test):
+                raise JobNotFoundError(f"{name} has no tiles of {part}: it has no such images, or they are not loaded")
+            states = tiles.states(part)
         headers = {"x-rows": str(states.shape[0]), "x-cols": str(states.shape[1])}
         return Response(states.tobytes(), media_type="application/octet-stream", headers=headers)
 
@@ -364,7 +378,8 @@ def _add_results(app: FastAPI) -> None:
         figure: Annotated[str, InPath(pattern=r"^[\w-]{1,100}\.(png|svg|csv)$", examples=["spectrum.png"])],
     ) -> Response:
         """A figure that was drawn when the job was done, or the table beside it."""
-        content = jobs.records.figures(jobs.job(name).id).read(figure)
+        record = jobs.job(name).record
+        content = None if record is None else jobs.records.figures(record).read(figure)
         if content is None:
             raise JobNotFoundError(f"{name} has no figure {figure}; they are drawn when a job is done")
         kinds = {"png": "image/png", "svg": "image/svg+xml", "csv": "text/csv"}
@@ -425,8 +440,13 @@ def _check_upload(file: Path, suffix: str, limits: Limits) -> None:
             if np.load(file, mmap_mode="r", allow_pickle=False).dtype.hasobject:
                 raise ValueError("it holds Python objects")
             return
+        count, directory = _contents(file)
+        if count > limits.upload_files or directory > ENTRY_BYTES * limits.upload_files:
+            raise LimitError(f"the upload holds {count:,} files, and {limits.upload_files:,} are allowed")
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
+    except LimitError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"the upload is no .{suffix} file that can be read: {reason}") from None
@@ -440,6 +460,21 @@ def _check_upload(file: Path, suffix: str, limits: Limits) -> None:
         raise DataError("the upload is no .npz file: it holds other files than .npy; name an archive of images .zip")
     if any(member.flag_bits & 1 for member in members):
         raise DataError("the upload is encrypted; pack it without a password")
+
+
+def _contents(file: Path) -> tuple[int, int]:
+    """How many files an archive holds, and the bytes of its directory, as its last bytes say."""
+    with file.open("rb") as archive:
+        archive.seek(max(0, file.stat().st_size - 66_000))
+        tail = archive.read()
+    end = tail.rfind(b"PK\x05\x06")
+    if end < 0:
+        raise ValueError("it has no directory")
+    count, directory = struct.unpack_from("<HI", tail, end + 10)
+    large = tail.rfind(b"PK\x06\x06", 0, end)
+    if large >= 0 and (count == 0xFFFF or directory == 0xFFFFFFFF):
+        count, directory = struct.unpack_from("<QQ", tail, large + 32)
+    return count, directory
 
 
 def _add_service(app: FastAPI, metrics: ServiceMetrics, records: Records, readable: Readable, limits: Limits) -> None:
@@ -456,7 +491,8 @@ def _add_service(app: FastAPI, metrics: ServiceMetrics, records: Records, readab
             concurrency=limits.concurrency,
             upload_bytes=limits.upload_bytes,
             readable=list(readable.places),
-            nodes=jobs.nodes(),
+            nodes=jobs.nodes,
+            trouble=jobs.trouble,
         )
 
     @app.get("/healthz", include_in_schema=False)
@@ -467,7 +503,7 @@ def _add_service(app: FastAPI, metrics: ServiceMetrics, records: Records, readab
     async def readyz(jobs: InJobs) -> JSONResponse:
         if jobs.trouble is None:
             return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "not ready", "reason": jobs.trouble}, 503)
+        return JSONResponse({"status": "not ready; GET /service says why"}, 503)  # to everybody, so without the reason
 
     @app.get("/metrics", response_class=PlainTextResponse, include_in_schema=False)
     def counts(jobs: InJobs, channels: InChannels) -> Response:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from equigram.api.models import ENDED, State
 
 if TYPE_CHECKING:
-    from equigram.api.jobs import Job
+    from equigram.api.job import Job
     from equigram.api.journal import Entry
 
 KEPT_EVENTS = 5000
@@ -58,12 +58,12 @@ class Channels:
 
     def entries(self, job: Job, entries: list[Entry], kinds: list[str]) -> None:
         """New events of a job."""
-        attempt = job.wish.attempt if job.wish else 0
+        attempt = job.heard
         messages = [
             ((attempt, entry.number), f"id: {attempt}.{entry.number}\nevent: {kind}\ndata: {entry.text}\n\n".encode())
             for entry, kind in zip(entries, kinds, strict=True)
         ]
-        self._call(self._publish, job.id, messages)
+        self._call(self._publish, job.id, job.state, messages)
 
     def changed(self, job: Job) -> None:
         """A job is in another state."""
@@ -79,18 +79,19 @@ class Channels:
 
     # ------------------------------------------------------------------ on the loop
 
-    def _publish(self, job: str, messages: list[tuple[Place, bytes]]) -> None:
-        channel = self._channel(job)
+    def _publish(self, job: str, state: State, messages: list[tuple[Place, bytes]]) -> None:
+        channel = self._channel(job, state)
         last = channel.recent[-1][0] if channel.recent else (0, -1)
+        if messages[0][0][0] > last[0]:
+            channel.recent.clear()  # of the attempt before
         new = [message for message in messages if message[0] > last]
         channel.recent.extend(new)
         if new:
             self._send(channel, b"".join(text for _, text in new))
 
     def _change(self, job: str, state: State) -> None:
-        channel = self._channel(job)
-        channel.state = _state_message(job, state)
-        channel.ended = state in ENDED
+        channel = self._channel(job, state)
+        channel.state, channel.ended = _state_message(job, state), state in ENDED
         self._send(channel, channel.state)
 
     def _delete(self, job: str) -> None:
@@ -99,12 +100,14 @@ class Channels:
             for queue in channel.watchers:
                 _cut(queue)
 
-    def _channel(self, job: str) -> _Channel:
-        channel = self._channels.setdefault(job, _Channel())
+    def _channel(self, job: str, state: State) -> _Channel:
+        channel = self._channels.get(job)
+        if channel is None:
+            channel = self._channels[job] = _Channel(state=_state_message(job, state), ended=state in ENDED)
         self._channels.move_to_end(job)
-        idle = [name for name, one in self._channels.items() if not one.watchers and one.ended]
+        idle = [name for name, one in self._channels.items() if not one.watchers and one.ended and name != job]
         for name in idle[: max(0, len(idle) - KEPT_CHANNELS)]:
-            self._channels[name].recent.clear()
+            del self._channels[name]
         return channel
 
     @staticmethod
@@ -128,9 +131,7 @@ class Channels:
           after: the last event that is known already.
           follow: go on when the job has ended; else end with it.
         """
-        channel = self._channel(job)
-        if not channel.state:
-            self._change(job, state)
+        channel = self._channel(job, state)
         queue: asyncio.Queue[bytes | None] = asyncio.Queue()
         channel.watchers.add(queue)
         self.watchers += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -80,12 +81,18 @@ def checked_spec(fields: dict[str, Any], source: str, readable: Readable, record
     return spec
 
 
-def differences(known: Record | None, record: Record) -> str:
-    """In which fields two jobs differ."""
-    if known is None:
-        return "a damaged record"
+def check_text(fields: dict[str, Any]) -> None:
+    """Raise :class:`SpecError` if a text holds what cannot be written: half of a character."""
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise SpecError(f"the job cannot be written as text ({error.__class__.__name__}); correct its texts") from None
+
+
+def differences(known: Record, record: Record) -> str:
+    """The fields in which two jobs differ."""
     before, after = _flat(known.spec), _flat(record.spec)
-    return f"another {', '.join(name for name in after if after[name] != before.get(name))}"
+    return ", ".join(name for name in after if after[name] != before.get(name))
 
 
 def _flat(spec: dict[str, Any]) -> dict[str, Any]:

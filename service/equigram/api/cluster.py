@@ -32,7 +32,7 @@ ANSWER_SECONDS = 10.0
 """How long Ray's dashboard may take over a question whether it is there."""
 
 LOOK_SECONDS = 10.0
-"""Time without a question after which a local cluster is asked whether it is still there."""
+"""Time between two questions to a local cluster whether it is still there."""
 
 PARTS = ("gcs_server", "raylet", "dashboard.py")
 """The processes without which a cluster is of no use."""
@@ -194,9 +194,12 @@ class LocalCluster:
         Raises:
           ClusterError: it does not start.
         """
-        if self._cluster is None or (time.monotonic() - self._looked > LOOK_SECONDS and not self._cluster.answers()):
+        clock = time.monotonic()
+        if self._cluster is None or (clock - self._looked > LOOK_SECONDS and not self._cluster.answers()):
+            self._cluster = None
             self._cluster = self._open()
-        self._looked = time.monotonic()
+        if clock - self._looked > LOOK_SECONDS:
+            self._looked = clock
         return self._cluster
 
     def _open(self) -> Cluster:
@@ -204,9 +207,11 @@ class LocalCluster:
         with (self._folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not self._token.exists():
-                self._token.touch(mode=0o600)
-                self._token.write_text(secrets.token_hex(32), encoding="ascii")
-            os.environ.update(self._environment())  # for Ray's client in this process
+                beside = self._token.with_suffix(".new")
+                beside.touch(mode=0o600)
+                beside.write_text(secrets.token_hex(32), encoding="ascii")
+                beside.replace(self._token)
+            os.environ.update(self._settings())  # for Ray's client in this process
             dashboard = self._dashboard()
             if dashboard is None or not self._is_whole():
                 self.stop()
@@ -233,6 +238,11 @@ class LocalCluster:
             return None
 
     def _environment(self) -> dict[str, str]:
+        """Of the cluster, and so of drivers and workers: without the tokens of the service."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("EQUIGRAM_TOKEN")}
+        return kept | self._settings()
+
+    def _settings(self) -> dict[str, str]:
         return {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self._token),
@@ -273,7 +283,7 @@ class LocalCluster:
         with log.open("w") as file:
             try:
                 done = subprocess.run(
-                    command, env=os.environ | self._environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                    command, env=self._environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
                     timeout=START_SECONDS, check=False, start_new_session=True, cwd="/",
                 )  # fmt: skip
                 code: int | None = done.returncode

@@ -1,6 +1,6 @@
 """The driver of a job: a process of its own, which Ray starts, and which needs no service.
 
-    python -m equigram.api.drive ROOT JOB ATTEMPT --max-images 200000
+    python -m equigram.api.drive ROOT JOB NONCE ATTEMPT --max-images 200000 --max-pixels 65536
 
 It does what ``equigram run`` does, keeps its events and how it ended where the service finds them, and draws the run.
 """
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from equigram.api.journal import Journal
-from equigram.api.models import ErrorDetail, TileCounts
-from equigram.api.records import Outcome, Records, now, spec_to_run
+from equigram.api.models import ErrorDetail
+from equigram.api.records import Outcome, Record, Records, now, spec_to_run
+from equigram.api.view import TileMap
 from equigram.driver import ray_session
 from equigram.errors import EquigramError, LimitError, StoreError
 from equigram.events import Listener, Note, Progress
@@ -48,16 +49,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m equigram.api.drive", description="The driver of a job.")
     parser.add_argument("root")
     parser.add_argument("job")
+    parser.add_argument("nonce")
     parser.add_argument("attempt", type=int)
     parser.add_argument("--max-images", type=int, required=True)
+    parser.add_argument("--max-pixels", type=int, required=True)
     given = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
     began = now()
     records = Records(given.root)
+    record = records.record(given.job)
+    if record is None or record.nonce != given.nonce:
+        print(f"error: {given.root} has no job {given.job} any more; it was deleted", file=sys.stderr)  # noqa: T201
+        return 1
     outcome = Outcome(state="terminated", ended=now())
     try:
-        with Journal(records.attempt(given.job, given.attempt)) as journal:
-            store = _drive(records, given.job, given.max_images, journal)
+        with Journal(records.attempt(record, given.attempt)) as journal:
+            store = _drive(records, record, given.max_images, given.max_pixels, journal)
             outcome = success(store)
     except _Terminated:
         outcome = Outcome(state="terminated", ended=now())
@@ -67,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         traceback.print_exc()
         outcome = failure(EquigramError(f"an error that nobody expected, {type(error).__name__}: see the log"))
-    records.end(given.job, given.attempt, outcome.model_copy(update={"began": began}))
+    records.end(record, given.attempt, outcome.model_copy(update={"began": began}))
     return 0 if outcome.state == "done" else 1
 
 
@@ -75,57 +82,55 @@ def _terminate(*_: object) -> None:
     raise _Terminated
 
 
-def _drive(records: Records, job: str, most: int, listener: Listener) -> GramStore:
+def _drive(records: Records, record: Record, images: int, pixels: int, listener: Listener) -> GramStore:
     """Do everything that a job asks for, and draw it."""
-    record = records.record(job)
-    if record is None:
-        raise StoreError(f"{records.root} has no job {job}; it was deleted")
     spec = spec_to_run(record, records.root)
     configure(NO_REDIRECTS)
 
     def allow(found: Survey) -> None:
-        count = found.train + found.test
-        if count > most:
+        count, size = found.train + found.test, found.height * found.width
+        if count > images or size > pixels:
             raise LimitError(
-                f"{job} has {count:,} images, and the service allows {most:,}; take fewer (data.per_class), or ask its "
-                "operator for more (equigram serve --max-images)"
+                f"{record.id} has {count:,} images of {size:,} pixels, and {images:,} of {pixels:,} are allowed; "
+                "take fewer (data.per_class) or smaller ones (data.size), or ask its operator for more (equigram serve "
+                "--max-images, --max-pixels)"
             )
 
     with ray_session(spec.resources):  # one for all stages
         store, costs = prepare(spec, listener, allow)
-        finished = finish(store, spec, listener, costs, _Share(records, job))
-    _draw(records, job, finished.store, listener)
+        finished = finish(store, spec, listener, costs, _Share(records, record))
+    _draw(records, record, finished.store, listener)
     return finished.store
 
 
 class _Share:
     """The job's part of the cluster, as the service has told it; all of it until it tells."""
 
-    def __init__(self, records: Records, job: str) -> None:
-        self._records, self._job = records, job
+    def __init__(self, records: Records, record: Record) -> None:
+        self._records, self._record = records, record
         self._looked, self._share = float("-inf"), (0.0, 1.0)
 
     def __call__(self) -> tuple[float, float]:
         if time.monotonic() - self._looked > SHARE_SECONDS:
             self._looked = time.monotonic()
             try:
-                share = self._records.share(self._job)
+                share = self._records.share(self._record)
             except StoreError:  # later
                 return self._share
             self._share = (0.0, 1.0) if share is None else (share.begin, share.end)
         return self._share
 
 
-def _draw(records: Records, job: str, store: GramStore, listener: Listener) -> None:
+def _draw(records: Records, record: Record, store: GramStore, listener: Listener) -> None:
     """Draw the figures of a finished run beside its record; where that fails, the run is done all the same."""
     listener(Progress("drawing figures", 0, 1))
     try:
         with tempfile.TemporaryDirectory() as folder:
             draw_run(store, folder)
             for file in sorted(Path(folder).iterdir()):
-                records.figures(job).put(file.name, file)
-    except (EquigramError, EquikernelError, OSError, MemoryError) as error:
-        listener(Note(f"the figures could not be drawn: {error}"))
+                records.figures(record).put(file.name, file)
+    except Exception as error:
+        listener(Note(f"the figures could not be drawn: {type(error).__name__}: {error}"))
 
 
 def failure(error: Exception) -> Outcome:
@@ -142,20 +147,8 @@ def success(store: GramStore) -> Outcome:
         ended=now(),
         train=info.train,
         test=info.test,
-        counts=tile_counts(store),
+        counts=TileMap.of(store).counts(),
         headline=headline(results),
-    )
-
-
-def tile_counts(store: GramStore) -> TileCounts:
-    """Tiles and pairs of all passes, from a listing of the store."""
-    tiling = store.info.tiling
-    done = [part.finished_tiles() for _, part in store.passes()]
-    return TileCounts(
-        tiles=len(done) * len(tiling),
-        finished=sum(map(len, done)),
-        pairs=len(done) * tiling.total_pairs,
-        finished_pairs=sum(one.pairs for one in done),
     )
 
 

@@ -31,6 +31,9 @@ PUBLIC_FOLDER = "/page/"
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that change nothing."""
 
+METHODS = SAFE | {"POST", "DELETE"}
+"""Methods that are counted by their names."""
+
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 HEADERS = {
@@ -108,7 +111,7 @@ class Guard:
         except _RefusedError as refused:
             await refuse(send, refused.status, refused.error)
             return
-        left, began = limit, False
+        left = limit
 
         async def measured() -> Message:
             nonlocal left
@@ -118,17 +121,17 @@ class Guard:
                 raise _RefusedError(413, _too_long(limit))
             return message
 
-        async def watched(message: Message) -> None:
-            nonlocal began
-            began = True
-            await send(message)
+        async def answer(message: Message) -> None:
+            if left >= 0:  # else whoever read the body makes another error of the refusal
+                await send(message)
 
         try:
-            await self._application(scope, measured, watched)
-        except _RefusedError as refused:
-            if began:
-                raise
-            await refuse(send, refused.status, refused.error)
+            await self._application(scope, measured, answer)
+        except _RefusedError:
+            pass
+        finally:
+            if left < 0:
+                await refuse(send, 413, _too_long(limit))
 
     def _check_host(self, headers: dict[str, str]) -> None:
         """Refuse a name that is not ours: a site may have its name resolve to this machine."""
@@ -175,7 +178,8 @@ class Guard:
 
     def _told(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "none")
-        self._metrics.answered(scope["method"], route, status, seconds)
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self._metrics.answered(method, route, status, seconds)
         if scope["method"] not in SAFE:
             user, client = scope.get("user"), scope.get("client")
             AUDIT.info(
@@ -204,7 +208,8 @@ class _RefusedError(Exception):
 def _check_origin(headers: dict[str, str]) -> None:
     """Refuse what another site has a browser send."""
     origin, host, site = headers.get("origin"), headers.get("host", ""), headers.get("sec-fetch-site", "none")
-    if (origin is not None and urlsplit(origin).netloc.lower() != host.lower()) or site not in ("none", "same-origin"):
+    ours = origin is None or origin.lower() in (f"http://{host}".lower(), f"https://{host}".lower())
+    if not ours or site not in ("none", "same-origin"):
         raise _RefusedError(
             403, AuthenticationError(f"requests that change something must come from this service's page, not {origin}")
         )
@@ -233,5 +238,7 @@ async def refuse(send: Send, status: int, error: EquigramError) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if status == 413:
+        headers.append((b"connection", b"close"))  # nobody reads the rest
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

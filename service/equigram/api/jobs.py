@@ -1,160 +1,29 @@
-"""The jobs of a service: found in the run stores, the records and Ray; watched, started, stopped and deleted.
-
-A service keeps nothing that it could not find again. One thread, :meth:`Jobs.look`, reads what drivers have written and
-starts those whose turn it is; requests change records, and wake it.
-"""
+"""What may be asked of the jobs of a service. It keeps nothing that it could not find again."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-import threading
-import time
+import secrets
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from equigram.api.checks import checked_spec, differences, job_name
-from equigram.api.drive import failure, headline
-from equigram.api.journal import Entry, JournalReader
-from equigram.api.models import ENDED, NodeView, State
-from equigram.api.queue import Waiting, after_loss, next_jobs, shares, state_of
-from equigram.api.records import ID, Outcome, Record, Records, Share, Wish, now
-from equigram.api.view import TileMap, View
-from equigram.errors import (
-    ClusterError,
-    ConflictError,
-    EquigramError,
-    JobFailedError,
-    JobNotFoundError,
-    LimitError,
-    StoreError,
-    StoreNotFoundError,
-)
-from equigram.solve.stage import solved_matrices, stored_results
-from equigram.spec import JobSpec
+from equigram.api.models import ENDED
+from equigram.api.records import Record, Wish, now, spec_to_run
+from equigram.api.registry import Registry
+from equigram.api.watch import Watch
+from equigram.errors import ConflictError, JobNotFoundError, StoreExistsError, StoreMismatchError
 from equigram.store import GramStore
 
 if TYPE_CHECKING:
-    from equigram.api.cluster import Status
+    from equigram.api.job import Drivers, Job, Limits, Listener
+    from equigram.api.models import NodeView
+    from equigram.api.records import Records
     from equigram.api.security import Readable
+    from equigram.spec import JobSpec
 
-POLL_SECONDS = 0.5
-"""Time between two looks at what drivers have written."""
-
-RAY_SECONDS = 2.0
-"""Time between two questions to Ray."""
-
-SCAN_SECONDS = 30.0
-"""Time between two listings of the root, where others may have made or deleted runs."""
-
-NODES_SECONDS = 15.0
-"""Time between two questions to Ray for its machines."""
-
-GRACE_SECONDS = 5.0
-"""Time that a driver which Ray says has ended may take to be seen to have written how."""
-
-_LOG = logging.getLogger("equigram.service")
-
-
-class Drivers(Protocol):
-    """Where drivers run: see :class:`equigram.api.cluster.Cluster`."""
-
-    def submit(self, name: str, arguments: list[str]) -> None:
-        """Start one, unless one of that name was started before."""
-
-    def statuses(self) -> dict[str, Status]:
-        """Of all that are known, by name."""
-
-    def stop(self, name: str) -> None:
-        """Have one end."""
-
-    def log(self, name: str) -> str:
-        """What one has printed."""
-
-    def nodes(self) -> list[NodeView]:
-        """The machines."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a service allows.
-
-    Attributes:
-      concurrency: jobs that run at the same time.
-      images: training and test images of a job.
-      jobs: jobs of a token that have not ended.
-      upload_bytes: of an upload.
-      upload_files: in an uploaded archive.
-      body_bytes: of any other request.
-      gram_bytes: of a slice of a matrix.
-    """
-
-    concurrency: int = 2
-    images: int = 200_000
-    jobs: int = 100
-    upload_bytes: int = 2 * 2**30
-    upload_files: int = 200_000
-    body_bytes: int = 2**20
-    gram_bytes: int = 64 * 2**20
-
-
-@dataclass(eq=False)
-class Job:
-    """What is known of a job now."""
-
-    id: str
-    record: Record | None
-    wish: Wish | None = None
-    outcome: Outcome | None = None
-    state: State = "incomplete"
-    status: Status | None = None
-    handed: float | None = None
-    """When its driver was handed to Ray by this service."""
-    gone: float | None = None
-    """Since when Ray says that the driver has ended, and it has not said how."""
-    reader: JournalReader | None = None
-    view: View = field(default_factory=View)
-    share: Share | None = None
-    facts: Outcome | None = None
-    """What a list says of a run without a record."""
-    groups: tuple[str, ...] = ()
-    kernels: tuple[str, ...] = ()
-    """Of a run without a record."""
-    seen: bytes = b""
-    """The attributes of a run without a record when ``facts`` were found."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held while its journal is read."""
-
-    @property
-    def owner(self) -> str | None:
-        """The name of the token it was submitted with."""
-        return self.record.owner if self.record else None
-
-    @property
-    def since(self) -> str:
-        """What lists are sorted by: when it was submitted, or its store made."""
-        return self.record.submitted if self.record else self.facts.ended if self.facts else ""
-
-    @property
-    def driver(self) -> str:
-        """The name of its driver in Ray."""
-        return f"equigram-{self.id}-{self.wish.attempt if self.wish else 0}"
-
-
-class Listener(Protocol):
-    """Told of what happens to jobs, by the thread of :meth:`Jobs.look` and by requests."""
-
-    def entries(self, job: Job, entries: list[Entry], kinds: list[str]) -> None:
-        """New events of its journal."""
-
-    def changed(self, job: Job) -> None:
-        """Its state changed."""
-
-    def deleted(self, job: str) -> None:
-        """It is gone."""
+TO_RESUME = ("failed", "cancelled", "incomplete")
+"""States in which a job can go on."""
 
 
 class Jobs:
@@ -162,7 +31,7 @@ class Jobs:
 
     Args:
       records: of the jobs.
-      drivers: where drivers run; asked for another one when they do not answer.
+      drivers: where drivers run; asked anew each time.
       limits: what is allowed.
       readable: what jobs may read.
       listener: told of what happens.
@@ -177,32 +46,16 @@ class Jobs:
         listener: Listener,
     ) -> None:
         self.records, self.limits, self.readable = records, limits, readable
-        self._drivers, self._listener = drivers, listener
-        self._lock = threading.RLock()
-        """Held while the jobs below, or a state, are changed; never while storage or Ray are asked."""
-        self._jobs: dict[str, Job] = {}
-        self._deleted: dict[str, int] = {}
-        """How often jobs began to be deleted, or were: what was read meanwhile is not true any more."""
-        self._wake = threading.Event()
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._look_always, name="jobs", daemon=True)
-        self._asked, self._scanned, self._counted = float("-inf"), float("-inf"), float("-inf")
-        self._nodes: list[NodeView] = []
-        self.trouble: str | None = "the service is starting"
-        """Why no driver can be started now; ``None`` where all is well."""
+        self.registry = Registry(records, listener)
+        self._watch = Watch(self.registry, drivers, limits)
 
     def start(self) -> None:
-        """Find all jobs, and go on watching."""
-        self._thread.start()
+        """Find all jobs, and go on watching them."""
+        self._watch.start()
 
     def stop(self) -> None:
         """Watch no more; drivers go on."""
-        self._stopped.set()
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=30)
-
-    # ------------------------------------------------------------------ requests
+        self._watch.stop()
 
     def submit(self, fields: dict[str, Any], priority: int, owner: str, key: str | None) -> tuple[Job, bool]:
         """Keep a job, to run when it is its turn; the same one again goes on where it stopped.
@@ -216,32 +69,24 @@ class Jobs:
           LimitError: its owner has too many.
         """
         name = job_name(fields, self.records.root, owner, key)
-        spec = self._checked({**fields, "store": name}, name)
-        record = Record(id=name, spec=spec.to_store(), owner=owner, priority=priority, submitted=now())
-        known = self.records.record(name)
-        if known is None:
-            with self._lock:
-                active = sum(job.state not in ENDED for job in self._jobs.values() if job.owner == owner)
-            if active >= self.limits.jobs:
-                raise LimitError(
-                    f"{owner} has {active} jobs that have not ended, and {self.limits.jobs} are allowed; wait for "
-                    "some, or cancel some"
-                )
-            if self.records.submit(record):
-                job = self._add(record)
-                self._wake.set()
-                return job, True
+        spec = checked_spec({**fields, "store": name}, name, self.readable, self.records)
+        record = self._record(spec, owner, priority)
+        with self.registry.hold(name):
+            self._finish_deletion(name)
             known = self.records.record(name)
-        if known is None or known.spec != record.spec:
-            raise ConflictError(
-                f"there is another job {name}, with {differences(known, record)}; give this one another `store`, or "
-                f"delete that one with `equigram delete {name}`"
-            )
-        with self._lock:
-            job = self._jobs.get(name) or self._add(known)
-        if job.state in ("failed", "cancelled", "incomplete"):
-            self.resume(name, owner)
-        return job, False
+            if known is None:
+                self._check_place(record)
+                with self.registry.place(owner, self.limits.jobs):
+                    return self._keep(record), True
+            if known.spec != record.spec:
+                raise ConflictError(
+                    f"there is another job {name}, with another {differences(known, record)}; give this one another "
+                    f"`store`, or delete that one with `equigram delete {name}`"
+                )
+            job = self.job(name)
+            if job.state in TO_RESUME:
+                self.resume(name, owner)
+            return job, False
 
     def cancel(self, name: str) -> Job:
         """End a job; what it has finished is kept.
@@ -249,11 +94,13 @@ class Jobs:
         Raises:
           ConflictError: it has ended.
         """
-        job = self.job(name)
-        if job.state in ENDED or job.wish is None:
-            raise ConflictError(f"{name} is {job.state}, and only a queued or running job can be cancelled")
-        self._want(job, Wish(state="cancelled", attempt=job.wish.attempt, since=now(), finished=job.wish.finished))
-        self._wake.set()
+        with self.registry.hold(name):
+            job = self.job(name)
+            if job.state in ENDED or job.wish is None:
+                raise ConflictError(f"{name} is {job.state}, and only a queued or running job can be cancelled")
+            wish = job.wish.model_copy(update={"state": "cancelled", "since": now()})
+            self.registry.want(job, wish)
+        self._watch.wake()
         return job
 
     def resume(self, name: str, owner: str) -> Job:
@@ -262,24 +109,22 @@ class Jobs:
         Raises:
           ConflictError: it has not ended, or is done.
           ForbiddenUrlError: it reads what jobs may not read any more.
+          LimitError: its owner has too many that have not ended.
         """
-        job = self.job(name)
-        if job.state not in ("failed", "cancelled", "incomplete"):
-            raise ConflictError(f"{name} is {job.state}, and only a failed, cancelled or incomplete job can be resumed")
-        if job.record is None:
-            spec = GramStore.open(self.records.store_url(name)).info.spec.to_store()
-            fields = {**spec, "store": name, "resources": {**spec["resources"], "address": None}}
-            record = Record(
-                id=name, spec=self._checked(fields, name).to_store(), owner=owner, priority=0, submitted=now()
-            )
-            self.records.submit(record)
-            with self._lock:
-                job.record, job.wish, job.state = record, self.records.wish(record), "queued"
-        else:
-            self._checked(job.record.spec, name)
-            wish = self.records.wish(job.record)
-            self._want(job, Wish(state="run", attempt=wish.attempt + 1, since=now(), finished=self._finished(job)))
-        self._wake.set()
+        with self.registry.hold(name):
+            job = self.job(name)
+            if job.state not in TO_RESUME:
+                raise ConflictError(
+                    f"{name} is {job.state}, and only a failed, cancelled or incomplete job can be resumed"
+                )
+            with self.registry.place(job.owner or owner, self.limits.jobs):
+                if job.record is None:
+                    return self._take_over(job, owner)
+                checked_spec(job.record.spec, name, self.readable, self.records)
+                attempt = self.records.wish(job.record).attempt + 1
+                wish = Wish(state="run", attempt=attempt, since=now(), finished=self._watch.finished(job))
+                self.registry.want(job, wish)
+        self._watch.wake()
         return job
 
     def delete(self, name: str) -> None:
@@ -287,17 +132,15 @@ class Jobs:
 
         Raises:
           ConflictError: it has not ended.
+          ClusterError: it is not known whether its driver has ended.
         """
-        job = self.job(name)
-        if job.state not in ENDED or job.status in ("pending", "running"):
-            raise ConflictError(f"{name} is {job.state}; cancel it before you delete it")
-        with self._lock:
-            self._deleted[name] = self._deleted.get(name, 0) + 1
-            self._jobs.pop(name, None)
-        self.records.delete(name)
-        with self._lock:
-            self._deleted[name] += 1
-        self._listener.deleted(name)
+        with self.registry.hold(name):
+            job = self.job(name)
+            base = job.driver.rpartition("-")[0]
+            if job.state not in ENDED or (base and self._is_driven(base)):
+                raise ConflictError(f"{name} is {job.state}, or its driver is; cancel it before you delete it")
+            self.records.delete(name)
+            self.registry.forget(name)
 
     def job(self, name: str) -> Job:
         """A job.
@@ -305,299 +148,81 @@ class Jobs:
         Raises:
           JobNotFoundError: there is none of that name.
         """
-        with self._lock:
-            job = self._jobs.get(name)
-        if job is None and ID.fullmatch(name) and self._find(name):
-            job = self._jobs.get(name)
+        job = self.registry.find(name)
         if job is None:
             raise JobNotFoundError(f"there is no job {name!r}; `equigram jobs` lists them")
         return job
 
     def all(self) -> list[Job]:
         """All jobs, the newest first."""
-        with self._lock:
-            jobs = list(self._jobs.values())
-        return sorted(jobs, key=lambda job: (job.since, job.id), reverse=True)
+        return self.registry.all()
 
+    @property
     def nodes(self) -> list[NodeView]:
         """The machines of the cluster when it was last asked."""
-        return self._nodes
+        return self._watch.nodes
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no driver can be started now; ``None`` where all is well."""
+        return self._watch.trouble
 
     def log(self, job: Job, lines: int) -> str:
         """The last lines that the driver of a job has printed."""
-        text = self._drivers().log(job.driver)
+        if not job.driver:
+            raise JobNotFoundError(f"{job.id} was not submitted here, and no driver of it has printed anything")
+        text = self._watch.drivers().log(job.driver)
         return "\n".join(text.splitlines()[-lines:]) + "\n"
 
-    def read(self, job: Job, *, again: bool = False) -> None:
-        """Read the journal of a job that is not watched; ``again`` from its beginning, or what is kept of that."""
-        if again:
-            with job.lock:
-                job.reader, job.view = None, View(tiles=job.view.tiles)
-        if job.record is not None and job.reader is None:
-            self._read(job)
-
-    def store(self, job: Job) -> GramStore | None:
-        """The run store of a job; ``None`` where there is none yet."""
-        with contextlib.suppress(StoreNotFoundError):
-            return GramStore.open(self.records.store_url(job.id))
-        return None
-
-    def _checked(self, fields: dict[str, Any], name: str) -> JobSpec:
-        return checked_spec(fields, name, self.readable, self.records)
-
-    def _finished(self, job: Job) -> int:
-        """Tiles that are stored."""
-        try:
-            store = self.store(job)
-        except EquigramError:
-            return 0
-        return sum(len(part.finished_tiles()) for _, part in store.passes()) if store is not None else 0
-
-    # ------------------------------------------------------------------ finding
-
-    def _add(self, record: Record) -> Job:
-        """Take a job that was submitted into account."""
-        job = self._known(record)
-        with self._lock:
-            return self._jobs.setdefault(record.id, job)
-
-    def _known(self, record: Record) -> Job:
-        """A job that was submitted, as its record, its wish and its outcome say."""
-        wish = self.records.wish(record)
-        job = Job(record.id, record, wish, self.records.outcome(record.id, wish.attempt))
-        begun = self.records.attempt(record.id, wish.attempt).read("live.jsonl") is not None
-        job.state = state_of(wish, job.outcome, None, begun=begun) or "starting"
-        return job
-
-    def _find(self, name: str) -> bool:
-        """Look for a job that is not known; whether there is one."""
-        before = self._deleted.get(name, 0)
-        with contextlib.suppress(StoreError):
-            record = self.records.record(name)
-            job = Job(name, None) if record is None else self._known(record)
-            if record is not None or self._look_at_run(job):
-                with self._lock:
-                    if self._deleted.get(name, 0) == before and before % 2 == 0:
-                        self._jobs.setdefault(name, job)
-                        return True
-        return False
-
-    def _look_at_run(self, job: Job) -> bool:
-        """Find out how far a run is that was not submitted here; whether there is a run."""
-        store = self.store(job)
-        if store is None:
-            return False
-        info = store.info
-        seen = json.dumps([info.spec.to_store(), info.created, info.train, info.test], default=str).encode()
-        if job.seen == seen and job.state == "done":
-            return True
-        tiles = TileMap.of(store)
-        counts, solved = tiles.counts(), solved_matrices(store)
-        results = [one for pair in solved for one in stored_results(store, *pair)]
-        asked = info.spec.solve is not None
-        complete = counts.finished == counts.tiles and (bool(solved) or not asked)
-        facts = Outcome(
-            state="done",
-            ended=info.created,
-            train=info.train,
-            test=info.test,
-            counts=counts,
-            headline=headline(results),
-        )
-        with self._lock:
-            job.facts, job.seen, job.view.tiles = facts, seen, None
-            job.groups, job.kernels = info.spec.gram.groups, info.spec.gram.kernels
-            self._change(job, "done" if complete else "incomplete")
-        return True
-
-    def _scan(self) -> None:
-        """Find jobs and runs that others have made, and forget those that they have deleted."""
-        ids, runs = self.records.ids(), self.records.runs()
-        with self._lock:
-            known = dict(self._jobs)
-        new = [name for name in dict.fromkeys([*ids, *runs]) if name not in known]
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(self._find, new))
-        for name, job in known.items():
-            if job.record is None and name in runs:
-                with contextlib.suppress(EquigramError):
-                    self._look_at_run(job)
-            gone = name not in runs if job.record is None else name not in ids
-            if gone and job.state in ENDED:
-                with self._lock:
-                    self._jobs.pop(name, None)
-                self._listener.deleted(name)
-
-    # ------------------------------------------------------------------ the thread
-
-    def _look_always(self) -> None:
-        while not self._stopped.is_set():
-            try:
-                self.look()
-            except StoreError as error:
-                _LOG.warning("the storage of the jobs does not answer: %s", error)
-            except Exception:
-                _LOG.exception("an error that nobody expected while looking after the jobs")
-            self._wake.wait(POLL_SECONDS)
-            if self._wake.is_set():
-                self._wake.clear()
-                self._asked = float("-inf")
-
-    def look(self) -> None:
-        """Read what drivers have written, see which have ended, and start those whose turn it is."""
-        clock = time.monotonic()
-        if clock - self._scanned >= SCAN_SECONDS:
-            self._scan()
-            self._scanned = clock
-        active = [job for job in self.all() if job.state not in ENDED or job.status in ("pending", "running")]
-        for job in active:
-            if job.state in ("starting", "running") or job.status is not None:
-                self._read(job)
-        if clock - self._asked >= RAY_SECONDS:
-            self._asked = clock
-            statuses = self._statuses()
-            if statuses is not None:
-                for job in active:
-                    self._judge(job, statuses.get(job.driver))
-                self._start_next()
-        self._give_shares()
-
-    def _statuses(self) -> dict[str, Status] | None:
-        """What Ray says of all drivers; ``None`` where it does not answer."""
-        try:
-            drivers = self._drivers()
-            statuses = drivers.statuses()
-            if time.monotonic() - self._counted >= NODES_SECONDS:
-                self._nodes, self._counted = drivers.nodes(), time.monotonic()
-        except ClusterError as error:
-            if self.trouble != str(error):
-                _LOG.warning("%s", error)
-            self.trouble = str(error)
-            return None
-        self.trouble = None
-        return statuses
-
-    def _read(self, job: Job) -> None:
-        """Take new events of a job into account."""
-        if job.wish is None:
-            return
-        with job.lock:
-            if job.reader is None:
-                job.reader = JournalReader(self.records.attempt(job.id, job.wish.attempt))
-            entries = job.reader.read()
-            kinds = [job.view.apply(entry, lambda: self._listing(job)) for entry in entries]
-        if entries:
-            self._listener.entries(job, entries, kinds)
-            if job.state == "starting" and job.wish.state == "run":
-                with self._lock:
-                    self._change(job, "running")
-
-    def _listing(self, job: Job) -> TileMap | None:
-        """The tiles of a job as its store has them now; ``None`` where there is none, or it does not answer."""
-        with contextlib.suppress(EquigramError):
-            store = self.store(job)
-            return TileMap.of(store) if store is not None else None
-        return None
-
-    def _judge(self, job: Job, status: Status | None) -> None:
-        """Find out whether a driver is at work, has ended, or is lost."""
-        if job.wish is None or job.record is None:
-            return
-        job.status = status
-        outcome = self.records.outcome(job.id, job.wish.attempt)
-        if outcome is not None:
-            self._read(job)
-        if job.wish.state == "cancelled" and outcome is None and status in ("pending", "running"):
-            self._drivers().stop(job.driver)
-        begun = job.reader is not None and job.reader.begun()
-        handed = job.handed is not None and status is None
-        state = state_of(job.wish, outcome, "pending" if handed and self._is_fresh(job) else status, begun=begun)
-        if state is None and outcome is None and self._is_fresh(job):
-            return
-        if state is None:
-            state = self._lose(job)
-            outcome = job.outcome
-        with self._lock:
-            job.outcome = outcome
-            self._change(job, state)
+    # ------------------------------------------------------------------ steps of requests
 
     @staticmethod
-    def _is_fresh(job: Job) -> bool:
-        """Whether a driver that seems to be gone may only be seen late."""
-        clock = time.monotonic()
-        job.gone = job.gone or clock
-        since = max(job.gone, job.handed or 0.0)
-        return clock - since < GRACE_SECONDS
-
-    def _lose(self, job: Job) -> State:
-        """Start another driver for a job whose driver was lost, or let it fail if too many were."""
-        assert job.wish is not None
-        wish = after_loss(job.wish, self._finished(job), now())
-        if wish is not None:
-            _LOG.warning("the driver of %s was lost; another one goes on", job.id)
-            self._want(job, wish)
-            return "queued"
-        error = JobFailedError(
-            f"{job.wish.lost + 1} drivers of {job.id} in a row were killed, or lost their machine, before they "
-            f"finished a tile, perhaps for want of memory; `equigram logs {job.id}` shows what the last one said, "
-            f"`equigram resume {job.id}` tries again"
+    def _record(spec: JobSpec, owner: str, priority: int) -> Record:
+        fields = json.loads(json.dumps(spec.to_store()))  # as it will be read again
+        return Record(
+            id=spec.store, nonce=secrets.token_hex(4), spec=fields, owner=owner, priority=priority, submitted=now()
         )
-        job.outcome = failure(error)
-        self.records.end(job.id, job.wish.attempt, job.outcome)
-        return "failed"
 
-    def _start_next(self) -> None:
-        """Start the jobs whose turn it is."""
-        with self._lock:
-            jobs = [job for job in self._jobs.values() if job.record is not None]
-            queued = [_waiting(job.record) for job in jobs if job.state == "queued" and job.record]
-            running = [_waiting(job.record) for job in jobs if job.record and job.state in ("starting", "running")]
-        cpus = int(sum(node.cpus for node in self._nodes if node.alive))
-        for name in next_jobs(queued, running, min(self.limits.concurrency, max(1, cpus))):
-            job = self.job(name)
-            assert job.wish is not None
-            arguments = [self.records.root, name, str(job.wish.attempt), "--max-images", str(self.limits.images)]
+    def _keep(self, record: Record) -> Job:
+        """Keep a record, and take its job into account."""
+        if not self.records.submit(record):
+            raise ConflictError(f"another service has just taken a job {record.id}; submit this one again")
+        job = self.registry.known(record)
+        before = self.registry.get(record.id)
+        if before is not None:  # a run that was found, which its watchers go on watching
+            before.record, before.facts, before.wish = record, None, None
+            self.registry.adopt(before, self.records.wish(record))
+            job = before
+        self.registry.put(job)
+        self._watch.wake()
+        return job
+
+    def _take_over(self, job: Job, owner: str) -> Job:
+        """Submit a run that was not submitted here."""
+        spec = GramStore.open(self.records.store_url(job.id)).info.spec.to_store()
+        fields = {**spec, "store": job.id, "resources": {**spec["resources"], "address": None}}
+        return self._keep(self._record(checked_spec(fields, job.id, self.readable, self.records), owner, 0))
+
+    def _check_place(self, record: Record) -> None:
+        """Raise :class:`ConflictError` unless nothing is where the run store would be, or this job's run."""
+        store = GramStore(self.records.store_url(record.id))
+        try:
+            store.check_free()
+        except StoreExistsError:
             try:
-                self._drivers().submit(job.driver, arguments)
-            except ClusterError as error:
-                self.trouble = str(error)
-                _LOG.warning("%s", error)
-                return
-            with self._lock:
-                job.handed, job.gone, job.status = time.monotonic(), None, "pending"
-                job.reader, job.view = None, View()
-                self._change(job, "starting")
+                GramStore.open(store.url).check_belongs_to(spec_to_run(record, self.records.root))
+            except StoreMismatchError as error:
+                raise ConflictError(f"there is another run {record.id}: {error}") from None
+        except StoreMismatchError as error:
+            raise ConflictError(str(error)) from None
 
-    def _give_shares(self) -> None:
-        """Tell the running jobs their parts of the cluster, where these have changed."""
-        with self._lock:
-            busy = [job for job in self._jobs.values() if job.state in ("starting", "running") and job.record]
-            wanted = shares({job.id: job.record.priority for job in busy if job.record})
-        for job in busy:
-            if job.share != wanted[job.id]:
-                self.records.give(job.id, wanted[job.id])
-                job.share = wanted[job.id]
+    def _finish_deletion(self, name: str) -> None:
+        """Delete what an interrupted deletion has left of a job of that name."""
+        if self.records.is_deleted(name):
+            self.records.delete(name)
+            self.registry.forget(name)
 
-    def _want(self, job: Job, wish: Wish) -> None:
-        """Change what is wanted of a job."""
-        self.records.want(job.id, wish)
-        with self._lock:
-            another = job.wish is None or job.wish.attempt != wish.attempt
-            job.wish = wish
-            if another:
-                job.outcome, job.reader, job.handed, job.gone, job.status = None, None, None, None, None
-                self._change(job, "queued")
-            elif wish.state == "cancelled" and job.state == "queued":
-                self._change(job, "cancelled")
-
-    def _change(self, job: Job, state: State) -> None:
-        """A job is in another state now."""
-        if job.state != state:
-            job.state = state
-            _LOG.info("%s is %s", job.id, state, extra={"job": job.id, "state": state})
-            self._listener.changed(job)
-
-
-def _waiting(record: Record | None) -> Waiting:
-    assert record is not None
-    return Waiting(record.id, record.owner, record.priority, record.submitted)
+    def _is_driven(self, base: str) -> bool:
+        """Whether Ray has a driver of a job that has not ended."""
+        statuses = self._watch.drivers().statuses()
+        return any(name.rpartition("-")[0] == base and status != "ended" for name, status in statuses.items())

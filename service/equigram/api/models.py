@@ -282,4 +282,6 @@ class ServiceView(_Answer):
     readable: list[str]
     """URLs below which jobs may read."""
     nodes: list[NodeView]
-    """Machines; empty while Ray does not answer."""
+    """Machines, as they were when Ray answered last."""
+    trouble: str | None
+    """Why no job can be started now; ``None`` where all is well."""

@@ -2,15 +2,16 @@
 
 Below the root of the service each job has its run store, ``<id>``, and a folder ``.equigram/jobs/<id>``:
 
-==========================  =============================================================================
-``job.json``                the job as it was submitted, by whom and when; never changed
-``wish.json``               what is wanted of it now: to run, in an attempt of that number, or to be cancelled
-``share.json``              which part of the cluster's workers it may have
-``attempt-0001/``           the journal of a driver, and ``outcome.json``, how it ended
-``figures/``                what was drawn at its end
-==========================  =============================================================================
+================================  ===========================================================================
+``job.json``                      the job as it was submitted, by whom and when; never changed
+``<nonce>/wish.json``             what is wanted of it now: to run, in an attempt of that number, or to be cancelled
+``<nonce>/share.json``            which part of the cluster's workers it may have
+``<nonce>/attempt-0001/``         the journal of a driver, and ``outcome.json``, how it ended
+``<nonce>/figures/``              what was drawn at its end
+================================  ===========================================================================
 
-Uploads are in ``.equigram/uploads``, by their SHA-256.
+The nonce is new for each submission, so that nothing of a job that was deleted is taken for one of the same name.
+Uploads are in ``.equigram/uploads``, by their SHA-256. ``.equigram/deleted/<id>`` is there while a job is deleted.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Record(_Document):
     """A job as it was submitted."""
 
     id: str
+    nonce: str
+    """Of this submission; part of the names of its drivers in Ray."""
     spec: dict[str, Any]
     """As :meth:`equigram.spec.JobSpec.to_store` of what was submitted."""
     owner: str
@@ -110,50 +113,45 @@ class Records:
         return f"{self.root}/{job}"
 
     def record(self, job: str) -> Record | None:
-        """A job as it was submitted; ``None`` if it was not submitted here."""
-        return self._read(Record, f"jobs/{job}/job.json")
+        """A job as it was submitted; ``None`` if it was not submitted here, or is being deleted."""
+        record = self._read(Record, f"jobs/{job}/job.json")
+        return None if record is None or self.is_deleted(job) else record
 
     def submit(self, record: Record) -> bool:
-        """Keep a job, and the wish that it runs; whether there was none of that name.
-
-        The record counts: a service that dies before it has written the wish finds it again.
-        """
-        created = self._hidden.create(f"jobs/{record.id}/job.json", record.model_dump_json().encode())
-        if created:
-            self.want(record.id, first_wish(record))
-        return created
+        """Keep a job; whether there was none of that name. It is to run until something else is wanted."""
+        return self._hidden.create(f"jobs/{record.id}/job.json", record.model_dump_json().encode())
 
     def wish(self, record: Record) -> Wish:
         """What is wanted of a job."""
-        return self._read(Wish, f"jobs/{record.id}/wish.json") or first_wish(record)
+        return self._read(Wish, f"{_place(record)}/wish.json") or first_wish(record)
 
-    def want(self, job: str, wish: Wish) -> None:
+    def want(self, record: Record, wish: Wish) -> None:
         """Change what is wanted of a job."""
-        self._write(f"jobs/{job}/wish.json", wish)
+        self._write(f"{_place(record)}/wish.json", wish)
 
-    def share(self, job: str) -> Share | None:
+    def share(self, record: Record) -> Share | None:
         """The job's part of the cluster."""
-        return self._read(Share, f"jobs/{job}/share.json")
+        return self._read(Share, f"{_place(record)}/share.json")
 
-    def give(self, job: str, share: Share) -> None:
+    def give(self, record: Record, share: Share) -> None:
         """Change a job's part of the cluster."""
-        self._write(f"jobs/{job}/share.json", share)
+        self._write(f"{_place(record)}/share.json", share)
 
-    def attempt(self, job: str, attempt: int) -> Folder:
+    def attempt(self, record: Record, attempt: int) -> Folder:
         """The folder of a driver."""
-        return Folder(self._hidden.at(f"jobs/{job}/attempt-{attempt:04}"))
+        return Folder(self._hidden.at(f"{_place(record)}/attempt-{attempt:04}"))
 
-    def outcome(self, job: str, attempt: int) -> Outcome | None:
+    def outcome(self, record: Record, attempt: int) -> Outcome | None:
         """How a driver ended; ``None`` if it has not, or was not able to say it."""
-        return self._read(Outcome, f"jobs/{job}/attempt-{attempt:04}/outcome.json")
+        return self._read(Outcome, f"{_place(record)}/attempt-{attempt:04}/outcome.json")
 
-    def end(self, job: str, attempt: int, outcome: Outcome) -> None:
+    def end(self, record: Record, attempt: int, outcome: Outcome) -> None:
         """Keep how a driver ended."""
-        self._write(f"jobs/{job}/attempt-{attempt:04}/outcome.json", outcome)
+        self._write(f"{_place(record)}/attempt-{attempt:04}/outcome.json", outcome)
 
-    def figures(self, job: str) -> Folder:
+    def figures(self, record: Record) -> Folder:
         """The folder of the figures of a job."""
-        return Folder(self._hidden.at(f"jobs/{job}/figures"))
+        return Folder(self._hidden.at(f"{_place(record)}/figures"))
 
     def uploads(self) -> Folder:
         """The folder of uploads."""
@@ -163,10 +161,20 @@ class Records:
         """Whether a file of that name was uploaded."""
         return self._hidden.exists(f"uploads/{name}")
 
+    def is_deleted(self, job: str) -> bool:
+        """Whether somebody has begun to delete a job."""
+        return self._hidden.exists(f"deleted/{job}")
+
+    def half_deleted(self) -> list[str]:
+        """Jobs that somebody has begun to delete."""
+        return [name for name in self._hidden.names("deleted") if ID.fullmatch(name)]
+
     def delete(self, job: str) -> None:
-        """Delete a job, its run store first: interrupted, it is still there to be deleted again."""
+        """Delete a job with its run store; interrupted, it is gone, and what is left of it is deleted later."""
+        self._hidden.write(f"deleted/{job}", now().encode())
         self._runs.delete(job)
         self._hidden.delete(f"jobs/{job}")
+        self._hidden.delete(f"deleted/{job}")
 
     def check(self) -> None:
         """Raise :class:`StoreError` unless the root can be written."""
@@ -186,6 +194,10 @@ class Records:
 
     def _write(self, name: str, document: _Document) -> None:
         self._hidden.write(name, document.model_dump_json().encode())
+
+
+def _place(record: Record) -> str:
+    return f"jobs/{record.id}/{record.nonce}"
 
 
 def first_wish(record: Record) -> Wish:

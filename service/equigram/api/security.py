@@ -134,8 +134,8 @@ class Readable:
             f"this service lets jobs read {', '.join(self.places)}" if self.places else "this service reads no URLs"
         )
         raise ForbiddenUrlError(
-            f"{field} = {url!r}: {allowed}, and what is uploaded; upload it (equigram submit does), or ask its "
-            "operator for more (equigram serve --read)"
+            f"{field} = {url.partition('?')[0]!r}: {allowed}, and what is uploaded; upload it (equigram submit does), "
+            "or ask its operator for more (equigram serve --read)"
         )
 
 
@@ -158,8 +158,10 @@ def _parts(url: str) -> _Parts | None:
     except ValueError:
         return None
     segments = tuple(segment for segment in split.path.split("/") if segment)
-    odd = "@" in host or "\\" in url or "%" in host or any(unquote(one) in (".", "..") for one in segments)
-    return None if odd or split.fragment else (scheme.lower().replace("s3a", "s3"), host.lower(), segments)
+    # A query may be a signature, which would be kept with the job and shown to everybody who may read.
+    odd = "@" in host or "\\" in url or "%" in host or bool(split.query or split.fragment)
+    odd = odd or any(one in (".", "..") or "/" in one for one in map(unquote, segments))
+    return None if odd else (scheme.lower().replace("s3a", "s3"), host.lower(), segments)
 
 
 def _below(parts: _Parts, place: _Parts) -> bool:

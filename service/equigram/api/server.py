@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import uvicorn
 
 from equigram.api.app import make_app
 from equigram.api.cluster import Cluster, LocalCluster
-from equigram.api.jobs import Drivers, Limits
+from equigram.api.job import Drivers, Limits
 from equigram.api.records import Records
 from equigram.api.security import Readable, Tokens
 from equigram.errors import ResourceError, SpecError
@@ -107,10 +108,11 @@ def serve(settings: Settings, started: Callable[[str], None]) -> None:
     """
     tokens = Tokens.load(settings.tokens)
     alone = _is_loopback(settings.host)
-    if not alone and not tokens:
+    if not tokens and (settings.hostnames or not alone):  # a proxy in front lets others in, too
+        opened = f"--hostname {settings.hostnames[0]}" if alone else f"--host {settings.host}"
         raise SpecError(
-            f"--host {settings.host} lets other machines in, and no token is set: name a file of tokens (--tokens), "
-            "or set EQUIGRAM_TOKENS; a line is `name scope token` with the scope read or write"
+            f"{opened} lets other machines in, and no token is set: name a file of tokens (--tokens), or set "
+            "EQUIGRAM_TOKENS; a line is `name scope token` with the scope read or write"
         )
     readable = Readable(settings.readable)
     records = Records(absolute_root(settings.root))
@@ -123,6 +125,8 @@ def serve(settings: Settings, started: Callable[[str], None]) -> None:
         drivers = lambda: cluster  # noqa: E731
     hosts = None if not alone and not settings.hostnames else list(settings.hostnames)
     app = make_app(records, drivers, tokens, readable, settings.limits, hosts)
+    for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray's client would go there instead
+        os.environ.pop(variable, None)
     log_to(sys.stderr)
     listening = _listen(settings.host, settings.port)
     with listening:

@@ -47,11 +47,13 @@ class TileMap:
     def __init__(self, tiling: Tiling, passes: int) -> None:
         self.tiling, self.passes = tiling, passes
         parts: tuple[Part, ...] = ("gram", "cross") if tiling.test else ("gram",)
-        self._finished: dict[Part, NDArray[np.uint8]] = {
-            part: np.zeros(tiling.blocks(part), dtype=np.uint8) for part in parts
+        self._stored: dict[Part, NDArray[np.bool_]] = {
+            part: np.zeros((passes, *tiling.blocks(part)), dtype=np.bool_) for part in parts
         }
-        """In how many passes a tile is stored; of the train matrix the upper triangle counts."""
+        """Whether a tile is stored, ``[pass, row, col]``; of the train matrix the upper triangle counts."""
         self._pairs = 0
+        self._pass = 0
+        """In which pass tiles are computed now."""
         self._holders: dict[Tile, set[int]] = {}
         self._failed: set[Tile] = set()
 
@@ -60,47 +62,51 @@ class TileMap:
         """That of a store, as a listing shows it."""
         passes = store.passes()
         found = cls(store.info.tiling, len(passes))
-        for _, part in passes:
+        for number, (_, part) in enumerate(passes):
             done = part.finished_tiles()
             found._pairs += done.pairs
             for tile in done:
-                found._finished[tile.part][tile.row, tile.col] += 1
+                found._stored[tile.part][number, tile.row, tile.col] = True
+            if len(done) == len(found.tiling) and number + 1 < len(passes):
+                found._pass = number + 1
         return found
 
     def counts(self) -> TileCounts:
         """How many there are and will be."""
         return TileCounts(
             tiles=self.passes * len(self.tiling),
-            finished=sum(int(one.sum()) for one in self._finished.values()),
+            finished=sum(int(one.sum()) for one in self._stored.values()),
             pairs=self.passes * self.tiling.total_pairs,
             finished_pairs=self._pairs,
         )
 
     def states(self, part: Part) -> NDArray[np.uint8]:
         """The state of each tile ``(row, col)``; of the train matrix both triangles are filled."""
-        found = np.where(self._finished[part] >= self.passes, STORED, MISSING).astype(np.uint8)
+        found = np.where(self._stored[part].all(axis=0), STORED, MISSING).astype(np.uint8)
         for tiles, state in ((self._holders, COMPUTING), (self._failed, FAILED)):
             for tile in tiles:
-                if tile.part == part and found[tile.row, tile.col] != STORED:
+                if tile.part == part:
                     found[tile.row, tile.col] = state
         return np.maximum(found, found.T) if part == "gram" else found
 
     def apply(self, kind: str, event: Fields) -> None:
-        """Take an event into account."""
+        """Take an event into account; the same one again changes nothing."""
         if kind == "WorkerLost":
             self._forget(int(event["worker"]))
-        elif kind == "ComputationEnded":
+        elif kind in ("ComputationStarted", "ComputationEnded"):
             self._holders.clear()
             self._failed.clear()
+            self._pass = min(int(event.get("number", self._pass)), self.passes - 1)
         match = _TILE.fullmatch(str(event.get("tile", "")))
         if match is None:
             return
         part: Part = "gram" if match[1] == "gram" else "cross"
         tile = Tile(part, int(match[2]), int(match[3]))
-        finished = self._finished.get(part)
-        if finished is None or tile.row >= finished.shape[0] or tile.col >= finished.shape[1]:
+        if part not in self._stored or tile.row >= (stored := self._stored[part][self._pass]).shape[0]:
             return  # of images that were added since
-        if kind in ("TileStarted", "TileCopied"):
+        if tile.col >= stored.shape[1]:
+            return
+        if kind in ("TileStarted", "TileCopied") and not stored[tile.row, tile.col]:
             self._holders.setdefault(tile, set()).add(int(event["worker"]))
             self._failed.discard(tile)
         elif kind == "TileFailed":
@@ -109,8 +115,8 @@ class TileMap:
         elif kind == "TileFinished":
             self._holders.pop(tile, None)
             self._failed.discard(tile)
-            if finished[tile.row, tile.col] < self.passes:
-                finished[tile.row, tile.col] += 1
+            if not stored[tile.row, tile.col]:
+                stored[tile.row, tile.col] = True
                 self._pairs += int(event["pairs"])
 
     def _forget(self, worker: int) -> None:

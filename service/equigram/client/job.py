@@ -128,13 +128,15 @@ class Job:
           WaitTimeoutError: it goes on.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        for told in follow(self._connection, f"{self._path}/events", None, deadline):
-            event = as_event(told)
-            if told.kind == "state":
-                event = Note(f"{self.id} is {told.data.get('state')}")
-            if event is not None:
-                listener(event)
-        detail = self.refresh().detail
+        after = None
+        while self.refresh().state not in ENDED and time.monotonic() < deadline:
+            for told in follow(self._connection, f"{self._path}/events", after, deadline):
+                after, event = told.id or after, as_event(told)
+                if told.kind == "state":
+                    event = Note(f"{self.id} is {told.data.get('state')}")
+                if event is not None:
+                    listener(event)
+        detail = self.detail
         kept = f"what it had finished is kept, and `equigram resume {self.id}` goes on from there"
         if detail.state == "failed":
             reason = detail.error.message if detail.error else f"`equigram logs {self.id}` may say why"

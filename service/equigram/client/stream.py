@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
-from equigram import events
 from equigram.api.models import ENDED
 from equigram.client.connection import QUIET, Connection, Patience, UnreachedError
 from equigram.errors import ServiceError
@@ -21,19 +20,7 @@ from equigram.plan import Part, Tile
 STEADY = 10.0
 """Seconds after which a connection that was lost had been a good one."""
 
-_SHOWN = (
-    events.Note,
-    events.Progress,
-    events.ComputationStarted,
-    events.ComputationEnded,
-    events.WorkerStarted,
-    events.WorkerLost,
-    events.TileStarted,
-    events.TileCopied,
-    events.TileFinished,
-    events.TileFailed,
-)
-_KINDS = {kind.__name__: kind for kind in _SHOWN}
+_KINDS = {kind.__name__: kind for kind in Event.__subclasses__()}
 
 
 class Told(NamedTuple):
@@ -141,6 +128,6 @@ def as_event(told: Told) -> Event | None:
             return None
         values["tile"] = Tile(cast(Part, found[1]), int(found[2]), int(found[3]))
     try:
-        return cast(Event, kind(**values))
+        return kind(**values)
     except TypeError:
         return None

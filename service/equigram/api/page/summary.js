@@ -26,7 +26,7 @@ export function summaryPanel() {
       byId("job-failure").hidden = job.error === null;
       const notes = byId("job-notes");
       notes.hidden = job.notes.length === 0;
-      if (notes.children.length !== job.notes.length) {
+      if (notes.textContent !== job.notes.join("")) {
         notes.replaceChildren(...job.notes.map((note) => element("li", {}, note)));
       }
 
