@@ -1,4 +1,5 @@
-# One image serves the driver (`docker run IMAGE run job.yaml`) and Ray nodes (compose, KubeRay, `ray up`):
+# One image serves the driver (`docker run IMAGE run job.yaml`), Ray nodes (compose, KubeRay, `ray up`) and the service
+# (`equigram serve`):
 #
 #   docker build -t registry.example.com/equigram:0.1.0 .
 #   docker build -t registry.example.com/equigram:0.1.0-cuda --build-arg VARIANT=cuda .
@@ -38,7 +39,7 @@ ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     RAY_USAGE_STATS_ENABLED=0
 USER 1000
 WORKDIR /home/equigram
-# A Ray node must answer for itself; a container of one command is healthy for as long as that runs.
+# A Ray node and the service must answer; a container of one command is healthy for as long as that runs.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=90s --start-interval=3s --retries=3 \
     CMD ["python", "-I", "/opt/equigram/healthcheck.py"]
 ENTRYPOINT ["equigram"]
