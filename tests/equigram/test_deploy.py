@@ -8,6 +8,7 @@ import json
 import os
 import re
 import runpy
+import secrets
 import shlex
 import shutil
 import signal
@@ -17,6 +18,8 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,10 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from equigram import __version__
+from equigram.api.security import Readable, Tokens
 from equigram.cli import app
+from equigram.client import Client
+from equigram.errors import SpecError
 from equigram.spec import JobSpec
 from equigram.store import GramStore
 
@@ -95,8 +101,16 @@ def test_all_use_the_two_images_of_this_version() -> None:
     assert set(re.findall(r"docker build -t (\S+)", (ROOT / "Dockerfile").read_text())) == IMAGES
 
 
+def parsed(arguments: list[str]) -> tuple[str, dict[str, Any]]:
+    """The name of a command of equigram, and the values of its arguments and options."""
+    command: Any = typer.main.get_command(app)
+    name, _, rest = command.resolve_command(command.make_context("equigram", list(arguments)), list(arguments))
+    return name, command.commands[name].make_context(name, list(rest)).params
+
+
 JOB = document("kubernetes/rayjob.yaml", "RayJob")
 CLUSTER = document("kubernetes/raycluster.yaml")["spec"]
+SERVICE = DEPLOY / "kubernetes/service.yaml"
 
 
 def options_of_ray(command: str) -> set[str]:
@@ -109,7 +123,7 @@ def ray_commands() -> list[list[str]]:
     """Every ``ray start`` in the folder."""
     launcher = document("ray-cluster.yaml")
     found = [shlex.split(one) for kind in ("head", "worker") for one in launcher[f"{kind}_start_ray_commands"]]
-    found += [one["entrypoint"] for one in document("compose.yaml")["services"].values()]
+    found += [one.get("entrypoint", []) for one in document("compose.yaml")["services"].values()]
     script = (DEPLOY / "slurm.sh").read_text().replace("\\\n", " ")
     found += [["ray", "start", *re.findall(r"--[a-z-]+", line)] for line in re.findall(r"ray start .*", script)]
     found += [["ray", "start", *re.findall(r"--[a-z-]+", line)] for line in re.findall(r"(?m)^ *start \"\$.*", script)]
@@ -163,12 +177,14 @@ def test_the_head_of_the_cluster_launcher_has_no_room_for_workers_and_its_machin
 def templates() -> dict[str, Any]:
     groups = {group["groupName"]: group["template"]["spec"] for group in CLUSTER["workerGroupSpecs"]}
     submitter = JOB["spec"]["submitterPodTemplate"]["spec"]
-    return {"head": CLUSTER["headGroupSpec"]["template"]["spec"], "submitter": submitter, **groups}
+    api = document("kubernetes/service.yaml", "Deployment")["spec"]["template"]["spec"]
+    return {"head": CLUSTER["headGroupSpec"]["template"]["spec"], "submitter": submitter, "api": api, **groups}
 
 
 @pytest.mark.parametrize("path", sorted((DEPLOY / "kubernetes").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_manifest_says_what_it_is(path: Path) -> None:
-    versions = {"ConfigMap": "v1", "RayCluster": "ray.io/v1", "RayJob": "ray.io/v1"}
+    versions = {"ConfigMap": "v1", "Service": "v1", "Deployment": "apps/v1", "NetworkPolicy": "networking.k8s.io/v1"}
+    versions |= {"RayCluster": "ray.io/v1", "RayJob": "ray.io/v1"}
     for one in documents(path):
         assert one["apiVersion"] == versions[one["kind"]]
         assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", one["metadata"]["name"])
@@ -184,11 +200,8 @@ def test_the_job_of_kubernetes_brings_the_same_cluster_with_the_ray_of_the_lock_
 def test_the_entry_point_is_a_command_of_equigram_on_the_job_of_the_config_map() -> None:
     program, *arguments = shlex.split(JOB["spec"]["entrypoint"])
     assert program in {point.name for point in importlib.metadata.entry_points(group="console_scripts")}
-    command: Any = typer.main.get_command(app)
-    name, _, _ = command.resolve_command(command.make_context(program, list(arguments)), list(arguments))
-    job, *options = arguments[1:]
-    parsed = command.commands[name].make_context(name, [job, *options]).params
-    assert (name, str(parsed["job"]), parsed["address"]) == ("run", "/jobs/job.yaml", "auto")
+    name, given = parsed(arguments)
+    assert (name, str(given["job"]), given["address"]) == ("run", "/jobs/job.yaml", "auto")
 
     head = templates()["head"]
     (mounted,) = [one for one in head["containers"][0]["volumeMounts"] if one["mountPath"] == "/jobs"]
@@ -198,7 +211,7 @@ def test_the_entry_point_is_a_command_of_equigram_on_the_job_of_the_config_map()
     assert JobSpec.parse(yaml.safe_load(config_map["data"]["job.yaml"]), source="ConfigMap").store.startswith("s3://")
 
 
-@pytest.mark.parametrize("name", ["head", "submitter", "cpu", "gpu"])
+@pytest.mark.parametrize("name", ["head", "submitter", "api", "cpu", "gpu"])
 def test_pods_are_not_root_and_say_what_they_need(name: str) -> None:
     spec = templates()[name]
     assert spec["securityContext"] == {
@@ -206,7 +219,10 @@ def test_pods_are_not_root_and_say_what_they_need(name: str) -> None:
         "seccompProfile": {"type": "RuntimeDefault"},
     }  # fmt: skip
     (container,) = spec["containers"]
-    assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    read_only = {"readOnlyRootFilesystem": True} if name == "api" else {}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, **read_only,
+    }  # fmt: skip
     asked, limits = container["resources"]["requests"], container["resources"]["limits"]
     assert set(asked) == set(limits) >= {"cpu", "memory"}
     assert ("nvidia.com/gpu" in limits) == (name == "gpu") == (container["image"] == f"{IMAGE}-cuda")
@@ -221,6 +237,58 @@ def test_no_tiles_are_computed_on_the_head_and_gpu_nodes_come_and_go() -> None:
     for group in CLUSTER["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     assert [group["minReplicas"] for group in CLUSTER["workerGroupSpecs"] if group["groupName"] == "gpu"] == [0]
+
+
+def test_the_service_of_kubernetes_hands_its_drivers_to_the_cluster_and_asks_for_tokens() -> None:
+    (container,) = templates()["api"]["containers"]
+    name, given = parsed(container["args"])
+    assert (name, given["host"], given["port"]) == ("serve", "0.0.0.0", container["ports"][0]["containerPort"])
+    cluster = document("kubernetes/raycluster.yaml")["metadata"]["name"]
+    ports = {one["name"]: one["containerPort"] for one in templates()["head"]["containers"][0]["ports"]}
+    assert given["address"] == f"http://{cluster}-head-svc:{ports['dashboard']}"
+    assert all(place.startswith("s3://") for place in Readable(given["read"]).places)
+
+    environment = {one["name"]: one.get("value") or one["valueFrom"]["secretKeyRef"] for one in container["env"]}
+    assert environment == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": {"name": cluster, "key": "auth_token"}}
+    mounts = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
+    volumes = {one.pop("name"): one for one in templates()["api"]["volumes"]}
+    secret = volumes[mounts[str(given["tokens"].parent)]]["secret"]
+    created = re.search(r"create secret generic (\S+) --from-literal=(\w+)=", SERVICE.read_text())
+    assert created
+    assert created.groups() == (secret["secretName"], given["tokens"].name)
+    assert "emptyDir" in volumes[mounts["/tmp"]]
+
+
+def test_there_is_one_service_per_root_which_is_watched_and_knows_no_kubernetes() -> None:
+    deployment = document("kubernetes/service.yaml", "Deployment")["spec"]
+    assert (deployment["replicas"], deployment["strategy"]) == (1, {"type": "Recreate"})
+    spec = deployment["template"]["spec"]
+    assert (spec["automountServiceAccountToken"], spec["enableServiceLinks"]) == (False, False)
+    (container,) = spec["containers"]
+    probes = {name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")}
+    assert {name: one["path"] for name, one in probes.items()} == {
+        "startup": "/healthz", "liveness": "/healthz", "readiness": "/readyz",
+    }  # fmt: skip
+    for one in probes.values():
+        assert one["port"] == container["ports"][0]["name"]
+        assert one["httpHeaders"] == [{"name": "Host", "value": "localhost"}]
+
+    service = document("kubernetes/service.yaml", "Service")["spec"]
+    labels = deployment["template"]["metadata"]["labels"]
+    assert deployment["selector"]["matchLabels"] == service["selector"] == labels
+    assert service["type"] == "ClusterIP"
+    assert service["ports"][0]["targetPort"] == container["ports"][0]["name"]
+
+
+def test_the_dashboard_is_for_the_service_and_all_other_ports_of_ray_for_the_cluster() -> None:
+    policy = document("kubernetes/service.yaml", "NetworkPolicy")["spec"]
+    nodes = {"matchLabels": {"ray.io/cluster": document("kubernetes/raycluster.yaml")["metadata"]["name"]}}
+    labels = document("kubernetes/service.yaml", "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert (policy["podSelector"], policy["policyTypes"]) == (nodes, ["Ingress"])
+    assert policy["ingress"] == [
+        {"from": [{"podSelector": nodes}]},
+        {"from": [{"podSelector": {"matchLabels": labels}}], "ports": [{"protocol": "TCP", "port": 8265}]},
+    ]
 
 
 # Compose
@@ -246,6 +314,7 @@ def test_the_services_of_compose_wait_for_each_other_and_are_watched() -> None:
             source = volume.partition(":")[0]
             assert source in compose["volumes"] or (DEPLOY / source).exists() or source == "../data"
     assert services["worker"]["depends_on"] == {"head": {"condition": "service_healthy"}}
+    assert services["api"]["depends_on"]["head"] == {"condition": "service_healthy"}
     assert services["head"]["depends_on"] == {"bucket": {"condition": "service_completed_successfully"}}
     assert services["bucket"]["depends_on"] == {"store": {"condition": "service_healthy"}}
 
@@ -253,14 +322,48 @@ def test_the_services_of_compose_wait_for_each_other_and_are_watched() -> None:
 def test_what_compose_takes_from_the_environment_is_in_the_example_with_placeholders_for_secrets() -> None:
     example = example_environment()
     text = (DEPLOY / "compose.yaml").read_text()
-    assert set(re.findall(r"\$\{(\w+)", text)) == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= set(example)
-    secrets = [value for name, value in example.items() if re.search("SECRET|TOKEN|PASSWORD", name)]
-    assert len(secrets) == 2
-    assert all("placeholder" in value for value in secrets)
+    taken = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "EQUIGRAM_TOKENS"}
+    assert set(re.findall(r"\$\{(\w+):\?", text)) == set(re.findall(r"\$\{(\w+)", text)) == taken <= set(example)
+    hidden = [value for name, value in example.items() if re.search("SECRET|TOKEN|PASSWORD", name)]
+    assert len(hidden) == 3
+    assert all("placeholder" in value for value in hidden)
     assert "deploy/.env" in (ROOT / ".gitignore").read_text().splitlines()
     assert {service.get("env_file", ".env") for service in document("compose.yaml")["services"].values()} == {".env"}
     store = document("compose.yaml")["services"]["store"]
     assert f"-s3.port={example['AWS_ENDPOINT_URL'].rpartition(':')[2]}" in store["command"]
+
+
+def test_the_service_of_compose_is_for_this_machine_with_tokens_and_hands_its_drivers_to_the_head() -> None:
+    services = document("compose.yaml")["services"]
+    api, head = services["api"], services["head"]
+    assert "entrypoint" not in api
+    name, given = parsed(api["command"])
+    assert (name, given["host"], given["port"]) == ("serve", "0.0.0.0", 8786)
+    assert given["hostname"] == ["localhost"]
+    assert f"--dashboard-port={given['address'].removeprefix('http://head:')}" in head["entrypoint"]
+    assert given["root"].startswith("s3://runs")
+    assert set(Readable(given["read"]).places) == {volume.split(":")[1] for volume in api["volumes"]}
+    assert set(api["volumes"]) < set(head["volumes"])  # where the drivers read
+    assert (api["read_only"], api["tmpfs"]) == (True, ["/tmp"])
+
+
+def test_nothing_of_compose_is_published_but_the_service_on_loopback_and_all_give_up_privileges() -> None:
+    services = document("compose.yaml")["services"]
+    published = {name: service["ports"] for name, service in services.items() if "ports" in service}
+    assert published == {"api": ["127.0.0.1:8786:8786"]}
+    assert not any({"network_mode", "privileged", "cap_add"} & service.keys() for service in services.values())
+    for name, service in services.items():
+        if name != "store":
+            assert (service["cap_drop"], service["security_opt"]) == (["ALL"], ["no-new-privileges:true"])
+
+
+def test_only_the_service_of_compose_knows_its_tokens_and_it_refuses_the_placeholder() -> None:
+    services = document("compose.yaml")["services"]
+    known = {name: service["environment"]["EQUIGRAM_TOKENS"] for name, service in services.items() if name != "store"}
+    assert known.pop("api").startswith("${EQUIGRAM_TOKENS:?")
+    assert set(known.values()) == {""}
+    with pytest.raises(SpecError, match="the token of me has 11 characters, and 16 are needed"):
+        Tokens(example_environment()["EQUIGRAM_TOKENS"], "deploy/.env")
 
 
 # The image
@@ -374,12 +477,12 @@ def test_the_images_hold_what_ray_needs_on_clusters() -> None:
 
 
 class Agent(http.server.BaseHTTPRequestHandler):
-    """The agent of a Ray node, sound or not."""
+    """The agent of a Ray node, sound or not; or a service."""
 
     status = 200
 
     def do_GET(self) -> None:
-        self.send_response(self.status if self.path == "/api/healthz" else 404)
+        self.send_response(self.status if self.path in ("/api/healthz", "/healthz") else 404)
         self.end_headers()
         self.wfile.write(b"raylet: success\ngcs: gone")
 
@@ -402,6 +505,11 @@ def agent(request: pytest.FixtureRequest) -> Iterator[int]:
 NODE = "/usr/local/bin/python3.12\0/usr/local/bin/ray\0start\0--head\0--block\0"
 INIT = "/sbin/docker-init\0--\0ray\0start\0--address=head:6379\0--block\0"
 SHELL = "/bin/bash\0-c\0ulimit -n 65536; ray start --block\0"
+SERVICES = {
+    "plain": "/usr/local/bin/python3.12\0/usr/local/bin/equigram\0serve\0s3://runs\0--port\0PORT\0--read\0/data\0",
+    "init": "/sbin/docker-init\0--\0equigram\0serve\0s3://runs\0--host=0.0.0.0\0--port=PORT\0",
+    "shell": "/bin/sh\0-c\0exec equigram serve /runs --port PORT\0",
+}
 
 
 @pytest.fixture
@@ -409,7 +517,7 @@ def trouble(tmp_path: Path) -> Callable[..., str | None]:
     """What the health check says of a container whose first process has a command line."""
     check = runpy.run_path(str(DEPLOY / "healthcheck.py"))["trouble"]
 
-    def look(command_line: str, port: int) -> Any:
+    def look(command_line: str, port: int | None) -> Any:
         (tmp_path / "cmdline").write_text(command_line)
         return check(tmp_path / "cmdline", port)
 
@@ -428,10 +536,29 @@ def test_a_ray_node_is_healthy_if_its_agent_says_so(
 def test_a_ray_node_that_does_not_answer_is_unhealthy_but_a_command_is_not_asked(
     trouble: Callable[..., str | None],
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     assert str(trouble(NODE, port)).startswith("the Ray node does not answer: ")
-    assert trouble("/usr/local/bin/python3.12\0/usr/local/bin/equigram\0run\0/jobs/array start.yaml\0", port) is None
+    for job in ("/jobs/array start.yaml", "/jobs/equigram/serve.yaml"):
+        assert trouble(f"/usr/local/bin/python3.12\0/usr/local/bin/equigram\0run\0{job}\0", port) is None
+
+
+@pytest.mark.parametrize("agent", [200, 503], indirect=True)
+@pytest.mark.parametrize("command_line", SERVICES.values(), ids=SERVICES)
+def test_a_service_is_healthy_if_it_says_so_where_it_listens(
+    trouble: Callable[..., str | None], agent: int, command_line: str, request: pytest.FixtureRequest
+) -> None:
+    wrong = request.node.callspec.params["agent"] != 200
+    said = trouble(command_line.replace("PORT", str(agent)), None)
+    assert said == ("the service is not well: raylet: success, gcs: gone" if wrong else None)
+
+
+def test_a_service_that_does_not_answer_is_unhealthy_and_listens_where_the_command_line_has_it_by_default(
+    trouble: Callable[..., str | None],
+) -> None:
+    (port,) = free_ports(1)
+    assert str(trouble(SERVICES["init"].replace("PORT", str(port)), None)).startswith("the service does not answer: ")
+    constants = runpy.run_path(str(DEPLOY / "healthcheck.py"))
+    assert constants["SERVICE_PORT"] == parsed(["serve", "s3://runs"])[1]["port"]
 
 
 # For real
@@ -458,12 +585,15 @@ def processes_end(folder: str) -> Iterator[Callable[[], list[int]]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def free_port() -> int:
-    """A port from 20000 to 29999, where no connection begins."""
+def free_ports(count: int) -> list[int]:
+    """Ports from 20000 to 29999, where no connection begins."""
+    found: list[int] = []
     for port in range(20_000 + os.getpid() % 9_000, 30_000):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise AssertionError("no port is free")
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError("not enough ports are free")
 
 
 def wait_for(port: int) -> None:
@@ -473,6 +603,13 @@ def wait_for(port: int) -> None:
             return
         time.sleep(0.2)
     raise AssertionError(f"nothing listens at port {port}")
+
+
+def until(happens: Callable[[], bool]) -> None:
+    end = time.monotonic() + 90
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.2)
 
 
 def write_job(folder: Path, **fields: Any) -> Path:
@@ -513,26 +650,34 @@ def done_by(command: list[str], environment: dict[str, str], end: Callable[[str]
     raise AssertionError(done.stdout + done.stderr)
 
 
+FOUND = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+
+
 @pytest.fixture(scope="module")
 def nodes(object_storage: str) -> Iterator[dict[str, str]]:
-    """The services of compose, as processes of this machine: their environment, in which `auto` finds them."""
+    """The services of compose, as processes of this machine: the environment of drivers, which finds them."""
     services = document("compose.yaml")["services"]
-    address = f"127.0.0.1:{free_port()}"
+    port, dashboard, client, *agents = free_ports(5)
+    address = f"127.0.0.1:{port}"
     given = {name: value for name, value in example_environment().items() if not name.startswith("AWS_")}
-    environment = {**os.environ, "PATH": f"{SCRIPTS}:{os.environ['PATH']}", **given, "RAY_ADDRESS": address}
+    given |= {"RAY_AUTH_TOKEN": secrets.token_hex(32), "EQUIGRAM_TOKENS": ""}
+    environment = {**os.environ, "PATH": f"{SCRIPTS}:{os.environ['PATH']}", **given}
     subprocess.run(services["bucket"]["entrypoint"], env=environment, check=True, timeout=60)
     folder = tempfile.mkdtemp(prefix="equigram-", dir="/tmp")
-    port = address.rpartition(":")[2]
     head = [*services["head"]["entrypoint"], "--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={folder}"]
+    head += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
     worker = [one.replace("head:6379", address) for one in services["worker"]["entrypoint"]] + ["--num-cpus=1"]
+    for command, agent in zip((head, worker), agents, strict=True):
+        command.append(f"--dashboard-agent-listen-port={agent}")
     with processes_end(folder), contextlib.ExitStack() as stack:
         for command in (head, worker):
             node = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             stack.callback(node.wait)
             stack.callback(node.terminate)
-            wait_for(int(port))
-        done_by(["ray", "status"], environment, lambda said: "/1.0 CPU" in said)
-        yield environment
+            wait_for(port)
+        found = {"RAY_ADDRESS": address, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        done_by(["ray", "status"], environment | found, lambda said: "/1.0 CPU" in said)
+        yield environment | found
 
 
 @pytest.mark.soak
@@ -544,6 +689,69 @@ def test_the_entry_points_of_compose_compute_a_job_in_the_bucket(nodes: dict[str
     done = subprocess.run([program, name, str(job), *options], env=nodes, capture_output=True, text=True, timeout=180)
     assert "20 training and 4 test images, 20 tiles, all done" in done.stdout, done.stderr
     assert_complete(given["store"])
+
+
+@pytest.fixture
+def service(nodes: dict[str, str], tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The service of compose, as a process of this machine: the environment of those who may use it."""
+    (port,) = free_ports(1)
+    token = secrets.token_hex(32)
+    mapped = {"8786": str(port), "http://head:8265": nodes["RAY_API_SERVER_ADDRESS"], "/data": str(tmp_path)}
+    command = document("compose.yaml")["services"]["api"]["command"]
+    for place, here in mapped.items():
+        command = [one.replace(place, here) for one in command]
+    entry = json.loads(dict(instructions())["ENTRYPOINT"])
+    with (tmp_path / "service.log").open("w") as log:
+        # Ray's variables would count for more than the address that is given.
+        environment = {name: value for name, value in nodes.items() if name not in FOUND}
+        environment["EQUIGRAM_TOKENS"] = f"me write {token}"
+        process = subprocess.Popen([*entry, *command], env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            url = f"http://localhost:{port}"
+            wait_for(port)
+            ready = [sys.executable, "-c", f"import urllib.request; urllib.request.urlopen('{url}/readyz')"]
+            done_by(ready, nodes, lambda said: not said)
+            check = runpy.run_path(str(DEPLOY / "healthcheck.py"))["trouble"]
+            assert check(Path(f"/proc/{process.pid}/cmdline")) is None
+            yield {**nodes, "EQUIGRAM_SERVER": url, "EQUIGRAM_TOKEN": token}
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(500)
+def test_the_service_of_compose_computes_what_is_submitted_and_ends_what_is_cancelled(
+    service: dict[str, str], tmp_path: Path
+) -> None:
+    def say(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = ["equigram", *map(str, arguments)]
+        return subprocess.run(command, env=service, capture_output=True, text=True, timeout=240)
+
+    for headers in ({}, {"Authorization": f"Bearer {secrets.token_hex(32)}"}):
+        dashboard = urllib.request.Request(f"{service['RAY_API_SERVER_ADDRESS']}/api/jobs/", headers=headers)
+        with pytest.raises(urllib.error.HTTPError, match=r"40[13]") as caught:
+            urllib.request.urlopen(dashboard, timeout=60)
+        caught.value.close()
+
+    job = write_job(tmp_path, store="served")
+    stranger = {**service, "EQUIGRAM_TOKEN": secrets.token_hex(32)}
+    refused = subprocess.run(["equigram", "submit", job], env=stranger, capture_output=True, text=True, timeout=60)
+    assert (refused.returncode, "does not know this token" in refused.stderr) == (4, True)
+
+    done = say("submit", job, "--wait")
+    assert (done.returncode, done.stdout.split()[0]) == (0, "served"), done.stderr
+    assert_complete("s3://runs/served")
+    assert say("logs", "served").returncode == 0
+
+    with Client(service["EQUIGRAM_SERVER"], service["EQUIGRAM_TOKEN"]) as client:
+        assert sorted(node.cpus for node in client.service().nodes if node.alive) == [0, 1]
+        assert client.job("served").refresh().state == "done"
+        long = client.submit(write_job(tmp_path, store="cancelled", network={"depth": 40}))
+        until(lambda: (counts := long.refresh().summary.counts) is not None and counts.finished > 0)
+        assert long.cancel().refresh().state in ("running", "cancelled")
+        until(lambda: long.refresh().state == "cancelled")
+    assert len(GramStore.open("s3://runs/cancelled").finished_tiles()) < 20
 
 
 def test_the_script_for_slurm_is_bash_and_asks_for_what_it_relies_on() -> None:
@@ -581,7 +789,7 @@ def test_the_script_for_slurm_queues_a_job_again_that_runs_out_of_time_and_then_
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
-    number = free_port() - 20_000
+    number = free_ports(1)[0] - 20_000
     calls = tmp_path / "calls"
     environment = {
         **os.environ,
