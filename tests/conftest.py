@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -194,6 +198,29 @@ def cluster(object_storage: str) -> Iterator[None]:
     """A local Ray cluster, which runs in this process use instead of starting their own."""
     with ray_session(ResourceSpec()):
         yield
+
+
+@pytest.fixture(scope="session")
+def listen() -> Callable[[FastAPI], contextlib.AbstractContextManager[str]]:
+    """Serves an application of the service in a thread, at a URL."""
+
+    @contextlib.contextmanager
+    def begin(app: FastAPI) -> Iterator[str]:
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=2))
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.005)
+        try:
+            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        finally:
+            app.state.channels._loop.call_soon_threadsafe(app.state.channels.close)
+            server.should_exit = True
+            thread.join(timeout=60)
+            assert not thread.is_alive()
+
+    return begin
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,6 @@ from zipfile import ZipFile
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from numpy.testing import assert_array_equal
 from PIL import Image
 
@@ -155,7 +153,7 @@ Serve = Callable[..., contextlib.AbstractContextManager[Served]]
 
 
 @pytest.fixture
-def serve(tmp_path: Path, quick: None) -> Serve:
+def serve(tmp_path: Path, quick: None, listen: Callable[..., Any]) -> Serve:
     """Serves a root; again over the same one, it is as if the service was started again."""
 
     @contextlib.contextmanager
@@ -167,22 +165,9 @@ def serve(tmp_path: Path, quick: None) -> Serve:
         root, script = tmp_path / "root", script or Script()
         readable = Readable([f"{tmp_path}/data"])
         app = make_app(Records(str(root)), script, Tokens(tokens, "test"), readable, replace(Limits(), **limits), [])
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=2))
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.005)
-        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         headers = {"authorization": f"Bearer {WRITE}"} if tokens else {}
-        try:
-            with httpx.Client(base_url=url, headers=headers, timeout=PATIENCE) as client:
-                yield Served(root, url, script, client)
-        finally:
-            app.state.channels._loop.call_soon_threadsafe(app.state.channels.close)
-            server.should_exit = True
-            thread.join(timeout=PATIENCE)
-            assert not thread.is_alive()
+        with listen(app) as url, httpx.Client(base_url=url, headers=headers, timeout=PATIENCE) as client:
+            yield Served(root, url, script, client)
 
     return begin
 
