@@ -28,7 +28,7 @@ INCLUDED = {"readme": "../README.md", "howto/deploy": "../deploy/README.md"}
 OTHERS = r"(numpy|np|jax|zarr|sklearn|collections|typing|pathlib|types|contextlib|concurrent)\..*|NDArray|ArrayLike"
 KEPT = (
     r"Float64s|GroupName|KernelName|Listener|Padding|Part|Pass|Path|SplitName|Triple|[A-Z_]+|.* .*|"
-    r"equigram\.(data|spec|solve)\..*|equikernel\.(layers|activations)\..*|datetime\..*"
+    r"equigram\.(data|spec|solve|screen|api|client\.connection)\..*|equikernel\.(layers|activations)\..*|datetime\..*"
 )
 """Also constants, whose values docstrings do not need, and words after ``Returns:``, which have spaces."""
 
