@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from equigram import events
 from equigram.api import models
 from equigram.api.app import STATUSES, make_app
-from equigram.api.jobs import Limits
+from equigram.api.job import Limits
 from equigram.api.records import Records
 from equigram.api.security import Readable, Tokens
 
@@ -65,8 +65,8 @@ ROUTES = {
         """curl "$EQUIGRAM_SERVER/jobs" -H 'Content-Type: application/json' -d @body.json""",
         "201 with a new job, 200 with one that is there; the header `Location` has its path. A job that is there and "
         "failed, was cancelled or is incomplete goes on.",
-        "409 another job has this `store`; 413 more than 1 MiB; 422 the job is wrong, or reads where it may not; 429 "
-        "the token has too many jobs that have not ended.",
+        "409 another job, or something else, has this `store`; 413 more than 1 MiB; 422 the job is wrong, or reads "
+        "where it may not; 429 the token has too many jobs that have not ended.",
         body=SUBMIT,
     ),
     "GET /jobs": Route('curl -i "$EQUIGRAM_SERVER/jobs?state=running,done&limit=20"'),
@@ -79,11 +79,15 @@ ROUTES = {
     ),
     "POST /jobs/{name}/resume": Route(
         f'curl -X POST "{JOB}/resume"',
-        errors="409 it is done, or has not ended; 422 it reads where jobs may not read any more.",
+        errors="409 it is done, or has not ended; 413 the token has too many jobs that have not ended; 422 it reads "
+        "where jobs may not read any more.",
         mark=CHANGES,
     ),
     "DELETE /jobs/{name}": Route(
-        f'curl -X DELETE "{JOB}"', "204 without a body.", "409 it has not ended: cancel it before.", CHANGES
+        f'curl -X DELETE "{JOB}"',
+        "204 without a body.",
+        "409 it has not ended: cancel it before; 503 Ray does not say whether it has.",
+        CHANGES,
     ),
     "GET /jobs/{name}/log": Route(
         f'curl "{JOB}/log?lines=20"',
@@ -275,8 +279,8 @@ OUTSIDE = """\
 ### `GET /healthz`, `GET /readyz`, `GET /metrics`, `GET /`
 
 Not in the schema, because they are for monitoring and browsers. `/healthz`: 200 as long as the process answers.
-`/readyz`: 200 when drivers can be started, else 503 with a `reason`; jobs can be submitted all the same, and wait.
-Neither asks for a token. `/metrics`: Prometheus's text; with a token, if there are any. `/`: the page.
+`/readyz`: 200 when drivers can be started, else 503, and `trouble` of `/service` says why; jobs can be submitted all
+the same, and wait. Neither asks for a token. `/metrics`: Prometheus's text; with a token, if there are any. `/`: the page.
 
 ```sh
 curl "$EQUIGRAM_SERVER/healthz"
@@ -342,6 +346,10 @@ def _first(thing: Any) -> str:
     return _text(inspect.cleandoc(thing.__doc__ or "").split("\n\n")[0])
 
 
+def _all(thing: Any) -> str:
+    return _text(inspect.cleandoc(thing.__doc__ or ""))
+
+
 def _text(text: str | None) -> str:
     """Words of docstrings as Markdown."""
     plain = re.sub(r":\w+:`~?([\w.]+)`", r"`\1`", text or "")
@@ -376,9 +384,10 @@ def _route(name: str, route: Any) -> str:
 
 def _parameter(one: Any) -> str:
     schema, name = one["schema"], one["name"]
+    allowed = "[states](#jobsummary)" if name == "state" else _allowed(schema)
     meaning = _text(one.get("description")) or MEANINGS[name]
     default = "required" if one.get("required") else f"`{_plain(schema['default'])}`" if "default" in schema else ""
-    return f"| `{name}` | {one['in']} | {meaning} | {_allowed(schema)} | {default} |".replace("|  |", "| |")
+    return f"| `{name}` | {one['in']} | {meaning} | {allowed} | {default} |".replace("|  |", "| |")
 
 
 def _plain(value: Any) -> str:
@@ -434,7 +443,7 @@ def _events() -> str:
     for kind in vars(events).values():
         if isinstance(kind, type) and issubclass(kind, events.Event) and kind is not events.Event:
             names = [f"`{one.name}`" for one in dataclasses.fields(kind)]
-            rows.append(f"| `{kind.__name__}` | {_first(kind)} | {', '.join(names)} |")
+            rows.append(f"| `{kind.__name__}` | {_all(kind)} | {', '.join(names)} |")
     return "\n".join([*rows, "", ABOUT_EVENTS])
 
 
