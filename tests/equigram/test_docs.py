@@ -22,14 +22,19 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
+
+from equigram import Client
+from equigram.api.cluster import LocalCluster
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent
@@ -46,7 +51,13 @@ PROGRAMS = {
 }  # fmt: skip
 """First words by which an indented block is known to hold commands."""
 
+FEW = {"kernels: [nngp, ntk]": "kernels: [ntk]", "kernels: [ntk]}": "kernels: [ntk], tile: 36}"}
+"""Matrices and tiles that pages have beyond need."""
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
+
+PATIENCE = 120.0
+"""Seconds after which a service that does not do what it should has failed."""
 
 
 SIXTEEN = ("size: 16", "size: 8")
@@ -187,7 +198,7 @@ def test_the_readme(folder: Path, equigram: Command) -> None:
             for index in range(count):
                 noise = rng.integers(0, 256, (36, 36, 3), dtype=np.uint8)
                 Image.fromarray(noise).save(folder / name / label / f"{index}.png")
-    Reader(folder, equigram, SMALL | {"9100": str(free_port())}).read("README.md")
+    Reader(folder, equigram, SMALL | FEW | {"9100": str(free_port())}).read("README.md")
     assert (folder / "predictions.csv").read_text().count("\n") == 3
     assert (folder / "log.jsonl").exists()
     assert (folder / "plots/spectrum.svg").exists()
@@ -228,7 +239,7 @@ def test_store_in_s3(tutorial: Path, equigram: Command, object_storage: str) -> 
     import fsspec
 
     fsspec.filesystem("s3").mkdir("equigram-runs")
-    reader = Reader(tutorial, equigram, SMALL)
+    reader = Reader(tutorial, equigram, SMALL | FEW)
     reader.environment |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     reader.read("docs/howto/s3.md")
     assert reader.environment["AWS_ENDPOINT_URL"] == object_storage
@@ -249,6 +260,19 @@ def test_solving(folder: Path) -> None:
         "nngp": train.nngp, "cross_nngp": cross.nngp, "test_nngp": test.nngp, "self_kernels": np.diag(test.ntk),
     }  # fmt: skip
     reader.read("docs/solving.md")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_run_on_a_cluster(tutorial: Path, equigram: Command) -> None:
+    """On the cluster of the other tests; that Ray starts, and stops, as the page says is a soak."""
+    import ray
+
+    (tutorial / "ray").write_text("#!/bin/sh\n")
+    (tutorial / "ray").chmod(0o755)
+    here = {"127.0.0.1:6379": ray.get_runtime_context().gcs_address}
+    reader = Reader(tutorial, equigram, here)
+    reader.environment["PATH"] = f"{tutorial}:{reader.environment['PATH']}"
+    read_cluster_page(reader)
 
 
 RAY = """\
@@ -283,7 +307,8 @@ def own_ray() -> Iterator[tuple[Path, int]]:
                 os.killpg(int(group), signal.SIGKILL)
 
 
-def test_run_on_a_cluster(tutorial: Path, own_ray: tuple[Path, int]) -> None:
+@pytest.mark.soak
+def test_run_on_a_cluster_that_is_started_by_hand(tutorial: Path, own_ray: tuple[Path, int]) -> None:
     place, port = own_ray
     reader = Reader(tutorial, None, {"6379": str(port)})
     reader.environment |= {
@@ -291,9 +316,85 @@ def test_run_on_a_cluster(tutorial: Path, own_ray: tuple[Path, int]) -> None:
         "HOME": str(place),
         "RAY_TMPDIR": str(place),
     }
+    read_cluster_page(reader)
+
+
+def read_cluster_page(reader: Reader) -> None:
     reader.read("docs/howto/cluster.md")
     (said,) = [said for command, said in reader.said.items() if command.startswith("equigram run")]
     assert "36 training and 9 test images" in said
+
+
+class Served(Reader):
+    """Somebody who has a service, and waits until a job that is cancelled has ended."""
+
+    def run(self, command: str, where: str) -> None:
+        super().run(command, where)
+        deadline = time.monotonic() + PATIENCE
+        while command.startswith("equigram cancel") and (state := Client().job("histology").state) != "cancelled":
+            assert time.monotonic() < deadline, f"{where}: the job is {state}"
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def served(folder: Path, equigram: Command, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """With the service, the images and the job of docs/howto/service.md, in small."""
+    runpy.run_path(str(ROOT / "examples/tissue.py"))["main"](folder / "data", train=4, test=1)
+    port, page = free_port(), [block for block in ALL if block.page == "docs/howto/service.md"]
+    # As URLs, images that are on this machine are the service's to read, and not uploaded.
+    here = {"/data/": f"file://{folder}/data/", "8786": str(port), '"size": 16': '"size": 8'}
+    here |= {
+        f"equigram {verb} ID": f"equigram {verb} histology" for verb in ("cancel", "resume", "watch", "logs", "fetch")
+    }
+    reader = Served(folder, equigram, dict([SIXTEEN]) | here)
+    reader.environment |= {
+        "EQUIGRAM_SERVER": f"http://127.0.0.1:{port}",
+        "XDG_CONFIG_HOME": str(folder),
+        "XDG_STATE_HOME": str(folder / "state"),
+        "CURL_HOME": str(folder),
+    }
+    (folder / ".curlrc").write_text("fail-with-body\nsilent\nshow-error\n")
+    for name, value in reader.environment.items():
+        monkeypatch.setenv(name, value)
+    begin, *_ = [block.text for block in page if block.text.startswith("equigram serve")]
+    (end,) = [block.text for block in page if block.text.startswith("equigram serve") and "--stop" in block.text]
+    words = shlex.split(begin.replace("/data", f"{folder}/data"))[1:]
+    with (folder / "service.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "equigram.cli", *words, "--port", str(port), "--cpus", "1"],
+            stdout=subprocess.PIPE, stderr=log, text=True,
+        )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert "equigram serves" in process.stdout.readline(), (folder / "service.log").read_text()
+        deadline = time.monotonic() + PATIENCE
+        while httpx.get(f"http://127.0.0.1:{port}/readyz").status_code != 200:
+            assert time.monotonic() < deadline, (folder / "service.log").read_text()
+            time.sleep(0.2)
+        yield reader
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=PATIENCE) == 130
+        reader.run(end, "docs/howto/service.md")
+    finally:
+        process.kill()
+        process.communicate()
+        LocalCluster(str(folder / "runs")).stop()
+
+
+def test_run_the_service(served: Served) -> None:
+    (text,) = [block.text for block in ALL if block.page == "docs/howto/service.md" and block.mark == "file"]
+    for given, other in served.replaced.items():
+        text = text.replace(given, other)
+    (served.folder / "job.yaml").write_text(text, encoding="utf-8")
+    served.read("docs/client.md")
+    assert {path.name for path in (served.folder / "results").iterdir()} >= {"result.json", "gram-C4-ntk.npy"}
+    served.read("docs/howto/service.md")
+    served.names["tiles"] = httpx.get(f"{Client().url}/jobs/histology/tiles")
+    served.read("docs/http.md")
+    assert (served.names["states"] == 2).all()
+    assert served.names["k"].shape == (10, 20)
+    served.run("equigram delete histology --yes", "docs/client.md")
+    assert not (served.folder / "runs/histology").exists()
 
 
 def free_port() -> int:
@@ -307,7 +408,7 @@ def free_port() -> int:
 READ = {
     "README.md", "docs/tutorial.md", "docs/store.md", "docs/solving.md", "docs/howto/activation.md",
     "docs/howto/cluster.md", "docs/howto/extend.md", "docs/howto/resume.md", "docs/howto/ridge.md",
-    "docs/howto/s3.md",
+    "docs/howto/s3.md", "docs/howto/service.md", "docs/client.md", "docs/http.md",
 }  # fmt: skip
 """The pages that tests above read from top to bottom."""
 
@@ -316,7 +417,7 @@ READ = {
 def test_every_command_is_run_or_says_why_not(page: str) -> None:
     for block in [one for one in ALL if one.page == page]:
         where = f"{page}, line {block.line}"
-        allowed = {"sh", "python", "yaml", "text", "session", "formula", "{eval-rst}"}
+        allowed = {"sh", "python", "yaml", "json", "text", "session", "formula", "{eval-rst}"}
         assert block.language in allowed, f"{where}: {block.language!r} is no language of these pages"
         if block.language in ("sh", "python"):
             assert page in READ or block.mark == "not run", f"{where}: is not run, and does not say why"
@@ -365,7 +466,7 @@ def test_the_index_names_every_page() -> None:
     assert named == pages - {"index.md"}
 
 
-@pytest.mark.parametrize("name", ["cli", "store"])
+@pytest.mark.parametrize("name", ["cli", "store", "http"])
 def test_generated_pages_say_what_the_program_says(name: str) -> None:
     page = (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
     render = runpy.run_path(str(ROOT / f"docs/write_{name}.py"))["render"]
