@@ -280,7 +280,8 @@ OUTSIDE = """\
 
 Not in the schema, because they are for monitoring and browsers. `/healthz`: 200 as long as the process answers.
 `/readyz`: 200 when drivers can be started, else 503, and `trouble` of `/service` says why; jobs can be submitted all
-the same, and wait. Neither asks for a token. `/metrics`: Prometheus's text; with a token, if there are any. `/`: the page.
+the same, and wait. Neither asks for a token. `/metrics`: Prometheus's text; with a token, if there are any.
+`/`: the page.
 
 ```sh
 curl "$EQUIGRAM_SERVER/healthz"

@@ -114,6 +114,13 @@ def commands(script: str) -> list[str]:
     return [line for line in script.replace("\\\n", " ").splitlines() if line.split("#")[0].strip()]
 
 
+def replace(text: str, replaced: dict[str, str]) -> str:
+    """A text with others in the place of some."""
+    for given, other in replaced.items():
+        text = text.replace(given, other)
+    return text
+
+
 class Reader:
     """Somebody who does what a page says, in a folder.
 
@@ -131,9 +138,7 @@ class Reader:
     def read(self, page: str) -> None:
         """Do all of a page."""
         for block in blocks(page):
-            where, text = f"{page}, line {block.line}", block.text
-            for given, other in self.replaced.items():
-                text = text.replace(given, other)
+            where, text = f"{page}, line {block.line}", replace(block.text, self.replaced)
             if block.mark == "not run":
                 continue
             if block.mark == "file":
@@ -176,7 +181,7 @@ def tutorial(folder: Path) -> Path:
     """The images and the job of the tutorial, with fewer and smaller ones: what how-to guides begin with."""
     runpy.run_path(str(ROOT / "examples/tissue.py"))["main"](folder / "data", train=4, test=1)
     (text,) = [block.text for block in ALL if block.page == "docs/tutorial.md" and block.mark == "file"]
-    (folder / "job.yaml").write_text(text.replace(*SIXTEEN), encoding="utf-8")
+    (folder / "job.yaml").write_text(replace(text, dict([SIXTEEN]) | FEW), encoding="utf-8")
     return folder
 
 
@@ -218,17 +223,17 @@ def test_the_tutorial(folder: Path, equigram: Command) -> None:
 
 
 def test_resume_after_a_crash(tutorial: Path, equigram: Command) -> None:
-    Reader(tutorial, equigram, SMALL).read("docs/howto/resume.md")
+    Reader(tutorial, equigram, SMALL | FEW).read("docs/howto/resume.md")
 
 
 def test_extend_a_run(finished: Path, equigram: Command) -> None:
-    reader = Reader(finished, equigram, SMALL)
+    reader = Reader(finished, equigram, SMALL | FEW)
     reader.read("docs/howto/extend.md")
     assert "54 training and 18 test images, " in reader.said["equigram run job.yaml"]
 
 
 def test_choose_a_ridge(finished: Path, equigram: Command) -> None:
-    Reader(finished, equigram, SMALL).read("docs/howto/ridge.md")
+    Reader(finished, equigram, SMALL | FEW).read("docs/howto/ridge.md")
 
 
 def test_add_an_activation(folder: Path) -> None:
@@ -383,9 +388,7 @@ def served(folder: Path, equigram: Command, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_run_the_service(served: Served) -> None:
     (text,) = [block.text for block in ALL if block.page == "docs/howto/service.md" and block.mark == "file"]
-    for given, other in served.replaced.items():
-        text = text.replace(given, other)
-    (served.folder / "job.yaml").write_text(text, encoding="utf-8")
+    (served.folder / "job.yaml").write_text(replace(text, served.replaced), encoding="utf-8")
     served.read("docs/client.md")
     assert {path.name for path in (served.folder / "results").iterdir()} >= {"result.json", "gram-C4-ntk.npy"}
     served.read("docs/howto/service.md")
