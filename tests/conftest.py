@@ -35,7 +35,7 @@ COMPILE = "import numpy, equikernel; equikernel.GroupCNN().kernel(numpy.ones((1,
 
 FORKING = """
 import json, os, signal, sys
-import equigram.cli, equigram.figures, equigram.run, equikernel.engines.cpu, typer.rich_utils, zarr
+import equigram.cli, equigram.figures, equigram.run, equikernel.engines.cpu, s3fs, typer.rich_utils, zarr
 
 for line in sys.stdin:
     request = json.loads(line)

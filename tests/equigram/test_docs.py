@@ -16,6 +16,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -176,20 +177,37 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def tutorial(folder: Path) -> Path:
-    """The images and the job of the tutorial, with fewer and smaller ones: what how-to guides begin with."""
-    runpy.run_path(str(ROOT / "examples/tissue.py"))["main"](folder / "data", train=4, test=1)
+@pytest.fixture(scope="session")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images and the job of the tutorial, with fewer and smaller ones."""
+    place = tmp_path_factory.mktemp("tutorial")
+    runpy.run_path(str(ROOT / "examples/tissue.py"))["main"](place / "data", train=4, test=1)
     (text,) = [block.text for block in ALL if block.page == "docs/tutorial.md" and block.mark == "file"]
-    (folder / "job.yaml").write_text(replace(text, dict([SIXTEEN]) | FEW), encoding="utf-8")
+    (place / "job.yaml").write_text(replace(text, dict([SIXTEEN]) | FEW), encoding="utf-8")
+    return place
+
+
+@pytest.fixture(scope="session")
+def ended(started: Path, equigram: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with the job done."""
+    place = tmp_path_factory.mktemp("done")
+    shutil.copytree(started, place, dirs_exist_ok=True)
+    assert equigram(place, "run", "job.yaml").returncode == 0
+    return place
+
+
+@pytest.fixture
+def tutorial(folder: Path, started: Path) -> Path:
+    """What how-to guides begin with."""
+    shutil.copytree(started, folder, dirs_exist_ok=True)
     return folder
 
 
 @pytest.fixture
-def finished(tutorial: Path, equigram: Command) -> Path:
-    """The same, with the job done."""
-    assert equigram(tutorial, "run", "job.yaml").returncode == 0
-    return tutorial
+def finished(folder: Path, ended: Path) -> Path:
+    """What how-to guides begin with that go on with a finished job."""
+    shutil.copytree(ended, folder, dirs_exist_ok=True)
+    return folder
 
 
 # The pages, each read from top to bottom
@@ -342,10 +360,10 @@ class Served(Reader):
 
 
 @pytest.fixture
-def served(folder: Path, equigram: Command, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    """With the service, the images and the job of docs/howto/service.md, in small."""
-    runpy.run_path(str(ROOT / "examples/tissue.py"))["main"](folder / "data", train=4, test=1)
-    port, page = free_port(), [block for block in ALL if block.page == "docs/howto/service.md"]
+def served(tutorial: Path, equigram: Command, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """With the service that docs/howto/service.md starts, in small."""
+    folder, port = tutorial, free_port()
+    page = [block for block in ALL if block.page == "docs/howto/service.md"]
     # As URLs, images that are on this machine are the service's to read, and not uploaded.
     here = {"/data/": f"file://{folder}/data/", "8786": str(port), '"size": 16': '"size": 8'}
     here |= {
