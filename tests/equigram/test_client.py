@@ -100,6 +100,7 @@ VIEW = {
     "upload_bytes": 100_000,
     "readable": ["s3://images"],
     "nodes": [],
+    "trouble": None,
 }
 PREDICTIONS = [
     {"index": i, "name": f"{i}.png", "true": "a", "predicted": "b", "values": [0.1, 0.9], "margin": -0.8}

@@ -86,7 +86,7 @@ DONE, FAILED, TERMINATED = (Outcome(state=state, ended=NOW) for state in ("done"
         (RUN, None, None, True, None),  # the cluster is gone
         (RUN, TERMINATED, "ended", True, None),  # its machine was to go
         (RUN, TERMINATED, "running", True, None),
-        (CANCELLED, None, "running", True, "running"),  # it is told to end
+        (CANCELLED, None, "running", True, "cancelling"),
         (CANCELLED, None, "ended", True, "cancelled"),
         (CANCELLED, TERMINATED, "ended", True, "cancelled"),
         (CANCELLED, None, None, False, "cancelled"),  # in the queue

@@ -155,6 +155,18 @@ def make_app(
     return app
 
 
+class Octets(Response):
+    """Bytes."""
+
+    media_type = "application/octet-stream"
+
+
+class Picture(Response):
+    """A PNG file."""
+
+    media_type = "image/png"
+
+
 def _jobs(request: Request) -> Jobs:
     jobs: Jobs = request.app.state.jobs
     return jobs
@@ -193,7 +205,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     async def ours(request: Request, error: Exception) -> Response:
         status = next(status for kind, status in STATUSES if isinstance(error, kind))
-        if isinstance(error, LimitError) and request.url.path == "/jobs":
+        if isinstance(error, LimitError) and request.method == "POST" and request.url.path != "/uploads":
             status = 429
         return answer(error, status)
 
@@ -304,7 +316,7 @@ def _add_jobs(app: FastAPI) -> None:
 def _add_results(app: FastAPI) -> None:
     """What is in the run store of a job."""
 
-    @app.get("/jobs/{name}/tiles")
+    @app.get("/jobs/{name}/tiles", response_class=Octets)
     def get_tiles(name: Name, jobs: InJobs, part: Literal["gram", "cross"] = "gram") -> Response:
         """The state of each tile, a byte: 0 missing, 1 being computed, 2 stored, 3 failed and tried again.
 
@@ -319,7 +331,7 @@ def _add_results(app: FastAPI) -> None:
                 raise JobNotFoundError(f"{name} has no tiles of {part}: it has no such images, or they are not loaded")
             states = tiles.states(part)
         headers = {"x-rows": str(states.shape[0]), "x-cols": str(states.shape[1])}
-        return Response(states.tobytes(), media_type="application/octet-stream", headers=headers)
+        return Octets(states.tobytes(), headers=headers)
 
     @app.get("/jobs/{name}/result")
     def get_result(name: Name, store: Store) -> ResultAnswer:
@@ -338,24 +350,24 @@ def _add_results(app: FastAPI) -> None:
         """Predictions for the test images; of the last matrix that was solved unless one is named."""
         return predictions(store, group, kernel, confused=sort == "confused", offset=offset, limit=limit)
 
-    @app.get("/jobs/{name}/images/{split}/{index}.png", response_class=Response)
+    @app.get("/jobs/{name}/images/{split}/{index}.png", response_class=Picture)
     def image(store: Store, split: SplitName, index: Annotated[int, InPath(ge=0, le=10**9)]) -> Response:
         """An image as it was before it was normalised."""
         count = store.info.test if split == "test" else store.info.train
         if index >= count:
             raise JobNotFoundError(f"there is no {split} image {index}; there are {count}")
-        return Response(image_picture(store, split, index), media_type="image/png")
+        return Picture(image_picture(store, split, index))
 
-    @app.get("/jobs/{name}/{part}/{group}/{kernel}", response_class=Response)
+    @app.get("/jobs/{name}/{part}/{group}/{kernel}", response_class=Octets)
     def matrix(
         store: Store, jobs: InJobs, part: Which, group: Group, kernel: Kernel, rows: Window = None, cols: Window = None
     ) -> Response:
         """A slice of a matrix, as an .npy file."""
         along, across = _window(store, part, group, kernel, rows, cols)
         content = matrix_slice(store, part, group, kernel, along, across, jobs.limits.gram_bytes)
-        return Response(content, media_type="application/octet-stream")
+        return Octets(content)
 
-    @app.get("/jobs/{name}/{part}/{group}/{kernel}/picture.png", response_class=Response)
+    @app.get("/jobs/{name}/{part}/{group}/{kernel}/picture.png", response_class=Picture)
     def picture(
         store: Store,
         part: Which,
@@ -369,7 +381,7 @@ def _add_results(app: FastAPI) -> None:
         along, across = _window(store, part, group, kernel, rows, cols)
         content, low, high = gram_picture(store, part, group, kernel, along, across, pixels)
         headers = {"x-minimum": repr(low), "x-maximum": repr(high)}
-        return Response(content, media_type="image/png", headers=headers)
+        return Picture(content, headers=headers)
 
     @app.get("/jobs/{name}/figures/{figure}", response_class=Response)
     def figure(

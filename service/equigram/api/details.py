@@ -39,7 +39,7 @@ def _fields(job: Job) -> dict[str, Any]:
         "train": tiling.train if tiling else known.train if known else None,
         "test": tiling.test if tiling else known.test if known else None,
         "counts": view.tiles.counts() if view.tiles is not None else known.counts if known else None,
-        "progress": view.progress if job.state == "running" else None,
+        "progress": view.progress if job.state in ("running", "cancelling") else None,
         "error": outcome.error if outcome is not None and job.state == "failed" else None,
         "headline": known.headline if known is not None and job.state == "done" else None,
     }

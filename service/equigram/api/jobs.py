@@ -96,7 +96,7 @@ class Jobs:
         """
         with self.registry.hold(name):
             job = self.job(name)
-            if job.state in ENDED or job.wish is None:
+            if job.state in ENDED or job.state == "cancelling" or job.wish is None:
                 raise ConflictError(f"{name} is {job.state}, and only a queued or running job can be cancelled")
             wish = job.wish.model_copy(update={"state": "cancelled", "since": now()})
             self.registry.want(job, wish)
@@ -114,8 +114,9 @@ class Jobs:
         with self.registry.hold(name):
             job = self.job(name)
             if job.state not in TO_RESUME:
+                ends = "; wait until its driver has ended" if job.state == "cancelling" else ""
                 raise ConflictError(
-                    f"{name} is {job.state}, and only a failed, cancelled or incomplete job can be resumed"
+                    f"{name} is {job.state}, and only a failed, cancelled or incomplete job can be resumed{ends}"
                 )
             with self.registry.place(job.owner or owner, self.limits.jobs):
                 if job.record is None:

@@ -9,9 +9,10 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
-State: TypeAlias = Literal["queued", "starting", "running", "done", "failed", "cancelled", "incomplete"]
-"""``queued``: waits for its turn. ``starting``: handed to Ray. ``running``: its driver is at work. ``done``: everything
-it asks for is in the store. ``failed``: its driver ended with an error. ``cancelled``: somebody wanted that.
+State: TypeAlias = Literal["queued", "starting", "running", "cancelling", "done", "failed", "cancelled", "incomplete"]
+"""``queued``: waits for its turn. ``starting``: handed to Ray. ``running``: its driver is at work. ``cancelling``: its
+driver is told to end. ``done``: everything it asks for is in the store. ``failed``: its driver ended with an error.
+``cancelled``: somebody wanted that.
 ``incomplete``: tiles or solutions are missing and nobody computes them: a run that was not submitted here."""
 
 ENDED: frozenset[State] = frozenset({"done", "failed", "cancelled", "incomplete"})

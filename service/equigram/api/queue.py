@@ -80,7 +80,7 @@ def state_of(wish: Wish, outcome: Outcome | None, status: Status | None, *, begu
         return outcome.state
     active = status in ("pending", "running") and outcome is None
     if wish.state == "cancelled":
-        return "running" if active else "cancelled"
+        return "cancelling" if active else "cancelled"
     if active:
         return "running" if begun else "starting"
     gone = begun or outcome is not None or status == "ended"

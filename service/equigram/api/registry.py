@@ -212,8 +212,8 @@ class Registry:
             with job.lock:
                 job.reader, job.view = None, View(tiles=job.view.tiles)
             self.change(job, "queued")
-        elif wish.state == "cancelled" and job.state == "queued":
-            self.change(job, "cancelled")
+        elif wish.state == "cancelled":
+            self.change(job, "cancelled" if job.state == "queued" else "cancelling")
 
     def read(self, job: Job, *, again: bool = False) -> int:
         """Take new events of a job into account, and pass them on.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import ipaddress
 import json
 import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,9 +22,9 @@ import uvicorn
 from equigram.api.app import make_app
 from equigram.api.cluster import Cluster, LocalCluster
 from equigram.api.job import Drivers, Limits
-from equigram.api.records import Records
+from equigram.api.records import HIDDEN, Records
 from equigram.api.security import Readable, Tokens
-from equigram.errors import ResourceError, SpecError
+from equigram.errors import ConflictError, ResourceError, SpecError
 
 GRACE_SECONDS = 5
 """Time that requests have to be answered when the service is told to stop."""
@@ -128,8 +130,7 @@ def serve(settings: Settings, started: Callable[[str], None]) -> None:
     for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray's client would go there instead
         os.environ.pop(variable, None)
     log_to(sys.stderr)
-    listening = _listen(settings.host, settings.port)
-    with listening:
+    with _alone(records), _listen(settings.host, settings.port) as listening:
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         started(f"http://{shown}:{port}")
@@ -143,6 +144,23 @@ def serve(settings: Settings, started: Callable[[str], None]) -> None:
             proxy_headers=False,
         )
         _Server(config).run(sockets=[listening])
+
+
+@contextlib.contextmanager
+def _alone(records: Records) -> Iterator[None]:
+    """While no other service of this machine serves the root; on object storage nobody looks."""
+    folder = Path(records.root, HIDDEN)
+    if "://" in records.root:
+        yield
+        return
+    with (folder / "service.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConflictError(
+                f"another service serves {records.root}; end that one, or serve another folder"
+            ) from None
+        yield
 
 
 def _listen(host: str, port: int) -> socket.socket:

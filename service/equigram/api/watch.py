@@ -37,6 +37,9 @@ NODES_SECONDS = 15.0
 GRACE_SECONDS = 5.0
 """Time that a driver which Ray says has ended may take to be seen to have written how."""
 
+DRIVEN = ("starting", "running", "cancelling")
+"""States in which a job has a driver."""
+
 _LOG = logging.getLogger("equigram.service")
 
 
@@ -93,7 +96,7 @@ class Watch:
             self._registry.scan()
             self._scanned = clock
         for job in self._registry.all():
-            if job.state in ("starting", "running"):
+            if job.state in DRIVEN:
                 self._each(job, self._hear)
         if clock - self._asked >= RAY_SECONDS:
             self._asked = clock
@@ -212,7 +215,7 @@ class Watch:
             for job, record in jobs
             if job.state == "queued" and driver_name(record, 0).rpartition("-")[0] not in busy
         ]
-        running = [_waiting(record) for job, record in jobs if job.state in ("starting", "running")]
+        running = [_waiting(record) for job, record in jobs if job.state in DRIVEN]
         cpus = int(sum(node.cpus for node in self.nodes if node.alive))
         for name in next_jobs(queued, running, min(self._limits.concurrency, max(1, cpus))):
             if (job := self._registry.get(name)) is not None:

@@ -106,9 +106,10 @@ class Job:
         return self.refresh().summary.progress
 
     def events(self, after: str | None = None) -> Iterator[Told]:
-        """What happens, ``(id, kind, data)`` each, from the begin of its present attempt until the job has ended.
+        """What happens, ``(id, kind, data)`` each, until the job has ended.
 
-        A lost connection is taken up again where it was lost.
+        It begins with what has happened in the present attempt, or the last 5,000 events of it. A lost connection is
+        taken up again where it was lost.
 
         Args:
           after: the id of the event after which to begin.
@@ -158,7 +159,7 @@ class Job:
         Raises:
           ConflictError: it has ended by itself.
         """
-        return self._ask("cancel", ("cancelled",))
+        return self._ask("cancel", ("cancelling", "cancelled"))
 
     def resume(self) -> Self:
         """Go on with a job that failed, was cancelled or is incomplete. Nothing happens to one that is under way.

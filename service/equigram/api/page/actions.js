@@ -40,7 +40,7 @@ export function actionsPanel(id, service, onChange, signal) {
 
   return {
     update(job) {
-      cancel.disabled = !ACTIVE.has(job.state);
+      cancel.disabled = !ACTIVE.has(job.state) || job.state === "cancelling";
       resume.disabled = !RESUMABLE.has(job.state);
       remove.disabled = ACTIVE.has(job.state);
     },

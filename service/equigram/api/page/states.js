@@ -1,7 +1,7 @@
 // States of jobs.
 
 /** All, in the order of a job's life. */
-export const STATES = ["queued", "starting", "running", "done", "failed", "cancelled", "incomplete"];
+export const STATES = ["queued", "starting", "running", "cancelling", "done", "failed", "cancelled", "incomplete"];
 
 /** Those of jobs that are not over. */
-export const ACTIVE = new Set(["queued", "starting", "running"]);
+export const ACTIVE = new Set(["queued", "starting", "running", "cancelling"]);
