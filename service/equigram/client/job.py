@@ -130,13 +130,15 @@ class Job:
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         after = None
-        while self.refresh().state not in ENDED and time.monotonic() < deadline:
+        while True:
             for told in follow(self._connection, f"{self._path}/events", after, deadline):
                 after, event = told.id or after, as_event(told)
                 if told.kind == "state":
                     event = Note(f"{self.id} is {told.data.get('state')}")
                 if event is not None:
                     listener(event)
+            if self.refresh().state in ENDED or time.monotonic() >= deadline:  # else it was resumed meanwhile
+                break
         detail = self.detail
         kept = f"what it had finished is kept, and `equigram resume {self.id}` goes on from there"
         if detail.state == "failed":
