@@ -238,6 +238,28 @@ def test_the_same_job_again_is_the_same_job_and_another_of_its_name_is_refused(s
     assert "there is another job a, with another gram.groups" in kind["message"]
 
 
+def test_a_job_that_has_ended_is_solved_again_as_another_one_of_its_name_asks(finished: Served) -> None:
+    gram = {"groups": ["C1", "C4"], "tile": 4}
+    job = finished.submit(network={"depth": 2}, gram=gram, solve={"ridge": 0.5}, status=200)
+    assert (job["state"] in ("queued", "starting"), job["attempt"], job["spec"]["solve"]["ridge"]) == (True, 1, [0.5])
+    assert finished.submit(network={"depth": 2}, gram=gram, status=409)["error"]["type"] == "ConflictError"
+    finished.wait_for("starting")
+    finished.end(Outcome(state="failed", ended=now()))
+    finished.wait_for("failed")
+    said = finished.submit(network={"depth": 1}, gram=gram, status=409)["error"]["message"]
+    assert "another network.depth, solve.ridge" in said
+
+
+def test_a_job_that_failed_before_it_stored_anything_can_be_corrected(served: Served) -> None:
+    served.submit()
+    served.wait_for("starting")
+    served.end(Outcome(state="failed", ended=now()))
+    served.wait_for("failed")
+    assert served.submit(status=200, gram={"groups": ["C1"]})["groups"] == ["C1"]
+    served.wait_for("starting")
+    assert served.script.started == ["a 1", "a 1"]
+
+
 def test_a_key_names_a_job_that_has_no_store(served: Served) -> None:
     spec = {"spec": {"data": {"train": f"{served.root.parent}/data"}}}
     first = served.client.post("/jobs", json=spec, headers={"Idempotency-Key": "k"})

@@ -89,10 +89,10 @@ def check_text(fields: dict[str, Any]) -> None:
         raise SpecError(f"the job cannot be written as text ({error.__class__.__name__}); correct its texts") from None
 
 
-def differences(known: Record, record: Record) -> str:
+def differences(known: Record, record: Record) -> list[str]:
     """The fields in which two jobs differ."""
     before, after = _flat(known.spec), _flat(record.spec)
-    return ", ".join(name for name in after if after[name] != before.get(name))
+    return [name for name in {**before, **after} if after.get(name) != before.get(name)]
 
 
 def _flat(spec: dict[str, Any]) -> dict[str, Any]:

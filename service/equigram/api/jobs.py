@@ -78,13 +78,13 @@ class Jobs:
                 self._check_place(record)
                 with self.registry.place(owner, self.limits.jobs):
                     return self._keep(record), True
-            if known.spec != record.spec:
-                raise ConflictError(
-                    f"there is another job {name}, with another {differences(known, record)}; give this one another "
-                    f"`store`, or delete that one with `equigram delete {name}`"
-                )
             job = self.job(name)
-            if job.state in TO_RESUME:
+            if known.spec != record.spec:
+                self._check_change(job, known, record)
+                with self.registry.place(owner, self.limits.jobs):
+                    self.records.replace(known, record)
+                    self._adopt(job, record)
+            elif job.state in TO_RESUME:
                 self.resume(name, owner)
             return job, False
 
@@ -188,15 +188,39 @@ class Jobs:
         """Keep a record, and take its job into account."""
         if not self.records.submit(record):
             raise ConflictError(f"another service has just taken a job {record.id}; submit this one again")
-        job = self.registry.known(record)
         before = self.registry.get(record.id)
         if before is not None:  # a run that was found, which its watchers go on watching
-            before.record, before.facts, before.wish = record, None, None
-            self.registry.adopt(before, self.records.wish(record))
-            job = before
+            return self._adopt(before, record)
+        job = self.registry.known(record)
         self.registry.put(job)
         self._watch.wake()
         return job
+
+    def _adopt(self, job: Job, record: Record) -> Job:
+        """Have a job that is known be that of a new record."""
+        job.record, job.facts, job.wish = record, None, None
+        self.registry.adopt(job, self.records.wish(record))
+        self._watch.wake()
+        return job
+
+    def _check_change(self, job: Job, known: Record, record: Record) -> None:
+        """Raise :class:`ConflictError` unless a job may take the place of another one of its name.
+
+        It may once that has ended, if its run store would be the same, or if there is none.
+        """
+        changed = differences(known, record)
+        same_run = all(name.split(".")[0] in ("solve", "resources") for name in changed)
+        if job.state in ENDED and (same_run or self.registry.store(job) is None):
+            return
+        remedy = (
+            f"or delete that one with `equigram delete {record.id}`"
+            if job.state in ENDED
+            else f"or wait until that one, which is {job.state}, has ended"
+        )
+        raise ConflictError(
+            f"there is another job {record.id}, with another {', '.join(changed)}; give this one another `store`, "
+            f"{remedy}"
+        )
 
     def _take_over(self, job: Job, owner: str) -> Job:
         """Submit a run that was not submitted here."""

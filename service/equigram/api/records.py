@@ -121,6 +121,11 @@ class Records:
         """Keep a job; whether there was none of that name. It is to run until something else is wanted."""
         return self._hidden.create(f"jobs/{record.id}/job.json", record.model_dump_json().encode())
 
+    def replace(self, known: Record, record: Record) -> None:
+        """Keep a job in the place of another one of its name; the run store stays."""
+        self._hidden.write(f"jobs/{record.id}/job.json", record.model_dump_json().encode())
+        self._hidden.delete(_place(known))
+
     def wish(self, record: Record) -> Wish:
         """What is wanted of a job."""
         return self._read(Wish, f"{_place(record)}/wish.json") or first_wish(record)
