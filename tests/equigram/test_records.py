@@ -99,6 +99,16 @@ def test_a_file_can_be_moved_in_and_read(root: str, tmp_path: Path) -> None:
     assert (uploads.read("x.npz"), uploads.names(), file.exists()) == (b"images", ["x.npz"], False)
 
 
+def test_what_a_killed_service_has_left_of_an_upload_is_deleted(tmp_path: Path) -> None:
+    uploads = Records(str(tmp_path)).uploads()
+    left = uploads.scratch()
+    left.write_bytes(b"half")
+    uploads.write("x.npz", b"whole")
+    uploads.sweep()
+    assert not left.exists()
+    assert uploads.names() == ["x.npz"]
+
+
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     records = Records(str(tmp_path))
     records.submit(record())

@@ -287,6 +287,12 @@ def test_jobs_share_the_workers_wait_fail_stop_and_go_on(
         first.cancel()
 
 
+def test_a_second_service_for_the_same_root_is_refused(service: Service, equigram: Command, tmp_path: Path) -> None:
+    refused = equigram(tmp_path, "serve", service.root, "--port", "0")
+    assert refused.returncode == 2
+    assert f"another service serves {service.root}" in refused.stderr
+
+
 def test_only_loopback_hears_ray_and_the_service(service: Service) -> None:
     pids = {process.pid for process in service.cluster_processes()}
     assert len(pids) > 5

@@ -100,6 +100,12 @@ class Folder:
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f".{uuid.uuid4().hex}.partial"
 
+    def sweep(self) -> None:
+        """Delete what writers that are gone have left half written on this machine; nobody may write meanwhile."""
+        if self.is_local:
+            for partial in Path(self._path).glob(".*.partial"):
+                partial.unlink(missing_ok=True)
+
     def names(self, inside: str = "") -> list[str]:
         """Names of the files and folders in it, or in a folder of it, sorted."""
         path = f"{self._path}/{inside}".rstrip("/")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from equigram.api.journal import Entry, JournalReader
     from equigram.api.models import NodeView, State, TileCounts
     from equigram.api.records import Outcome, Record, Share, Wish
+    from equigram.store import RunInfo
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,29 @@ class Limits:
 class Facts:
     """What a list says of a run that was not submitted here."""
 
-    created: str
-    groups: tuple[str, ...]
-    kernels: tuple[str, ...]
-    train: int
-    test: int
+    info: RunInfo
     counts: TileCounts
     headline: str | None
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Groups of its networks."""
+        return self.info.spec.gram.groups
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Kernels that it stores."""
+        return self.info.spec.gram.kernels
+
+    @property
+    def train(self) -> int:
+        """Training images."""
+        return self.info.train
+
+    @property
+    def test(self) -> int:
+        """Test images."""
+        return self.info.test
 
 
 @dataclass(eq=False)
@@ -89,7 +106,7 @@ class Job:
     @property
     def since(self) -> str:
         """What lists are sorted by: when it was submitted, or its store made."""
-        return self.record.submitted if self.record else self.facts.created if self.facts else ""
+        return self.record.submitted if self.record else self.facts.info.created if self.facts else ""
 
     @property
     def driver(self) -> str:

@@ -150,7 +150,7 @@ class Registry:
                     continue
                 if gone and job.state in ENDED and self.records.record(name) is None:
                     self.forget(name)
-                elif job.record is None and (facts := self._facts(name)) is not None:
+                elif job.record is None and (facts := self._facts(name, job)) is not None:
                     job.facts, state = facts
                     self.change(job, state)
 
@@ -160,23 +160,17 @@ class Registry:
         except EquigramError as error:
             _LOG.warning("%s: %s", name, error)
 
-    def _facts(self, name: str) -> tuple[Facts, State] | None:
+    def _facts(self, name: str, known: Job | None = None) -> tuple[Facts, State] | None:
         """What is known of a run that was not submitted, and its state; ``None`` where there is no run."""
         store = self._open(name)
         if store is None:
             return None
+        if known is not None and known.facts is not None and known.state == "done" and known.facts.info == store.info:
+            return known.facts, known.state
         info, counts, solved = store.info, TileMap.of(store).counts(), solved_matrices(store)
         results = [one for pair in solved for one in stored_results(store, *pair)]
         complete = counts.finished == counts.tiles and (bool(solved) or info.spec.solve is None)
-        facts = Facts(
-            created=info.created,
-            groups=info.spec.gram.groups,
-            kernels=info.spec.gram.kernels,
-            train=info.train,
-            test=info.test,
-            counts=counts,
-            headline=headline(results),
-        )
+        facts = Facts(info, counts, headline(results))
         return facts, "done" if complete else "incomplete"
 
     def store(self, job: Job) -> GramStore | None:

@@ -131,6 +131,7 @@ def serve(settings: Settings, started: Callable[[str], None]) -> None:
         os.environ.pop(variable, None)
     log_to(sys.stderr)
     with _alone(records), _listen(settings.host, settings.port) as listening:
+        records.uploads().sweep()
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         started(f"http://{shown}:{port}")
