@@ -814,9 +814,12 @@ def archive(*names: str) -> bytes:
     return file.getvalue()
 
 
-def pickled() -> bytes:
-    file = io.BytesIO()
-    np.save(file, np.array([{}], dtype=object), allow_pickle=True)
+def pickled(kind: str = "npy") -> bytes:
+    file, objects = io.BytesIO(), np.array([{}], dtype=object)
+    if kind == "npz":
+        np.savez(file, x=objects)
+    else:
+        np.save(file, objects, allow_pickle=True)
     return file.getvalue()
 
 
@@ -830,7 +833,8 @@ def pickled() -> bytes:
             422,
             "that can be read: Array can't be memory-mapped: Python objects",
         ),
-        ("x.npz", archive("a.png"), 422, "it holds other files than .npy"),
+        ("x.npz", archive("a.png"), 422, "'a.png' in it is no array"),
+        ("x.npz", pickled("npz"), 422, "the upload holds Python objects, in 'x.npy'"),
         ("x.zip", archive("a/1.png", "a/2.png", "a/3.png"), 413, "the upload holds 3 files"),
         ("x.exe", b"", 422, "x-filename"),
         ("x.npy", bytes(3000), 413, "the body of the request has 3,000 bytes, and 2,000 bytes are allowed"),
@@ -921,15 +925,16 @@ def test_changing_requests_are_audited_and_secrets_are_nowhere(
 ) -> None:
     caplog.set_level("INFO")
     secret = "a-secret-that-nobody-may-see"
-    with serve(tokens=f"ann write {WRITE}") as served:
+    with serve(tokens=f"ann write {WRITE}\nbob read {READ}") as served:
         spec = {"store": "a", "data": {"train": f"{tmp_path}/data"}, "storage_options": {"s3": {"secret": secret}}}
         answer = served.client.post("/jobs", json={"spec": spec})
         assert answer.status_code == 422
         served.submit()
         served.client.get("/jobs")
+        served.client.post("/jobs/a/cancel", headers={"Authorization": f"Bearer {READ}"})
     lines = [record for record in caplog.records if record.name == "equigram.audit"]
     assert [(one.user, one.method, one.path, one.status) for one in lines] == [  # type: ignore[attr-defined]
-        ("ann", "POST", "/jobs", 422), ("ann", "POST", "/jobs", 201),
+        ("ann", "POST", "/jobs", 422), ("ann", "POST", "/jobs", 201), ("bob", "POST", "/jobs/a/cancel", 403),
     ]  # fmt: skip
     written = (
         caplog.text

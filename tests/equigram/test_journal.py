@@ -15,7 +15,8 @@ from equigram.api import journal as module
 from equigram.api.folder import Folder
 from equigram.api.journal import Journal, JournalReader
 from equigram.errors import StoreError
-from equigram.events import Note, Progress
+from equigram.events import Note, Progress, TileFinished, WorkerStarted
+from equigram.plan import Tile
 
 
 def note(number: int) -> Note:
@@ -78,8 +79,26 @@ def test_a_late_reader_begins_with_the_last_parts(monkeypatch: pytest.MonkeyPatc
         for number in range(57):
             journal(note(number))
     reader = JournalReader(folder)
-    assert numbers(reader.read()) == list(range(30, 57))
+    assert [entry.number for entry in reader.read()] == [*range(30), *range(30, 57)]  # notes are told again
     assert reader.read() == []
+
+
+def test_a_late_reader_hears_of_the_beginning_and_of_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PART_EVENTS", 10)
+    monkeypatch.setattr(module, "KEPT_PARTS", 2)
+    folder = Memory()
+    with Journal(folder) as journal:
+        early = JournalReader(folder)
+        early.read()
+        journal(WorkerStarted(0, "here, process 8", "zen4"))
+        for row in range(100):
+            journal(TileFinished(Tile("gram", row, row), 0, 1, 0.1, "zen4"))
+        journal(Note("late"))
+    reader = JournalReader(folder)
+    entries = reader.read()
+    assert [entry.number for entry in entries] == [0, *range(80, 102)]
+    assert json.loads(entries[0].text)["place"] == "here, process 8"
+    assert reader.began == early.began
 
 
 def test_only_the_last_progress_of_a_kind_is_kept_between_two_writings(tmp_path: Path) -> None:

@@ -468,10 +468,26 @@ def _check_upload(file: Path, suffix: str, limits: Limits) -> None:
             f"the upload holds {len(members):,} files of {size:,} bytes, and {limits.upload_files:,} files of {most:,} "
             "bytes are allowed"
         )
-    if suffix == "npz" and any(not member.filename.endswith(".npy") for member in members):
-        raise DataError("the upload is no .npz file: it holds other files than .npy; name an archive of images .zip")
+    if suffix == "npz":
+        _check_arrays(file, members)
     if any(member.flag_bits & 1 for member in members):
         raise DataError("the upload is encrypted; pack it without a password")
+
+
+def _check_arrays(file: Path, members: list[zipfile.ZipInfo]) -> None:
+    """Raise :class:`DataError` unless an archive holds arrays only, and none of Python objects."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with zipfile.ZipFile(file) as archive:
+        for member in members:
+            try:
+                with archive.open(member) as array:
+                    *_, dtype = readers[np.lib.format.read_magic(array)](array)
+            except Exception:
+                raise DataError(
+                    f"the upload is no .npz file: {member.filename!r} in it is no array; name an archive of images .zip"
+                ) from None
+            if dtype.hasobject:
+                raise DataError(f"the upload holds Python objects, in {member.filename!r}, which nobody unpickles")
 
 
 def _contents(file: Path) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,6 +31,9 @@ START_SECONDS = 120
 
 ANSWER_SECONDS = 10.0
 """How long Ray's dashboard may take over a question whether it is there."""
+
+STOP_SECONDS = 10.0
+"""How long killed processes are waited for."""
 
 LOOK_SECONDS = 10.0
 """Time between two questions to a local cluster whether it is still there."""
@@ -195,10 +199,11 @@ class LocalCluster:
           ClusterError: it does not start.
         """
         clock = time.monotonic()
-        if self._cluster is None or (clock - self._looked > LOOK_SECONDS and not self._cluster.answers()):
+        look = clock - self._looked > LOOK_SECONDS
+        if self._cluster is None or (look and not (self._is_whole() and self._cluster.answers())):
             self._cluster = None
             self._cluster = self._open()
-        if clock - self._looked > LOOK_SECONDS:
+        if look:
             self._looked = clock
         return self._cluster
 
@@ -222,9 +227,15 @@ class LocalCluster:
 
     def stop(self) -> None:
         """End all processes of the cluster, and with them the drivers and workers; what is stored stays."""
-        for process in self._processes():
+        processes = self._processes()
+        for process in list(processes):  # some of Ray's have another title, and then no environment
+            with contextlib.suppress(psutil.NoSuchProcess):
+                processes += process.children(recursive=True)
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        psutil.wait_procs(processes, timeout=STOP_SECONDS)
+        shutil.rmtree(self._ray, ignore_errors=True)
         self._file.unlink(missing_ok=True)
 
     @property

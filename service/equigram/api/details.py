@@ -32,7 +32,7 @@ def _fields(job: Job) -> dict[str, Any]:
         "owner": job.owner,
         "priority": record.priority if record else 0,
         "submitted": record.submitted if record else None,
-        "started": view.began or (outcome.began if outcome else None),
+        "started": outcome.began if outcome and outcome.began else job.reader.began if job.reader else None,
         "ended": outcome.ended if outcome is not None and job.state in ENDED else None,
         "groups": list(facts.groups if facts else gram["groups"]),
         "kernels": list(facts.kernels if facts else gram["kernels"]),

@@ -8,6 +8,7 @@ It does what ``equigram run`` does, keeps its events and how it ended where the 
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from equigram.api.journal import Journal
 from equigram.api.models import ErrorDetail
-from equigram.api.records import Outcome, Record, Records, now, spec_to_run
+from equigram.api.records import HIDDEN, Outcome, Record, Records, now, spec_to_run
 from equigram.api.view import TileMap
 from equigram.driver import ray_session
 from equigram.errors import EquigramError, LimitError, StoreError
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         traceback.print_exc()
         outcome = failure(EquigramError(f"an error that nobody expected, {type(error).__name__}: see the log"))
-    records.end(record, given.attempt, outcome.model_copy(update={"began": began}))
+    records.end(record, given.attempt, _as_submitted(outcome.model_copy(update={"began": began}), given.root))
     return 0 if outcome.state == "done" else 1
 
 
@@ -136,6 +137,16 @@ def _draw(records: Records, record: Record, store: GramStore, listener: Listener
 def failure(error: Exception) -> Outcome:
     """The outcome of a driver that ends with an error."""
     return Outcome(state="failed", ended=now(), error=ErrorDetail(type=type(error).__name__, message=str(error)))
+
+
+def _as_submitted(outcome: Outcome, root: str) -> Outcome:
+    """An outcome whose error calls uploads as the job does, and not by where they are kept."""
+    if outcome.error is None:
+        return outcome
+    place = re.compile(rf"(zip://::)?{re.escape(root.rstrip('/'))}/{re.escape(HIDDEN)}/uploads/")
+    return outcome.model_copy(
+        update={"error": outcome.error.model_copy(update={"message": place.sub("upload:", outcome.error.message)})}
+    )
 
 
 def success(store: GramStore) -> Outcome:

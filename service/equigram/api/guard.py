@@ -142,7 +142,12 @@ class Guard:
             name = ""
         if self._hosts is not None and name.lower() not in self._hosts:
             raise _RefusedError(
-                400, SpecError(f"this service is not called {name!r}; add that with equigram serve --hostname {name}")
+                400,
+                SpecError(
+                    f"this service is not called {name!r}; its operator can add that (equigram serve --hostname)"
+                    if name
+                    else "the request does not name a host; send a header Host"
+                ),
             )
 
     def _user(self, scope: Scope, headers: dict[str, str]) -> User | None:
@@ -163,10 +168,10 @@ class Guard:
                 AuthenticationError(
                     "the service does not know this token"
                     if token
-                    else "the service asks for a token, and none was sent; "
-                    "set EQUIGRAM_TOKEN, or `token` in the configuration"
+                    else "the service asks for a token, and none was sent"
                 ),
             )
+        scope["user"] = user  # also where it is refused
         if changes and user.scope != "write":
             raise _RefusedError(
                 403,

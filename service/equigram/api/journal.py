@@ -2,7 +2,8 @@
 
 A driver appends its events to a journal, in parts of :data:`PART_EVENTS`: ``events-000000.jsonl`` and so on are
 finished; ``live.jsonl`` is the part in the making, written as a whole every :data:`LIVE_SECONDS`. Each part begins with
-a line that tells its number and that of its first event, so that a reader never needs more than the last ones.
+a line that tells its number, that of its first event, when the journal began, and the last notes and news of workers
+of the parts before, so that a reader never needs more than the last parts.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Self
 
 from equigram.errors import StoreError
 from equigram.events import Event, Progress
@@ -30,6 +33,12 @@ PART_EVENTS = 500
 KEPT_PARTS = 10
 """Parts that a reader goes back at most."""
 
+KEPT_KINDS = ("Note", "ComputationStarted", "WorkerStarted", "WorkerLost", "WorkerReleased")
+"""Events of former parts that a part tells again."""
+
+KEPT_EVENTS = 200
+"""How many of them."""
+
 
 class Journal:
     """A listener that keeps all events of an attempt; storage that fails loses events and not the run.
@@ -43,7 +52,9 @@ class Journal:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._lock = threading.Lock()
-        self._part, self._first = 0, 0
+        self._part, self._first, self._began = 0, 0, datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._kept: deque[tuple[int, str]] = deque(maxlen=KEPT_EVENTS)
+        """Number and line of the events of former parts that are told again."""
         self._lines: list[str] = []
         """Those of the present part, all of which have their numbers."""
         self._new: list[str] = []
@@ -86,14 +97,18 @@ class Journal:
         self._stale = True
         with contextlib.suppress(StoreError):  # again next time
             while len(self._lines) >= PART_EVENTS:
-                self._folder.write(f"events-{self._part:06}.jsonl", self._text(self._lines[:PART_EVENTS]))
+                part = self._lines[:PART_EVENTS]
+                self._folder.write(f"events-{self._part:06}.jsonl", self._text(part))
+                numbered = enumerate(part, self._first)
+                self._kept.extend((n, text) for n, text in numbered if json.loads(text)["event"] in KEPT_KINDS)
                 self._part, self._first = self._part + 1, self._first + PART_EVENTS
                 del self._lines[:PART_EVENTS]
             self._folder.write("live.jsonl", self._text(self._lines))
             self._stale = False
 
     def _text(self, lines: list[str]) -> bytes:
-        head = json.dumps({"part": self._part, "first": self._first})
+        fields = {"part": self._part, "first": self._first, "began": self._began, "kept": list(self._kept)}
+        head = json.dumps(fields)
         return "".join(f"{text}\n" for text in (head, *lines)).encode()
 
 
@@ -119,6 +134,8 @@ class JournalReader:
         self._next: int | None = None
         """The number of the first event that was not read; ``None`` before anything was."""
         self._live = b""
+        self.began: str | None = None
+        """When the journal was begun."""
 
     def begun(self) -> bool:
         """Whether a driver has ever written it."""
@@ -129,16 +146,20 @@ class JournalReader:
         live = self._folder.read("live.jsonl")
         if live is None or live == self._live:
             return []
-        part, first, lines = _parsed(live)
+        head, lines = _parsed(live)
+        self.began = head["began"]
+        begins = self._next is None
         if self._next is None:
-            self._next = max(0, part - KEPT_PARTS) * PART_EVENTS
-        entries: list[Entry] = []
-        for number in range(self._next // PART_EVENTS, part):
+            self._next = max(0, head["part"] - KEPT_PARTS) * PART_EVENTS
+        parts = [(head, lines)]
+        for number in range(self._next // PART_EVENTS, head["part"])[::-1]:
             content = self._folder.read(f"events-{number:06}.jsonl")
             if content is not None:
-                entries.extend(self._unread(*_parsed(content)[1:]))
-        entries.extend(self._unread(first, lines))
-        self._live, self._next = live, first + len(lines)
+                parts.insert(0, _parsed(content))
+        entries = [Entry(number, text) for number, text in parts[0][0]["kept"]] if begins else []
+        for one, texts in parts:
+            entries.extend(self._unread(one["first"], texts))
+        self._live, self._next = live, head["first"] + len(lines)
         return entries
 
     def _unread(self, first: int, lines: list[str]) -> Iterator[Entry]:
@@ -147,8 +168,7 @@ class JournalReader:
                 yield Entry(number, text)
 
 
-def _parsed(content: bytes) -> tuple[int, int, list[str]]:
-    """Number of a part, number of its first event, and its lines."""
+def _parsed(content: bytes) -> tuple[dict[str, Any], list[str]]:
+    """What the first line of a part tells, and the others."""
     head, *lines = content.decode().removesuffix("\n").split("\n")
-    fields = json.loads(head)
-    return int(fields["part"]), int(fields["first"]), lines
+    return json.loads(head), lines

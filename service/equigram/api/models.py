@@ -15,6 +15,9 @@ driver is told to end. ``done``: everything it asks for is in the store. ``faile
 ``cancelled``: somebody wanted that.
 ``incomplete``: tiles or solutions are missing and nobody computes them: a run that was not submitted here."""
 
+DRIVEN: frozenset[State] = frozenset({"starting", "running", "cancelling"})
+"""States in which a job has a driver."""
+
 ENDED: frozenset[State] = frozenset({"done", "failed", "cancelled", "incomplete"})
 """States in which nothing happens until somebody asks for it."""
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from equigram.api.drive import headline
 from equigram.api.job import Facts, Job
 from equigram.api.journal import JournalReader
-from equigram.api.models import ENDED
+from equigram.api.models import DRIVEN, ENDED
 from equigram.api.queue import state_of
 from equigram.api.records import ID
 from equigram.api.view import TileMap, View
@@ -130,6 +130,8 @@ class Registry:
         job = Job(record.id, record, wish, self.records.outcome(record, wish.attempt))
         job.begun = self.records.attempt(record, wish.attempt).read("live.jsonl") is not None
         job.state = state_of(wish, job.outcome, None, begun=job.begun) or "starting"
+        if job.state in ("failed", "cancelled"):
+            job.view.tiles = self._listing(job)
         return job
 
     def scan(self) -> None:
@@ -188,6 +190,9 @@ class Registry:
         """A job is in another state now; needs its name to be held."""
         if job.state != state:
             job.state = state
+            with job.lock:
+                if state not in DRIVEN and job.view.tiles is not None:
+                    job.view.tiles.rest()
             _LOG.info("%s is %s", job.id, state, extra={"job": job.id, "state": state})
             self._listener.changed(job)
 

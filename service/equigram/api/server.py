@@ -118,7 +118,6 @@ def serve(settings: Settings, started: Callable[[str], None]) -> None:
         )
     readable = Readable(settings.readable)
     records = Records(absolute_root(settings.root))
-    records.check()
     drivers: Callable[[], Drivers]
     if settings.address is None:
         drivers = LocalCluster(records.root, settings.cpus)
@@ -130,7 +129,7 @@ def serve(settings: Settings, started: Callable[[str], None]) -> None:
     for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray's client would go there instead
         os.environ.pop(variable, None)
     log_to(sys.stderr)
-    with _alone(records), _listen(settings.host, settings.port) as listening:
+    with _listen(settings.host, settings.port) as listening, _alone(records):
         records.uploads().sweep()
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -149,7 +148,8 @@ def serve(settings: Settings, started: Callable[[str], None]) -> None:
 
 @contextlib.contextmanager
 def _alone(records: Records) -> Iterator[None]:
-    """While no other service of this machine serves the root; on object storage nobody looks."""
+    """While no other service of this machine serves the root, which must be writable; in object storage, at once."""
+    records.check()
     folder = Path(records.root, HIDDEN)
     if "://" in records.root:
         yield

@@ -94,8 +94,7 @@ class TileMap:
         if kind == "WorkerLost":
             self._forget(int(event["worker"]))
         elif kind in ("ComputationStarted", "ComputationEnded"):
-            self._holders.clear()
-            self._failed.clear()
+            self.rest()
             self._pass = min(int(event.get("number", self._pass)), self.passes - 1)
         match = _TILE.fullmatch(str(event.get("tile", "")))
         if match is None:
@@ -119,6 +118,11 @@ class TileMap:
                 stored[tile.row, tile.col] = True
                 self._pairs += int(event["pairs"])
 
+    def rest(self) -> None:
+        """Nobody computes any more, or tries anything again."""
+        self._holders.clear()
+        self._failed.clear()
+
     def _forget(self, worker: int) -> None:
         for tile in [tile for tile, holders in self._holders.items() if worker in holders]:
             self._holders[tile].discard(worker)
@@ -134,8 +138,6 @@ class View:
     progress: Progress | None = None
     notes: list[str] = field(default_factory=list)
     workers: dict[int, Worker] = field(default_factory=dict)
-    began: str | None = None
-    """When the first event happened."""
     _pace: deque[tuple[datetime, int]] = field(default_factory=deque)
 
     def apply(self, entry: Entry, listing: Callable[[], TileMap | None]) -> str:
@@ -150,7 +152,6 @@ class View:
         """
         event = json.loads(entry.text)
         kind = str(event["event"])
-        self.began = self.began or event["time"]
         if kind in ("ComputationStarted", "ComputationEnded") or (self.tiles is None and "tile" in event):
             self.tiles = listing() or self.tiles
         if self.tiles is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from equigram.api.drive import failure
 from equigram.api.job import driver_name
-from equigram.api.models import ENDED
+from equigram.api.models import DRIVEN, ENDED
 from equigram.api.queue import Waiting, after_loss, next_jobs, shares, state_of
 from equigram.api.records import now
 from equigram.errors import ClusterError, EquigramError, JobFailedError, StoreError
@@ -36,9 +36,6 @@ NODES_SECONDS = 15.0
 
 GRACE_SECONDS = 5.0
 """Time that a driver which Ray says has ended may take to be seen to have written how."""
-
-DRIVEN = ("starting", "running", "cancelling")
-"""States in which a job has a driver."""
 
 _LOG = logging.getLogger("equigram.service")
 
@@ -262,7 +259,6 @@ def _lost(job: Job, wish: Wish) -> Outcome:
     return failure(
         JobFailedError(
             f"{wish.lost + 1} drivers of {job.id} in a row were killed, or lost their machine, before they finished a "
-            f"tile, perhaps for want of memory; `equigram logs {job.id}` shows what the last one said, and `equigram "
-            f"resume {job.id}` tries again"
+            f"tile, perhaps for want of memory; `equigram logs {job.id}` shows what the last one said"
         )
     )

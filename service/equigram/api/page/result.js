@@ -39,10 +39,10 @@ function scoreRow(score) {
     { "data-testid": "score-row", class: isFinal(score) ? "final" : null },
     element("th", { scope: "row" }, score.group),
     element("td", {}, score.kernel.toUpperCase()),
-    number(value(score.ridge)),
-    number(score.train_size === null ? "all" : `${count(score.train_size)} per class`),
     number(score.accuracy === null ? NOTHING : `${(100 * score.accuracy).toFixed(1)} %`),
     number(score.mse === null ? NOTHING : value(score.mse)),
+    number(value(score.ridge)),
+    number(score.train_size === null ? "all" : `${count(score.train_size)} per class`),
     element("td", {}, [score.chosen ? "chosen" : null, score.warning].filter(Boolean).join("; ")),
   );
 }
