@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -57,6 +58,8 @@ ENVIRONMENT = os.environ | {"COLUMNS": "80", "TERM": "xterm", "NO_COLOR": "1", "
 
 def pytest_configure(config: pytest.Config) -> None:
     """Compile the CPU engine once, before several processes do so at the same time."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell ignores it for background commands
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if getattr(config.option, "numprocesses", None):
         programs = [subprocess.Popen([sys.executable, "-c", COMPILE.format(one)]) for one in ("float32", "float64")]
         for program in programs:

@@ -150,11 +150,6 @@ def _quiet_ray() -> Iterator[None]:
         worker.print_to_stdstream = original
 
 
-def is_connected() -> bool:
-    """Whether this process has a Ray connection already."""
-    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
-
-
 def check_address(resources: ResourceSpec) -> None:
     """Raise unless a Ray cluster answers at ``resources.address``, or this machine holds a worker if none is given.
 
@@ -177,8 +172,6 @@ def check_address(resources: ResourceSpec) -> None:
                 f"a worker with resources.cpus_per_worker = {resources.cpus_per_worker} does not fit on this machine, "
                 f"which has {available_cores()} CPUs; ask for less, or name a cluster in resources.address"
             )
-        return
-    if is_connected():
         return
     remedy = "start one with `ray start --head`, correct the address, or leave it out to start a local one"
     nobody = f"resources.address is 'auto', but no Ray cluster answers on this machine or at RAY_ADDRESS; {remedy}"

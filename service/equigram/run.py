@@ -133,7 +133,11 @@ def run(spec: JobSpec, listener: Listener = nobody) -> Finished:
 
 
 def prepare(
-    spec: JobSpec, listener: Listener = nobody, allow: Callable[[Survey], None] = everything
+    spec: JobSpec,
+    listener: Listener = nobody,
+    allow: Callable[[Survey], None] = everything,
+    *,
+    connected: bool = False,
 ) -> tuple[GramStore, dict[Pass, float] | None]:
     """The store of a job with its images, made if there is none, and the costs of its pairs where they were measured.
 
@@ -141,11 +145,13 @@ def prepare(
       spec: the job.
       listener: told of everything.
       allow: raises where there are more or larger images than there may be; asked before anything is loaded.
+      connected: whether there is a connection to the cluster of the job, which then need not be looked for.
 
     Raises: as :func:`run`.
     """
     configure(spec.storage_options)
-    check_address(spec.resources)
+    if not connected:
+        check_address(spec.resources)
     if not GramStore.exists(spec.store):
         try:
             return create_store(spec, listener, allow)

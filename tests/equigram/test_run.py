@@ -274,7 +274,7 @@ def test_all_damaged_tiles_are_computed_again_at_once(finished: GramStore, simpl
 def test_damage_that_comes_back_is_an_error(
     finished: GramStore, simple: Job, compute: Compute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def on_a_bad_disk(store: GramStore, spec: JobSpec, listener: Any, pair_seconds: Any = None) -> None:
+    def on_a_bad_disk(store: GramStore, *_: Any) -> None:
         compute(store, store.info.tiling.missing(store.finished_tiles()))
         flip_a_byte(Path(store.url, "gram/C1/ntk/c/1/1"))
 

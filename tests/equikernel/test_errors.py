@@ -14,10 +14,12 @@ from equigram.errors import DamagedTileError, EquigramError
 from equigram.plan import Tile
 from equikernel.errors import EquikernelError, suggestion
 
-WRONG_REQUEST, FAILED_RUN = 2, 1
+WRONG_REQUEST, FAILED_RUN, GOES_ON, NO_SERVICE = 2, 1, 3, 4
 
 EXPECTED: dict[str, tuple[type[Exception], int]] = {
+    "AuthenticationError": (PermissionError, NO_SERVICE),
     "ClusterError": (ConnectionError, FAILED_RUN),
+    "ConflictError": (ValueError, WRONG_REQUEST),
     "DamagedArrayError": (OSError, FAILED_RUN),
     "DamagedTileError": (OSError, FAILED_RUN),
     "DataError": (ValueError, WRONG_REQUEST),
@@ -25,12 +27,18 @@ EXPECTED: dict[str, tuple[type[Exception], int]] = {
     "EngineError": (ValueError, WRONG_REQUEST),
     "EquigramError": (Exception, FAILED_RUN),
     "EquikernelError": (Exception, WRONG_REQUEST),
+    "ForbiddenUrlError": (PermissionError, WRONG_REQUEST),
     "ImageError": (ValueError, WRONG_REQUEST),
     "IncompleteRunError": (OSError, WRONG_REQUEST),
+    "JobCancelledError": (RuntimeError, GOES_ON),
+    "JobFailedError": (RuntimeError, FAILED_RUN),
+    "JobNotFoundError": (LookupError, WRONG_REQUEST),
+    "LimitError": (ValueError, WRONG_REQUEST),
     "NetworkError": (ValueError, WRONG_REQUEST),
     "MemoryLimitError": (MemoryError, WRONG_REQUEST),
     "NonFiniteKernelError": (ArithmeticError, FAILED_RUN),
     "ResourceError": (MemoryError, WRONG_REQUEST),
+    "ServiceError": (ConnectionError, NO_SERVICE),
     "SolverError": (ArithmeticError, FAILED_RUN),
     "SpecError": (ValueError, WRONG_REQUEST),
     "StoreError": (OSError, FAILED_RUN),
@@ -38,6 +46,7 @@ EXPECTED: dict[str, tuple[type[Exception], int]] = {
     "StoreMismatchError": (ValueError, WRONG_REQUEST),
     "StoreNotFoundError": (FileNotFoundError, WRONG_REQUEST),
     "TileFailedError": (RuntimeError, FAILED_RUN),
+    "WaitTimeoutError": (TimeoutError, GOES_ON),
 }
 
 

@@ -98,7 +98,7 @@ def _drive(records: Records, record: Record, images: int, pixels: int, listener:
             )
 
     with ray_session(spec.resources):  # one for all stages
-        store, costs = prepare(spec, listener, allow)
+        store, costs = prepare(spec, listener, allow, connected=True)
         finished = finish(store, spec, listener, costs, _Share(records, record))
     _draw(records, record, finished.store, listener)
     return finished.store
