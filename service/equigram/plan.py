@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 
@@ -44,6 +45,16 @@ class Tile:
 
     def __str__(self) -> str:
         return f"{self.part}[{self.row}, {self.col}]"
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """The tile of such a text; ``None`` where it is none.
+
+        >>> Tile.parse("gram[0, 1]")
+        Tile(part='gram', row=0, col=1)
+        """
+        match = re.fullmatch(r"(gram|cross)\[(\d+), (\d+)\]", text)
+        return None if match is None else cls("gram" if match[1] == "gram" else "cross", int(match[2]), int(match[3]))
 
 
 @dataclass(frozen=True)

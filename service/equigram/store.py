@@ -60,6 +60,7 @@ from equigram.errors import (
 )
 from equigram.plan import Part, SplitName, Tile, TileSet, Tiling, chunk_bytes, tile_of
 from equigram.spec import GramSpec, JobSpec, KernelName, Pass
+from equigram.storage import ask, children, reason
 from equikernel.errors import EquikernelError, NonFiniteKernelError
 
 if TYPE_CHECKING:
@@ -1342,22 +1343,11 @@ class GramStore:
 
     def _children(self) -> list[str]:
         """Names of the files and folders directly in the store."""
-        fs, path = self._place
-        fs.invalidate_cache()
-        try:
-            found = [str(name).rstrip("/") for name in self._call("ls", path, detail=False)]
-        except FileNotFoundError:  # on object storage a folder is gone with the last object in it
-            return []
-        return [name.rsplit("/", 1)[-1] for name in found if name != path]
+        return children(*self._place, seconds=ANSWER_SECONDS)
 
     def _call(self, operation: str, *arguments: Any, **options: Any) -> Any:
         """A request to the file system, for :data:`ANSWER_SECONDS` at most where that is remote."""
-        import fsspec
-
-        fs, _ = self._place
-        if not fs.async_impl:
-            return getattr(fs, operation)(*arguments, **options)
-        return fsspec.asyn.sync(fs.loop, getattr(fs, f"_{operation}"), *arguments, timeout=ANSWER_SECONDS, **options)
+        return ask(self._place[0], operation, *arguments, seconds=ANSWER_SECONDS, **options)
 
     @contextlib.contextmanager
     def _storage(self, doing: str) -> Iterator[None]:
@@ -1375,12 +1365,9 @@ class GramStore:
         except (EquigramError, EquikernelError):
             raise
         except Exception as error:
-            if isinstance(error, TimeoutError):
-                reason = f"no answer within {ANSWER_SECONDS:g} s"
-            else:
-                reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())}"
+            why = reason(error, seconds=ANSWER_SECONDS)
             raise StoreError(
-                f"{self.url}: cannot {doing}: {reason}; nothing finished is lost: mend that and run again"
+                f"{self.url}: cannot {doing}: {why}; nothing finished is lost: mend that and run again"
             ) from error
 
 

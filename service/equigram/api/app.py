@@ -24,7 +24,6 @@ from starlette.exceptions import HTTPException
 
 from equigram import __version__
 from equigram.api.channels import Channels
-from equigram.api.checks import check_text
 from equigram.api.details import detail, summary
 from equigram.api.guard import Guard, body_of
 from equigram.api.job import Drivers, Limits
@@ -242,7 +241,6 @@ def _add_jobs(app: FastAPI) -> None:
         idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
     ) -> JobDetail:
         """Submit a job; the same one again goes on where it stopped."""
-        check_text(body.spec)
         job, created = jobs.submit(body.spec, body.priority, user.name, idempotency_key)
         response.status_code = 201 if created else 200
         response.headers["location"] = f"/jobs/{job.id}"
@@ -323,10 +321,8 @@ def _add_results(app: FastAPI) -> None:
         Row by row; the headers ``X-Rows`` and ``X-Cols`` have their numbers.
         """
         job = jobs.job(name)
-        if job.view.tiles is None:
-            detail(job, jobs)
         with job.lock:
-            tiles = job.view.tiles
+            tiles = jobs.registry.tiles(job)
             if tiles is None or (part == "cross" and not tiles.tiling.test):
                 raise JobNotFoundError(f"{name} has no tiles of {part}: it has no such images, or they are not loaded")
             states = tiles.states(part)

@@ -58,6 +58,7 @@ def checked_spec(fields: dict[str, Any], source: str, readable: Readable, record
       SpecError: it is not usable, or asks for what is the service's to say.
       ForbiddenUrlError: it reads what it may not.
     """
+    _check_text(fields)
     if fields.get("storage_options") is not None:  # before anything could repeat what they are
         raise SpecError(
             "storage_options: a service opens its storage itself, so that credentials are in no request; remove them, "
@@ -81,7 +82,7 @@ def checked_spec(fields: dict[str, Any], source: str, readable: Readable, record
     return spec
 
 
-def check_text(fields: dict[str, Any]) -> None:
+def _check_text(fields: dict[str, Any]) -> None:
     """Raise :class:`SpecError` if a text holds what cannot be written: half of a character."""
     try:
         json.dumps(fields, ensure_ascii=False).encode()

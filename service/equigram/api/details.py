@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from equigram.api.models import ENDED, JobDetail, JobSummary, Solved, TileCounts
-from equigram.api.view import TileMap
 from equigram.solve.stage import solved_matrices
 
 if TYPE_CHECKING:
@@ -52,13 +51,9 @@ def detail(job: Job, jobs: Jobs) -> JobDetail:
     solved = solved_matrices(store) if store is not None and job.state == "done" else []
     figures = jobs.records.figures(job.record).names() if job.record else []
     stored = info.spec.to_store() if info is not None else {}
-    listing = TileMap.of(store) if store is not None and job.view.tiles is None else None
     with job.lock:
-        if job.reader is None:
-            jobs.registry.read(job)
-        view = job.view
-        view.tiles = view.tiles or listing
-        fields = _fields(job)
+        jobs.registry.tiles(job)
+        view, fields = job.view, _fields(job)
         counts: TileCounts | None = fields["counts"]
         pace = view.pairs_per_second(datetime.now(UTC)) if job.state == "running" else None
         share, record = job.share, job.record

@@ -26,7 +26,7 @@ from equigram.errors import EquigramError, LimitError, StoreError
 from equigram.events import Listener, Note, Progress
 from equigram.figures import draw_run
 from equigram.run import finish, prepare
-from equigram.solve.stage import Result, solved_matrices, stored_results
+from equigram.solve.stage import Result, all_results
 from equigram.storage import configure
 from equigram.store import GramStore
 from equikernel.errors import EquikernelError
@@ -152,14 +152,13 @@ def _as_submitted(outcome: Outcome, root: str) -> Outcome:
 def success(store: GramStore) -> Outcome:
     """The outcome of a driver that has done everything, with what a list of jobs says of the run."""
     info = store.info
-    results = [one for pair in solved_matrices(store) for one in stored_results(store, *pair)]
     return Outcome(
         state="done",
         ended=now(),
         train=info.train,
         test=info.test,
         counts=TileMap.of(store).counts(),
-        headline=headline(results),
+        headline=headline(all_results(store)),
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from equigram.errors import SpecError, StoreError
+from equigram.storage import ask, children, reason
 
 ANSWER_SECONDS = 60.0
 """How long the storage may take over one request."""
@@ -65,7 +66,8 @@ class Folder:
             if not self.is_local:
                 self._call("pipe_file", f"{self._path}/{name}", content)
                 return
-            with self._beside(name, content) as partial:
+            with self._beside(name) as partial:
+                partial.write_bytes(content)
                 partial.replace(Path(self._path, name))
 
     def create(self, name: str, content: bytes) -> bool:
@@ -75,7 +77,8 @@ class Folder:
                 if not self.is_local:
                     self._call("pipe_file", f"{self._path}/{name}", content, mode="create")
                     return True
-                with self._beside(name, content) as partial:
+                with self._beside(name) as partial:
+                    partial.write_bytes(content)
                     os.link(partial, Path(self._path, name))
             except FileExistsError:
                 return False
@@ -88,11 +91,9 @@ class Folder:
                 self._fs.put_file(str(file), f"{self._path}/{name}")
                 file.unlink()
                 return
-            target = Path(self._path, name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            beside = target.with_name(f".{uuid.uuid4().hex}.partial")
-            shutil.move(file, beside)  # perhaps from another file system
-            beside.replace(target)
+            with self._beside(name) as partial:
+                shutil.move(file, partial)  # perhaps from another file system
+                partial.replace(Path(self._path, name))
 
     def scratch(self) -> Path:
         """The name of a new file of this machine, from where :meth:`put` is quick."""
@@ -110,12 +111,10 @@ class Folder:
         """Names of the files and folders in it, or in a folder of it, sorted."""
         path = f"{self._path}/{inside}".rstrip("/")
         with self._explained("list its files"):
-            self._fs.invalidate_cache()
             try:
-                found = [str(name).rstrip("/") for name in self._call("ls", path, detail=False)]
-            except (FileNotFoundError, NotADirectoryError):
+                return sorted(set(children(self._fs, path, seconds=ANSWER_SECONDS)))
+            except NotADirectoryError:
                 return []
-        return sorted({name.rsplit("/", 1)[-1] for name in found if name != path})
 
     def delete(self, name: str) -> None:
         """Delete a file or folder, if there is one."""
@@ -124,25 +123,19 @@ class Folder:
                 self._call("rm", f"{self._path}/{name}", recursive=True)
 
     @contextlib.contextmanager
-    def _beside(self, name: str, content: bytes) -> Iterator[Path]:
-        """A file with that content beside the place of another one; gone afterwards."""
+    def _beside(self, name: str) -> Iterator[Path]:
+        """A place for a file beside that of another one; what is there is gone afterwards."""
         target = Path(self._path, name)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{uuid.uuid4().hex}.partial")
         try:
-            partial.write_bytes(content)
             yield partial
         finally:
             partial.unlink(missing_ok=True)
 
     def _call(self, operation: str, *arguments: Any, **options: Any) -> Any:
         """A request to the file system, for :data:`ANSWER_SECONDS` at most where that is remote."""
-        import fsspec
-
-        fs = self._fs
-        if not fs.async_impl:
-            return getattr(fs, operation)(*arguments, **options)
-        return fsspec.asyn.sync(fs.loop, getattr(fs, f"_{operation}"), *arguments, timeout=ANSWER_SECONDS, **options)
+        return ask(self._fs, operation, *arguments, seconds=ANSWER_SECONDS, **options)
 
     @contextlib.contextmanager
     def _explained(self, doing: str) -> Iterator[None]:
@@ -151,8 +144,5 @@ class Folder:
         except FileExistsError:
             raise
         except Exception as error:
-            if isinstance(error, TimeoutError):
-                reason = f"no answer within {ANSWER_SECONDS:g} s"
-            else:
-                reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise StoreError(f"{self.url}: cannot {doing}: {reason}") from error
+            why = reason(error, seconds=ANSWER_SECONDS)
+            raise StoreError(f"{self.url}: cannot {doing}: {why}") from error

@@ -22,7 +22,7 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 Application: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-PUBLIC = ("/", "/healthz", "/readyz", "/icon.svg")
+PUBLIC = ("/", "/healthz", "/readyz")
 """What needs no token: the page asks for one."""
 
 PUBLIC_FOLDER = "/page/"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -80,8 +81,6 @@ class Job:
     outcome: Outcome | None = None
     """Of the present attempt."""
     state: State = "incomplete"
-    status: Status | None = None
-    """Of the present driver, as Ray says."""
     handed: float | None = None
     """When the present driver was handed to Ray by this service."""
     gone: float | None = None
@@ -117,6 +116,16 @@ class Job:
 def driver_name(record: Record, attempt: int) -> str:
     """What a driver is called in Ray, where other services, and jobs of the same name before, have theirs."""
     return f"equigram-{record.id}-{record.nonce}-{attempt}"
+
+
+def submission(driver: str) -> str:
+    """What the names of all drivers of a record have in common."""
+    return driver.rpartition("-")[0]
+
+
+def driven(statuses: Mapping[str, Status]) -> set[str]:
+    """The submissions of which Ray has a driver that has not ended."""
+    return {submission(name) for name, status in statuses.items() if status != "ended"}
 
 
 class Drivers(Protocol):

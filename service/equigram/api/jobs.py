@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from equigram.api.checks import checked_spec, differences, job_name
+from equigram.api.job import driven, submission
 from equigram.api.models import ENDED
 from equigram.api.records import Record, Wish, now, spec_to_run
 from equigram.api.registry import Registry
@@ -137,11 +138,9 @@ class Jobs:
         """
         with self.registry.hold(name):
             job = self.job(name)
-            base = job.driver.rpartition("-")[0]
-            if job.state not in ENDED or (base and self._is_driven(base)):
+            if job.state not in ENDED or self._is_driven(job):
                 raise ConflictError(f"{name} is {job.state}, or its driver is; cancel it before you delete it")
-            self.records.delete(name)
-            self.registry.forget(name)
+            self.registry.delete(name)
 
     def job(self, name: str) -> Job:
         """A job.
@@ -244,10 +243,8 @@ class Jobs:
     def _finish_deletion(self, name: str) -> None:
         """Delete what an interrupted deletion has left of a job of that name."""
         if self.records.is_deleted(name):
-            self.records.delete(name)
-            self.registry.forget(name)
+            self.registry.delete(name)
 
-    def _is_driven(self, base: str) -> bool:
+    def _is_driven(self, job: Job) -> bool:
         """Whether Ray has a driver of a job that has not ended."""
-        statuses = self._watch.drivers().statuses()
-        return any(name.rpartition("-")[0] == base and status != "ended" for name, status in statuses.items())
+        return bool(job.driver) and submission(job.driver) in driven(self._watch.drivers().statuses())

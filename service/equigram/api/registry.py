@@ -18,7 +18,7 @@ from equigram.api.queue import state_of
 from equigram.api.records import ID
 from equigram.api.view import TileMap, View
 from equigram.errors import EquigramError, LimitError, StoreNotFoundError
-from equigram.solve.stage import solved_matrices, stored_results
+from equigram.solve.stage import all_results
 from equigram.store import GramStore
 
 if TYPE_CHECKING:
@@ -82,6 +82,11 @@ class Registry:
         if there is not None:
             self._listener.deleted(name)
 
+    def delete(self, name: str) -> None:
+        """Delete a job with its run store, or what is left of it; needs its name to be held."""
+        self.records.delete(name)
+        self.forget(name)
+
     @contextlib.contextmanager
     def place(self, owner: str, most: int) -> Iterator[None]:
         """A place for one more job of an owner, while it is submitted or resumed.
@@ -131,15 +136,14 @@ class Registry:
         job.begun = self.records.attempt(record, wish.attempt).read("live.jsonl") is not None
         job.state = state_of(wish, job.outcome, None, begun=job.begun) or "starting"
         if job.state in ("failed", "cancelled"):
-            job.view.tiles = self._listing(job)
+            job.view.tiles = self.listing(job)
         return job
 
     def scan(self) -> None:
         """Finish what was half deleted, find what others have made, and forget what they have deleted."""
         for name in self.records.half_deleted():
             with self.hold(name):
-                self.forget(name)
-                self.records.delete(name)
+                self.delete(name)
         ids, runs = self.records.ids(), self.records.runs()
         known = {job.id: job for job in self.all()}
         new = [name for name in dict.fromkeys([*ids, *runs]) if name not in known]
@@ -169,9 +173,8 @@ class Registry:
             return None
         if known is not None and known.facts is not None and known.state == "done" and known.facts.info == store.info:
             return known.facts, known.state
-        info, counts, solved = store.info, TileMap.of(store).counts(), solved_matrices(store)
-        results = [one for pair in solved for one in stored_results(store, *pair)]
-        complete = counts.finished == counts.tiles and (bool(solved) or info.spec.solve is None)
+        info, counts, results = store.info, TileMap.of(store).counts(), all_results(store)
+        complete = counts.finished == counts.tiles and (bool(results) or info.spec.solve is None)
         facts = Facts(info, counts, headline(results))
         return facts, "done" if complete else "incomplete"
 
@@ -207,7 +210,7 @@ class Registry:
         another = job.wish is None or job.wish.attempt != wish.attempt
         job.wish = wish
         if another:
-            job.outcome, job.status, job.handed, job.gone, job.begun = None, None, None, None, False
+            job.outcome, job.handed, job.gone, job.begun = None, None, None, False
             with job.lock:
                 job.reader, job.view = None, View(tiles=job.view.tiles)
             self.change(job, "queued")
@@ -233,14 +236,26 @@ class Registry:
                 job.reader = JournalReader(self.records.attempt(record, wish.attempt))
                 job.view = View(tiles=job.view.tiles)
             entries = job.reader.read()
-            kinds = [job.view.apply(entry, lambda: self._listing(job)) for entry in entries]
+            kinds = [job.view.apply(entry, lambda: self.listing(job)) for entry in entries]
             if entries:
                 self._listener.entries(job, entries, kinds)
         return len(entries)
 
-    def _listing(self, job: Job) -> TileMap | None:
+    def tiles(self, job: Job) -> TileMap | None:
+        """The tiles of a job, with what was heard of them; ``None`` where its images are not loaded."""
+        with job.lock:
+            if job.reader is None:
+                self.read(job)
+            if job.view.tiles is None:
+                job.view.tiles = self._listed(job)
+            return job.view.tiles
+
+    def listing(self, job: Job) -> TileMap | None:
         """The tiles of a job as its store has them now; ``None`` where there is none, or it does not answer."""
         with contextlib.suppress(EquigramError):
-            store = self.store(job)
-            return TileMap.of(store) if store is not None else None
+            return self._listed(job)
         return None
+
+    def _listed(self, job: Job) -> TileMap | None:
+        store = self.store(job)
+        return TileMap.of(store) if store is not None else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,8 +29,6 @@ PACE_SECONDS = 60.0
 
 MOST_NOTES = 100
 """Notes that are kept of a run."""
-
-_TILE = re.compile(r"(gram|cross)\[(\d+), (\d+)\]")
 
 Fields: TypeAlias = dict[str, Any]
 
@@ -96,15 +93,12 @@ class TileMap:
         elif kind in ("ComputationStarted", "ComputationEnded"):
             self.rest()
             self._pass = min(int(event.get("number", self._pass)), self.passes - 1)
-        match = _TILE.fullmatch(str(event.get("tile", "")))
-        if match is None:
+        tile = Tile.parse(str(event.get("tile", "")))
+        if tile is None or tile.part not in self._stored:
             return
-        part: Part = "gram" if match[1] == "gram" else "cross"
-        tile = Tile(part, int(match[2]), int(match[3]))
-        if part not in self._stored or tile.row >= (stored := self._stored[part][self._pass]).shape[0]:
+        stored = self._stored[tile.part][self._pass]
+        if tile.row >= stored.shape[0] or tile.col >= stored.shape[1]:
             return  # of images that were added since
-        if tile.col >= stored.shape[1]:
-            return
         if kind in ("TileStarted", "TileCopied") and not stored[tile.row, tile.col]:
             self._holders.setdefault(tile, set()).add(int(event["worker"]))
             self._failed.discard(tile)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from equigram.api.drive import failure
-from equigram.api.job import driver_name
+from equigram.api.job import driven, submission
 from equigram.api.models import DRIVEN, ENDED
 from equigram.api.queue import Waiting, after_loss, next_jobs, shares, state_of
 from equigram.api.records import now
@@ -144,9 +144,9 @@ class Watch:
 
     def _stop_unwanted(self, statuses: dict[str, Status]) -> None:
         """End all drivers of our jobs that nobody wants: of jobs that were cancelled, and of former attempts."""
-        wanted = {f"{job.driver.rpartition('-')[0]}-": job for job in self._registry.all() if job.record is not None}
+        wanted = {submission(job.driver): job for job in self._registry.all() if job.record is not None}
         for name, status in statuses.items():
-            job = wanted.get(f"{name.rpartition('-')[0]}-")
+            job = wanted.get(submission(name))
             if status == "ended" or job is None or job.wish is None:
                 continue
             ended = job.outcome is not None and job.outcome.state != "terminated"
@@ -158,11 +158,10 @@ class Watch:
         record = job.record
         if record is None or job.wish is None:
             return
-        wish = self.registry_wish(record)
+        wish = self._registry.records.wish(record)
         if wish != job.wish:  # another service, or a person, wants something else
             self._registry.adopt(job, wish)
             return
-        job.status = status
         job.outcome = self._registry.records.outcome(record, wish.attempt)
         self._hear(job)
         if status in ("pending", "running"):
@@ -172,10 +171,6 @@ class Watch:
         if state is None and job.outcome is None and self._is_fresh(job):
             return
         self._registry.change(job, self._lose(job, record, wish) if state is None else state)
-
-    def registry_wish(self, record: Record) -> Wish:
-        """What is wanted of a job, as it is stored now."""
-        return self._registry.records.wish(record)
 
     @staticmethod
     def _is_fresh(job: Job) -> bool:
@@ -197,20 +192,15 @@ class Watch:
 
     def finished(self, job: Job) -> int:
         """Tiles of a job that are stored; 0 where that cannot be seen."""
-        try:
-            store = self._registry.store(job)
-            return sum(len(part.finished_tiles()) for _, part in store.passes()) if store is not None else 0
-        except EquigramError:
-            return 0
+        tiles = self._registry.listing(job)
+        return 0 if tiles is None else tiles.counts().finished
 
     def _start_next(self, statuses: dict[str, Status]) -> None:
         """Start the jobs whose turn it is, once all former drivers of theirs have ended."""
-        busy = {name.rpartition("-")[0] for name, status in statuses.items() if status != "ended"}
+        busy = driven(statuses)
         jobs = [(job, job.record) for job in self._registry.all() if job.record is not None]
         queued = [
-            _waiting(record)
-            for job, record in jobs
-            if job.state == "queued" and driver_name(record, 0).rpartition("-")[0] not in busy
+            _waiting(record) for job, record in jobs if job.state == "queued" and submission(job.driver) not in busy
         ]
         running = [_waiting(record) for job, record in jobs if job.state in DRIVEN]
         cpus = int(sum(node.cpus for node in self.nodes if node.alive))
@@ -223,7 +213,7 @@ class Watch:
         record, wish = job.record, job.wish
         if record is None or wish is None or job.state != "queued":
             return
-        if (stored := self.registry_wish(record)) != wish:
+        if (stored := self._registry.records.wish(record)) != wish:
             self._registry.adopt(job, stored)
             return
         limits = ["--max-images", str(self._limits.images), "--max-pixels", str(self._limits.pixels)]
@@ -233,7 +223,7 @@ class Watch:
         except ClusterError as error:
             self._tell(error)
             return
-        job.handed, job.gone, job.status = time.monotonic(), None, "pending"
+        job.handed, job.gone = time.monotonic(), None
         self._registry.change(job, "starting")
 
     def _give_shares(self) -> None:

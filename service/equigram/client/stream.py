@@ -9,13 +9,13 @@ import math
 import re
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from equigram.api.models import ENDED
 from equigram.client.connection import QUIET, Connection, Patience, UnreachedError
 from equigram.errors import ServiceError
 from equigram.events import Event
-from equigram.plan import Part, Tile
+from equigram.plan import Tile
 
 STEADY = 10.0
 """Seconds after which a connection that was lost had been a good one."""
@@ -123,10 +123,9 @@ def as_event(told: Told) -> Event | None:
     names = [field.name for field in dataclasses.fields(kind)]
     values = {name: told.data[name] for name in names if name in told.data}
     if isinstance(text := values.get("tile"), str):
-        found = re.fullmatch(r"(gram|cross)\[(\d+), (\d+)\]", text)
-        if found is None:
+        values["tile"] = Tile.parse(text)
+        if values["tile"] is None:
             return None
-        values["tile"] = Tile(cast(Part, found[1]), int(found[2]), int(found[3]))
     try:
         return kind(**values)
     except TypeError:

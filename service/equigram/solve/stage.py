@@ -272,6 +272,11 @@ def stored_results(store: GramStore, group: str, kernel: str) -> list[Result]:
     return [_result(fields) for fields in attributes["solutions"]]
 
 
+def all_results(store: GramStore) -> list[Result]:
+    """The results of all matrices that are solved as the last job asks for."""
+    return [result for pair in solved_matrices(store) for result in stored_results(store, *pair)]
+
+
 @dataclass(eq=False)
 class _Attempt:
     """A regression with some of the images, and what came of it."""
