@@ -35,7 +35,6 @@ COPY deploy/healthcheck.py ./
 
 # Not NVIDIA_VISIBLE_DEVICES, which would show every GPU of a machine to containers that asked for none.
 ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility \
-    NUMBA_CACHE_DIR=/tmp/numba \
     RAY_USAGE_STATS_ENABLED=0
 USER 1000
 WORKDIR /home/equigram

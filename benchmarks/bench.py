@@ -29,9 +29,8 @@ from typing import Any
 import jax
 import numpy as np
 from numpy.typing import NDArray
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from tables import table
 
 from equikernel import Conv, Custom, GroupCNN, Residual
 from equikernel.kernel import available_cores
@@ -104,24 +103,6 @@ def kernel_call(
 def relative_difference(a: NDArray[Any], b: NDArray[Any]) -> float:
     """The largest ``|a - b| / |b|``."""
     return float(np.max(np.abs(a - b) / np.abs(b)))
-
-
-def table(title: str, columns: Sequence[str], numbers: Sequence[str], caption: str = "") -> Table:
-    """An empty table whose last columns are ``numbers``."""
-    out = Table(
-        title=title,
-        title_justify="left",
-        caption=caption,
-        caption_justify="left",
-        box=box.SIMPLE,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    for name in columns:
-        out.add_column(name, no_wrap=True)
-    for name in numbers:
-        out.add_column(name, justify="right", no_wrap=True, min_width=7)
-    return out
 
 
 def against_neural_tangents(console: Console, cases: Sequence[tuple[int, int]]) -> bool:
@@ -295,7 +276,7 @@ def vector_extension() -> str:
 def machine() -> str:
     """Processor, cores and the versions that decide the speed."""
     versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("neural-tangents", "jax", "numba", "numpy")
+        f"{name} {importlib.metadata.version(name)}" for name in ("neural-tangents", "jax", "llvmlite", "numpy")
     )
     extension = vector_extension()
     return (

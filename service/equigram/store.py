@@ -70,9 +70,9 @@ if TYPE_CHECKING:
     from equikernel.kernel import Kernel
 
 FORMAT = 4
-PACKAGES = ("equigram", "numpy", "numba", "llvmlite", "zarr", "ray", "jax")
+PACKAGES = ("equigram", "numpy", "llvmlite", "zarr", "ray", "jax")
 
-SAME_SOFTWARE = ("equigram", "numpy", "numba", "llvmlite")
+SAME_SOFTWARE = ("equigram", "numpy", "llvmlite")
 """Packages that must have the same version for the same bits."""
 
 ANSWER_SECONDS = 60.0

@@ -1,117 +1,127 @@
-"""The inner loops: that they are compiled to packed instructions, and their polynomials are as exact as they say."""
+"""The code for vectors: its dual kernels, that it computes with vectors only, and on narrower ones than there are."""
 
 from __future__ import annotations
 
 import platform
 import re
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
-from numba import njit, types
-from numba.core.ir import Expr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from equikernel import Custom, GroupCNN, ImageError
-from equikernel.activations import NAMED, RELU, Activation, parse
-from equikernel.engines import planes, rows
-from equikernel.engines.cpu import LONGEST_ROW, _operation, offsets_per_block
+from equikernel import Conv, Custom, GroupCNN, Residual
+from equikernel.activations import NAMED, RELU, Activation, Homogeneous, parse
+from equikernel.engines import duals
+from equikernel.engines.cpu import CpuEngine
+from equikernel.engines.duals import Factors
+from equikernel.engines.planes import Offsets, useful
+from equikernel.engines.vectors import CACHE_LINE, Module, Target, aligned, host
+from equikernel.images import Labels
 
-FLAT = types.Array(types.float32, 1, "C")
-U = types.uint64
-U_FLAT = types.Array(U, 1, "C")
-ROW = (FLAT, U, U, FLAT, U, FLAT, U, U, FLAT, U, types.float32)
-CORRELATION = (FLAT, U, U, FLAT, U, FLAT, U, types.float32)
-LOOPS = {
-    "correlation_row": CORRELATION,
-    "convolved_correlation_row": (FLAT, FLAT, U, U, U, *[types.float32] * 4, *CORRELATION),
-    "arc_cosine_row": (FLAT, U, U, FLAT, U, FLAT, U, FLAT, U, types.float32),
-    "erf_row": ROW,
-    "gelu_row": ROW,
-    "wave_row": (*ROW, types.boolean),
-    "polynomial_row": (*ROW, types.boolean),
-    "series_step": (U, FLAT, U, FLAT, U, FLAT, FLAT, FLAT),
-    "series_steps": (U, FLAT, U, FLAT, U, U, FLAT, FLAT, FLAT),
-    "vertical": (FLAT, U, U, U, U, U, U, U, *[types.float32] * 3, FLAT, U, types.boolean),
-    "horizontal": (FLAT, U, U, U, FLAT, U),
-    "input_line": (FLAT, U, FLAT, U, U, U, U, U, FLAT),
-}
-PACKED = {
-    "correlation_row": "mulps",
-    "convolved_correlation_row": "mulps",
-    "arc_cosine_row": "sqrtps",
-    "erf_row": "sqrtps",
-    "gelu_row": "sqrtps",
-    "wave_row": "mulps",
-    "polynomial_row": "mulps",
-    "series_step": "mulps",
-    "series_steps": "mulps",
-    "vertical": "addps",
-    "horizontal": "addps",
-    "input_line": "mulps",
-}
+X86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="looks for x86-64 instructions")
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="looks for x86-64 instructions")
-@pytest.mark.parametrize("name", LOOPS)
-def test_inner_loops_use_packed_instructions(name: str) -> None:
-    """A loop that LLVM silently does not vectorise costs a factor of four."""
-    options = {**rows.EXACT, "cache": False}
-    compiled = njit(LOOPS[name], **options)(getattr(planes if hasattr(planes, name) else rows, name).py_func)
-    (assembly,) = compiled.inspect_asm().values()
-    assert re.search(rf"\bv?{PACKED[name]}\b.*%[yz]mm|\b{PACKED[name]}\b", assembly), f"no packed {PACKED[name]}"
-    assert "cvtps2pd" not in assembly, "converts to float64"
+def narrower() -> list[Target]:
+    """The processor of this machine with all vectors it has, and with less."""
+    targets = [host()]
+    if platform.machine() in ("x86_64", "AMD64"):
+        names = [feature[1:] for feature in host().features.split(",") if feature[1:].startswith("avx")]
+        without = ",".join(f"-{name}" for name in names if name not in ("avx", "avx2"))
+        if host().vector_bytes == 64:
+            targets.append(Target("haswell", without, 32))
+        targets.append(Target("x86-64", "", 16))
+    return targets
 
 
-def test_rows_of_float32_are_not_computed_in_float64() -> None:
-    """One factor of the wrong type would do that, at half the speed, and nothing else would show it."""
-    program = types.NamedTuple((U_FLAT, U_FLAT, FLAT, FLAT, FLAT, *[U_FLAT] * 4, FLAT, FLAT, *[U] * 4), planes.Program)
-    scratch = types.NamedUniTuple(FLAT, 8, planes.Scratch)
-    signature = (program, scratch, FLAT, FLAT, U, U, U, U, U, types.int64, U, U, U, types.float32)
-    compiled = njit(signature, **{**rows.EXACT, "cache": False})(planes.pooled_plane.py_func)
-    annotation = compiled.overloads[signature].type_annotation
-    calls = [
-        (annotation.typemap[call.func.name], called.args)
-        for call, called in annotation.calltypes.items()
-        if isinstance(call, Expr) and call.op == "call"
-    ]
-    loops = [(called, arguments) for called, arguments in calls if isinstance(called, types.Dispatcher)]
-    assert len(loops) > 20
-    assert [called for called, arguments in loops if types.float64 in arguments] == []
+@X86
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", [*NAMED, "hermite(5)", "custom"])
+def test_the_code_computes_with_whole_vectors(name: str, dtype: str) -> None:
+    """A scalar root, or halved vectors, would cost a factor of two to sixteen, and nothing else would show it."""
+    activation = Custom(lambda x: np.tanh(x / 4), 12) if name == "custom" else name
+    engine = CpuEngine(GroupCNN(depth=3, activation=activation), ("C1",), np.dtype(dtype), 1, 10**9)
+    assembly = engine.program(16, 16, 3).compiled.assembly
+    width = {64: "zmm", 32: "ymm", 16: "xmm"}[host().vector_bytes]
+    arithmetic = re.findall(r"\tv?(?:mul|add|sub|fn?m\w+|sqrt)(p[sd]|s[sd])\t.*%([xyz]mm)", assembly)
+    packed = [(kind, register) for kind, register in arithmetic if kind[0] == "p"]
+    assert len(packed) > 20
+    narrow = {(kind, register) for kind, register in packed if register != width}
+    assert narrow <= ({("pd", "ymm"), ("pd", "xmm")} if dtype == "float32" else set())  # the sums, in float64
+    assert len(arithmetic) - len(packed) < len(packed) / 5  # what is the same in all lanes LLVM computes once
+    assert not re.search(r"\tv?sqrts[sd]\t", assembly)
 
 
-def one_row(activation: Activation, k: Any, q1: Any, q2: Any, dtype: type[np.floating]) -> tuple[Any, Any]:
-    """K and K̇ of covariances ``k`` and variances ``q1``, ``q2``, ``(n,)`` each, through the row loop in ``dtype``."""
-    operation, count = _operation(activation, 0), np.uint64(len(k))
-    x, y = (np.concatenate(activation.factors(q)).astype(dtype) for q in (q1, q2))
-    mask, zero = np.full(len(k), operation.factor, dtype), np.uint64(0)
-    correlation, nngp, slope = (np.empty(len(k), dtype) for _ in range(3))
-    line = np.zeros(planes.LINE, dtype)
-    line[: len(k)] = k
-    line[int(rows.NTK_LINE) : int(rows.NTK_LINE) + len(k)] = 1
-    planes.activate(
-        np.uint64(operation.kind), np.uint64(operation.terms), dtype(operation.middle), line, zero, count, x, zero, y,
-        zero, count, mask, zero, dtype(4 * np.finfo(dtype).eps), correlation, nngp, slope,
-    )  # fmt: skip
-    return line[: len(k)], line[int(rows.NTK_LINE) : int(rows.NTK_LINE) + len(k)]
+def test_layers_that_are_alike_share_code() -> None:
+    """Else a deep network would take long to compile, and its code would not stay in the cache."""
+    sizes = {}
+    for depth in (10, 40):
+        engine = CpuEngine(GroupCNN(depth=depth), ("C1",), np.dtype(np.float32), 1, 10**9)
+        sizes[depth] = len(engine.program(16, 16, 3).compiled.assembly)
+    assert sizes[40] < 1.5 * sizes[10]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-7), (np.float64, 1e-15)])
-def test_the_row_of_relu_is_the_arc_cosine_kernel(dtype: type[np.floating], tolerance: float) -> None:
-    """With q = 1 the row holds (√(1-c²) + (π - arccos c) c) / 2π and (π - arccos c) / 2π."""
+def one_vector(
+    activation: Activation, k: Any, q1: Any, q2: Any, dtype: type[np.floating], target: Target
+) -> tuple[Any, Any]:
+    """K and K̇ of covariances ``k`` and variances ``q1``, ``q2``, ``(n,)`` each, in vectors of ``target``."""
+    module = Module(np.dtype(dtype), target)
+    f = module.function("duals", "ppppi")
+    values, derivatives, x, y, count = f.parameters
+    planes = len(activation.factors(np.ones(1)))
+    with f.loop(count) as i:
+        # One entry at a time, so that the first image may have another pixel for each.
+        here = i * f.lanes
+        factors = Factors(x + i, y + here, len(k), len(k) * f.lanes, aligned=True)
+        k_in, theta = f.load(values + here), f.vector(1)
+        nngp, slope = duals.emit(f, activation, k_in, theta, factors, 4 * float(np.finfo(dtype).eps))
+        f.store(nngp, values + here)
+        f.store(slope, derivatives + here)
+    f.end()
+    compiled = module.compile("duals")
+
+    def lanes(array: Any) -> Any:
+        wide = aligned(np.size(array) * f.lanes, dtype)
+        wide[:] = np.repeat(np.asarray(array, dtype).ravel(), f.lanes)
+        return wide
+
+    kernel, derivative = lanes(k), aligned(len(k) * f.lanes, dtype)
+    first = np.ascontiguousarray(np.concatenate(activation.factors(q1)), dtype)
+    second = lanes(np.concatenate(activation.factors(q2)))
+    assert len(first) == planes * len(k)
+    compiled.call(*(a.ctypes.data for a in (kernel, derivative, first, second)), len(k))
+    by_lane = [array.reshape(len(k), f.lanes) for array in (kernel, derivative)]
+    for array in by_lane:
+        np.testing.assert_array_equal(array, np.repeat(array[:, :1], f.lanes, axis=1))
+    return by_lane[0][:, 0], by_lane[1][:, 0]
+
+
+@pytest.mark.parametrize("target", narrower(), ids=lambda target: f"{target.vector_bytes} bytes")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1.5e-7), (np.float64, 4e-16)])
+def test_relu_is_the_arc_cosine_kernel(dtype: type[np.floating], tolerance: float, target: Target) -> None:
+    """With q = 1: (√(1-c²) + (π - arccos c) c) / 2π and (π - arccos c) / 2π, exactly 1/2 and 0 at the ends."""
     c = np.concatenate([np.linspace(-1, 1, 2049), [0.0, -0.0]]).astype(dtype)
-    nngp, derivative = one_row(RELU, c, np.ones(len(c)), np.ones(len(c)), dtype)
+    nngp, derivative = one_vector(RELU, c, np.ones(len(c)), np.ones(len(c)), dtype, target)
     exact = c.astype(np.longdouble)
     angle = np.longdouble(np.pi) - np.arccos(exact)
     arc_cosine = (np.sqrt(1 - exact**2) + angle * exact) / (2 * np.longdouble(np.pi))
     np.testing.assert_allclose(nngp, arc_cosine.astype(dtype), atol=tolerance, rtol=0)
     np.testing.assert_allclose(derivative, angle / (2 * np.longdouble(np.pi)), atol=tolerance, rtol=0)
+    assert nngp[2048] == derivative[2048] == 0.5
+    assert nngp[0] == derivative[0] == 0
 
 
+@pytest.mark.parametrize("target", narrower(), ids=lambda target: f"{target.vector_bytes} bytes")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 3e-6), (np.float64, 3e-14)])
 @pytest.mark.parametrize("name", [*NAMED, "leaky_relu(0.1)", "leaky_relu(-2)", "hermite(5)", "monomial(2)", "custom"])
-def test_the_row_of_each_activation_is_its_dual_kernel(name: str, dtype: type[np.floating], tolerance: float) -> None:
+def test_each_activation_has_its_dual_kernel(
+    name: str, dtype: type[np.floating], tolerance: float, target: Target
+) -> None:
     """Relative to √(E[σ(u)²] E[σ(v)²]), and for K̇ to the largest one, also for ``c = ±1`` and ``q = 0``."""
-    activation = Custom(lambda x: np.tanh(x / 4), 12) if name == "custom" else parse(name)
+    activation = Custom(lambda x: np.tanh(x / 4), 40) if name == "custom" else parse(name)
     rng = np.random.default_rng(0)
     q1, q2 = np.exp(rng.uniform(-6, 1.5, (2, 2000)))
     c = np.concatenate([rng.uniform(-1, 1, 1800), 1 - np.logspace(-3, -16, 100), np.logspace(-3, -16, 100) - 1])
@@ -119,7 +129,7 @@ def test_the_row_of_each_activation_is_its_dual_kernel(name: str, dtype: type[np
     q2[10:30] = 0
     q1, q2 = q1.astype(dtype).astype(np.float64), q2.astype(dtype).astype(np.float64)
     k = (c * np.sqrt(q1 * q2)).astype(dtype)
-    nngp, derivative = one_row(activation, k, q1, q2, dtype)
+    nngp, derivative = one_vector(activation, k, q1, q2, dtype, target)
     exact, slope = activation.dual(k.astype(np.float64), q1, q2, np.finfo(dtype).eps)
     scale = np.sqrt(activation.moment(q1) * activation.moment(q2))
     moderate = np.abs(c) < 0.99  # nearer to ±1, rounding k alone moves K̇ by its root
@@ -127,18 +137,69 @@ def test_the_row_of_each_activation_is_its_dual_kernel(name: str, dtype: type[np
     np.testing.assert_array_less(np.abs(derivative - slope)[moderate], (10 * tolerance * np.abs(slope).max()))
 
 
-@pytest.mark.parametrize("offsets", [1, 2, 7, 32, 300])
-@pytest.mark.parametrize("row", [3, 34, 100, 639, 5000])
-def test_blocks_of_offsets_fit_a_long_row(offsets: int, row: int) -> None:
-    block = offsets_per_block(offsets, row)
-    assert 1 <= block <= offsets
-    assert block == 1 or block * row <= LONGEST_ROW
+@pytest.mark.parametrize("scale", [1e-9, 1e-3, 0.02, 1.0, 300.0, 1e9])
+@pytest.mark.parametrize("target", narrower(), ids=lambda target: f"{target.vector_bytes} bytes")
+def test_the_arc_cosine_kernel_takes_any_scale(scale: float, target: Target) -> None:
+    activation = Homogeneous("scaled", 0.0, (scale / 2) ** 0.5)
+    c = np.linspace(-1, 1, 513).astype(np.float32)
+    nngp, derivative = one_vector(activation, c, np.ones(len(c)), np.ones(len(c)), np.float32, target)
+    exact, slope = activation.dual(c.astype(np.float64), np.ones(len(c)), np.ones(len(c)), 1e-7)
+    np.testing.assert_allclose(nngp, exact, atol=3e-7 * scale)
+    np.testing.assert_allclose(derivative, slope, atol=3e-7 * scale)
 
 
-def test_a_long_row_fits_the_scratch_line() -> None:
-    assert int(rows.NTK_LINE) > LONGEST_ROW + planes.LANES
-    net = GroupCNN(group="C1", depth=1, filter_size=601)
-    with pytest.raises(
-        ImageError, match=r"images are 1x16000 pixels; with such filters the engine 'cpu' takes up to \d+ "
-    ):
-        net.kernel(np.zeros((1, 1, 16_000, 1)))
+NETWORKS = {
+    "SAME": GroupCNN(depth=2),
+    "VALID": GroupCNN(depth=2, padding="VALID"),
+    "CIRCULAR": GroupCNN(depth=2, padding="CIRCULAR"),
+    "5x5": GroupCNN(depth=2, filter_size=5, b_std=0.2),
+    "1x1": GroupCNN(depth=2, filter_size=1),
+    "residual": GroupCNN(layers=(Conv(3), Residual([Conv(3, activation="erf"), Conv(3)]), Conv(3))),
+}
+
+
+@pytest.mark.parametrize("target", narrower()[1:], ids=lambda target: f"{target.vector_bytes} bytes")
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("side", [7, 8, 17])
+def test_narrower_vectors_give_the_same_kernels(name: str, side: int, target: Target) -> None:
+    """Machines without AVX-512 or AVX2 are rarely at hand; their code is here, on fewer lanes."""
+    images = np.random.default_rng(0).normal(size=(3, side, side, 2)).astype(np.float32)
+    rows, cols = np.triu_indices(3)
+    for dtype, tolerance in ((np.float32, 5e-6), (np.float64, 1e-12)):
+        results = []
+        for candidate in (host(), target):
+            engine = CpuEngine(NETWORKS[name], ("C4",), np.dtype(dtype), 1, 10**9, candidate)
+            prepared = engine.prepare(images, Labels("images", 0))
+            results.append(np.stack(engine.pairs(prepared, prepared, rows, cols)["C4"]))
+        np.testing.assert_allclose(results[1], results[0], rtol=tolerance)
+
+
+@given(st.integers(1, 80), st.integers(0, 40))
+@settings(deadline=None)
+def test_offsets_are_those_with_pixels_that_valid_padding_leaves(side: int, margin: int) -> None:
+    if 2 * margin >= side:
+        return
+    offsets = useful(side, margin)
+    found = sorted((offsets.first + number) % side for number in range(offsets.count))
+    assert found == [d for d in range(side) if max(side - d, d) > 2 * margin]
+    assert useful(8, 2) == Offsets(5, 7)
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 1000])
+def test_memory_for_vectors_begins_at_a_cache_line(count: int) -> None:
+    array = aligned(count, np.float32)
+    assert array.ctypes.data % CACHE_LINE == 0
+    assert len(array) == count
+    assert not array.any()
+
+
+def test_the_first_kernel_of_a_process_takes_no_time_to_speak_of() -> None:
+    """There is no cache on disk, to share or to go stale, so compiling must be quick. It takes 0.2 s."""
+    code = (
+        "import time, numpy as np; from equikernel import GroupCNN; x = np.ones((2, 8, 8, 3)); start = time.time(); "
+        "GroupCNN(depth=3).kernel(x, engine='cpu'); print(time.process_time(), 'numba' in __import__('sys').modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    seconds, numba = done.stdout.split()
+    assert float(seconds) < 20  # of processor time, with all imports: on any machine
+    assert numba == "False"

@@ -40,9 +40,6 @@ EngineName = Literal["auto", "cpu", "xla", "general", "reference"]
 ENGINES = ("auto", "cpu", "xla", "general", "reference")
 DTYPES = ("float32", "float64")
 
-WIDEST = 2**14
-"""Pixels per side that the engine ``"cpu"`` takes."""
-
 SHARE = 0.5
 """Share of the free memory that a call uses unless told otherwise; and share of that for work in progress."""
 
@@ -255,11 +252,6 @@ class KernelFunction:
     def check_shape(self, height: int, width: int) -> None:
         """Raise unless the network, and the engine, are defined on images of that size; as :meth:`check_size`."""
         self.network.check_images(height, width, *self.groups)
-        if self.engine.name == "cpu" and max(height, width) > WIDEST:
-            raise ImageError(
-                f"images are {height}x{width} pixels, and the engine 'cpu' takes up to {WIDEST} per side; use "
-                "engine='xla'"
-            )
 
     def least_bytes(self, image_shape: tuple[int, int, int]) -> int:
         """Bytes that a single pair of images ``(H, W, C)`` takes."""
@@ -401,7 +393,7 @@ def compute(
 ) -> dict[str, Kernel]:
     """The kernels of ``x1`` against ``x2`` by group, block by block; see :meth:`equikernel.GroupCNN.kernel`."""
     first = as_images(x1, "x1")
-    function = _function_for(first.shape[1:], network, groups, engine, dtype, threads, memory_limit)
+    function = KernelFunction(network, groups, engine, dtype, threads, memory_limit)
     second = first if x2 is None else as_images(x2, "x2")
     if first.shape[1:] != second.shape[1:]:
         raise _unequal(first.shape[1:], second.shape[1:])
@@ -426,17 +418,6 @@ def compute(
                     if x2 is None:
                         matrix[j : j + edge, i : i + edge] = values.T
     return results
-
-
-def _function_for(
-    image_shape: tuple[int, ...], network: Architecture, groups: tuple[str, ...], engine: str, *options: Any
-) -> KernelFunction:
-    """A kernel function for images ``(H, W, C)``; with ``"auto"`` one that takes them, however wide they are."""
-    function = KernelFunction(network, groups, engine, *options)
-    if engine == "auto" and function.engine.name == "cpu" and max(image_shape[:2]) > WIDEST:
-        function = KernelFunction(network, groups, "xla", *options)
-        function.reason = f"offsets decouple, and the engine 'cpu' takes up to {WIDEST} pixels per side"
-    return function
 
 
 def block_edge(function: KernelFunction, image_shape: tuple[int, int, int], largest: int) -> int:
@@ -480,7 +461,7 @@ def explain(
     ):
         raise ImageError(f"image_shape = {image_shape!r} is no shape of an image; give (height, width, channels)")
     height, width, channels = image_shape
-    function = _function_for(image_shape, network, groups, engine, dtype)
+    function = KernelFunction(network, groups, engine, dtype)
     function.check_shape(height, width)
     return Explanation(
         function.engine.name,

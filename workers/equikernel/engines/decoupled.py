@@ -16,6 +16,8 @@ from equikernel.images import Labels, in_range
 from equikernel.layers import Branch, Convolution, Nonlinearity
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from equikernel.layers import Step
@@ -51,7 +53,11 @@ def factor_planes(network: Architecture) -> int:
 
 
 def pack(
-    network: Architecture, images: NDArray[Any], dtype: np.dtype[Any], labels: Labels
+    network: Architecture,
+    images: NDArray[Any],
+    dtype: np.dtype[Any],
+    labels: Labels,
+    scales: Mapping[int, float] | None = None,
 ) -> tuple[NDArray[Any], Array]:
     """Images with the factors of the activations.
 
@@ -60,6 +66,7 @@ def pack(
       images: ``(n, H, W, C)``, of real numbers.
       dtype: precision of the computation.
       labels: of the images.
+      scales: what to multiply planes of factors by, in float64.
 
     Returns:
       ``(n, C + factors, H, W)`` in ``dtype``: the pixels, then for each nonlinearity :meth:`Activation.factors` of the
@@ -80,7 +87,7 @@ def pack(
         plane = channels
         factors, bound[here] = _constants(network, packed[here, :channels], labels.after(start))
         for factor in factors:
-            packed[here, plane] = factor
+            packed[here, plane] = factor * scales[plane] if scales and plane in scales else factor
             plane += 1
         finite = np.isfinite(packed[here]).all(axis=(1, 2, 3))
         if not finite.all():

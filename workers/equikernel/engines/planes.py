@@ -1,540 +1,740 @@
-"""Plain CNN kernels by offset decoupling, compiled with Numba: the inner loops of the CPU engine.
+"""Plain CNN kernels by offset decoupling: the code of the CPU engine, made for each network and image size.
 
 A convolution moves ``t`` and ``t'`` by the same tap, so the offset ``δ = t' - t`` (modulo the image) never changes:
 for each offset the whole network is a recursion on one ``H x W`` *plane*: box filter, activation, box filter, …, sum.
 With SAME and VALID padding the plane of ``δ`` holds two true offsets per axis, ``δ`` and ``δ - H``; they meet at a
 *seam* that no filter may cross. See ``docs/kernels.md``.
 
-Layout. The planes of ``count`` neighbouring horizontal offsets lie side by side in one *long row*, so that the inner
-loops are long and vectorise. Each plane row is stored with its two segments apart by ``radius`` zero entries (for
-CIRCULAR padding: between halos of ``radius`` wrapped entries), so that horizontal sums need no seams at all. Stored
-are rows after the horizontal half of the box filter; the vertical half, the activation and the next horizontal half
-happen on one row at a time in ``line``, which stays in the L1 cache. The most frequent vertical half, of
-radius 1 and before an arc cosine, shares a loop with the correlations. The planes of the next layer overwrite those of
-the last one, ``radius`` rows lower.
+Each lane of a vector holds the plane of another horizontal offset, of one image or of several. So the neighbours of an
+entry are whole vectors, the pixel of the first image is the same in all lanes, and those of the second lie next to each
+other. Seams are where a horizontal link of a lane is multiplied by 0, and rows of zeros above and below.
 
-What keeps LLVM vectorising (a test inspects the machine code): flat arrays, unsigned indices, no slices inside, short
-loops with few pointers, one array ``line`` for both K and Θ.
+Stored are rows after the horizontal half of the box filter, of ``K`` and of ``K + Θ``: a convolution treats both alike,
+``K ← w² A(K) + b²`` and ``Θ ← w² A(K + Θ) + b²``. The vertical half, the activation and the next horizontal half happen
+in registers. The planes of the next layer overwrite those of the last one, ``radius`` rows lower.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, reduce
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from numba import njit
 
-from equikernel.engines.rows import (
-    EXACT,
-    NTK_LINE,
-    U,
-    arc_cosine_row,
-    convolved_correlation_row,
-    correlation_row,
-    erf_row,
-    gelu_row,
-    identity_row,
-    polynomial_row,
-    series_row,
-    wave_row,
-)
+from equikernel.activations import Activation, Homogeneous
+from equikernel.engines import duals
+from equikernel.engines.duals import Factors, Kernels
+from equikernel.engines.vectors import Compiled, Function, Index, Module, Pointer, Target, Variable, Vector
+from equikernel.layers import Branch, Convolution, Nonlinearity, Padding, Step
 
-ZERO, ONE = U(0), U(1)
+EXPANDED_BYTES = 2**20
+"""Size up to which the second images are laid out lane by lane, so that lanes may belong to different images. Larger
+ones would leave the L2 cache; there, lanes are neighbouring offsets of one image, which overlap in memory."""
 
-SAME, VALID, CIRCULAR = range(3)
-IDENTITY, ARC_COSINE, ERF, GELU, SIN, COS, EVEN, ODD, SERIES, SAVE, ADD = map(U, range(11))
+COLUMNS_AT_ONCE = 32
+"""Entries that are summed in the precision of the computation before they are added in float64."""
 
-LINE = 2 * int(NTK_LINE)
-"""Entries of the ``line`` scratch array."""
+LAYERS_IN_LINE = 6
+"""Layers up to which a plane is one piece of code, a few percent faster; more would take long to compile."""
 
-LANES = 32
-"""Long rows are padded with zeros to a multiple of this: vectors of up to 16 entries, unrolled, leave no remainder."""
-
-ALIGNED, CACHE_LINE = 16, 64
-"""Entries and bytes that rows are aligned to."""
-
-REORDERED = {**EXACT, "fastmath": {"contract", "reassoc", "nsz"}}
+LARGEST_BIAS = 1e12
+"""``b²/w²`` up to which both are part of the constants of an image."""
 
 
-@njit(**EXACT)
-def expand_first(packed, first, rows, width, radius, offsets, begin, count, circular, length, target):
-    """Write planes of the first image, which is read at ``t``, in the long-row layout.
+@dataclass(frozen=True)
+class Activate:
+    """An activation whose factors begin ``place`` planes after the first ones of its layer."""
 
-    Args:
-      packed, first: flat array and index of the first of ``rows`` image rows of ``width`` entries.
-      offsets, begin, count: the horizontal offsets side by side, ``offsets[begin : begin + count]``.
-      circular: halos of wrapped entries instead of zeros between segments.
-      target: flat array of ``rows`` long rows of ``length`` entries, zeros after the last offset.
-    """
-    for row in range(rows):
-        start = first + U(row) * width
-        write = U(row) * length
-        for b in range(count):
-            if circular:
-                read = (width - radius % width) % width
-                for _ in range(width + radius + radius):
-                    target[write] = packed[start + read]
-                    write += ONE
-                    read = read + ONE if read + ONE < width else ZERO
-            else:
-                run = width - offsets[begin + U(b)]
-                for j in range(width):
-                    gap = radius if U(j) >= run else ZERO
-                    target[write + U(j) + gap] = packed[start + U(j)]
-                for j in range(radius):
-                    target[write + run + U(j)] = 0
-                    target[write + width + radius + U(j)] = 0
-                write += width + radius + radius
-        for p in range(write, U(row) * length + length):
-            target[U(p)] = 0
+    activation: Activation
+    place: int
 
 
-@njit(**EXACT)
-def expand_second(packed, first, rows, width, radius, offsets, begin, count, circular, length, twice, target):
-    """The same for the second image, read at ``t + δ``.
+@dataclass(frozen=True)
+class Save:
+    """The beginning of a residual branch: keep K and Θ in a slot."""
 
-    Between its segments, where the first image has zeros, stand any of its entries, so that each offset is one copy
-    from ``twice``: room for two copies of a row, each with a gap.
-    """
-    whole = width + radius + radius
-    for row in range(rows):
-        start = first + U(row) * width
-        if circular:
-            read = (width - radius % width) % width
-            for j in range(width + whole):
-                twice[U(j)] = packed[start + read]
-                read = read + ONE if read + ONE < width else ZERO
-        else:
-            for j in range(width):
-                twice[U(j)] = packed[start + U(j)]
-                twice[U(j) + width + radius] = packed[start + U(j)]
-            for j in range(radius):
-                twice[width + U(j)] = 0
-                twice[width + width + radius + U(j)] = 0
-        write = U(row) * length
-        for b in range(count):
-            offset = offsets[begin + U(b)]
-            for j in range(whole):
-                target[write + U(j)] = twice[offset + U(j)]
-            write += whole
+    slot: int
 
 
-@njit(**EXACT)
-def column_mask(width, radius, offsets, begin, count, circular, margin, value, mask):
-    """``value`` where a long row holds entries further than ``margin`` from the ends of their segment, else 0."""
-    mask[:] = 0
-    write = ZERO
-    for b in range(count):
-        offset = offsets[begin + U(b)]
-        if circular:
-            for j in range(width + radius + radius):
-                mask[write + U(j)] = value if radius <= U(j) < width + radius else 0
-            write += width + radius + radius
-        else:
-            for length in (width - offset, offset):
-                for j in range(length):
-                    mask[write + U(j)] = value if margin <= U(j) and U(j) + margin < length else 0
-                write += length + radius
+@dataclass(frozen=True)
+class Add:
+    """The end of a residual branch: add what was kept."""
+
+    slot: int
 
 
-@njit(**EXACT)
-def input_line(x, x_row, y, y_row, channels, plane, length, radius, line):
-    """``K⁰``, not yet divided by the number of channels, of one row into ``line``."""
-    for p in range(length):
-        line[radius + U(p)] = x[x_row + U(p)] * y[y_row + U(p)]
-    for _ in range(ONE, channels):
-        x_row += plane
-        y_row += plane
-        for p in range(length):
-            line[radius + U(p)] += x[x_row + U(p)] * y[y_row + U(p)]
+Operation: TypeAlias = Activate | Save | Add
 
 
-@njit(**EXACT)
-def horizontal(line, start, length, radius, planes, row):
-    """The horizontal half of the box filter: ``planes[row + p] = Σ_{|v| <= radius} line[start + p + v]``."""
-    if radius == ZERO:
-        for p in range(length):
-            planes[row + U(p)] = line[start + U(p)]
-        return
-    for p in range(length):
-        q = start + U(p)
-        planes[row + U(p)] = line[q - ONE] + line[q] + line[q + ONE]
-    for v in range(U(2), radius + ONE):
-        before, after = start - U(v), start + U(v)
-        for p in range(length):
-            planes[row + U(p)] += line[before + U(p)] + line[after + U(p)]
-
-
-@njit(**EXACT)
-def vertical(planes, zeros, row, stride, below, above, length, radius, scale, rest, bias, line, start, second):
-    """The vertical half: ``line[start + p] = (scale + rest) · Σ_v planes[row + v·stride + p] + bias``.
-
-    ``below`` and ``above`` are how many rows lie on the same side of the seam before and after this one; the rows
-    beyond are the row ``zeros``. The result is for K; for Θ (``second``) K's, ``NTK_LINE`` entries before, is added,
-    and ``rest`` is left out.
-    """
-    knl = start - NTK_LINE
-    before = row - stride if below > ZERO and radius > ZERO else zeros
-    after = row + stride if above > ZERO and radius > ZERO else zeros
-    if radius <= ONE and second:
-        for p in range(length):
-            total = planes[before + U(p)] + planes[row + U(p)] + planes[after + U(p)]
-            line[start + U(p)] = total * scale + line[knl + U(p)]
-        return
-    if radius <= ONE:
-        for p in range(length):
-            total = planes[before + U(p)] + planes[row + U(p)] + planes[after + U(p)]
-            line[start + U(p)] = total * scale + (total * rest + bias)
-        return
-    for p in range(length):
-        line[start + U(p)] = planes[before + U(p)] + planes[row + U(p)] + planes[after + U(p)]
-    for v in range(U(2), radius + ONE):
-        before = row - U(v) * stride if below >= U(v) else zeros
-        after = row + U(v) * stride if above >= U(v) else zeros
-        for p in range(length):
-            line[start + U(p)] += planes[before + U(p)] + planes[after + U(p)]
-    if second:
-        for p in range(length):
-            line[start + U(p)] = line[start + U(p)] * scale + line[knl + U(p)]
-    else:
-        for p in range(length):
-            line[start + U(p)] = line[start + U(p)] * scale + (line[start + U(p)] * rest + bias)
-
-
-@njit(**EXACT)
-def copy(line, source, target, length):
-    """``line[target + p] = line[source + p]``."""
-    for p in range(length):
-        line[target + U(p)] = line[source + U(p)]
-
-
-@njit(**EXACT)
-def save_row(line, start, length, saved, row):
-    """``saved[row + p] = line[start + p]``."""
-    for p in range(length):
-        saved[row + U(p)] = line[start + U(p)]
-
-
-@njit(**EXACT)
-def add_row(line, start, length, saved, row):
-    """``line[start + p] += saved[row + p]``."""
-    for p in range(length):
-        line[start + U(p)] += saved[row + U(p)]
-
-
-@njit(**REORDERED)
-def total(line, start, length):
-    """The sum of one row, in float64."""
-    result = 0.0
-    for p in range(length):
-        result += line[start + U(p)]
-    return result
-
-
-@njit(**EXACT)
-def wrap_line(line, start, count, width, radius):
-    """Fill the halos of one long row for CIRCULAR padding."""
-    for b in range(count):
-        first = start + U(b) * (width + radius + radius)
-        for j in range(radius):
-            line[first + U(j)] = line[first + width + U(j)]
-            line[first + width + radius + U(j)] = line[first + radius + U(j)]
-
-
-@njit(**EXACT)
-def wrap_rows(planes, top, height, stride, radius):
-    """Fill the halo rows above and below a plane whose first row starts at ``top``, for CIRCULAR padding."""
-    for v in range(radius):
-        for p in range(stride):
-            planes[top - (U(v) + ONE) * stride + U(p)] = planes[top + (height - ONE - U(v)) * stride + U(p)]
-            planes[top + (height + U(v)) * stride + U(p)] = planes[top + U(v) * stride + U(p)]
-
-
-@njit(**EXACT)
-def padded(length):
-    """``length`` rounded up to whole :data:`LANES`."""
-    return (length + U(LANES - 1)) // U(LANES) * U(LANES)
-
-
-@njit(**EXACT)
-def aligned_start(gap):
-    """Where a row begins in ``line``, after ``gap`` zeros or more, so that its vectors do not straddle cache lines."""
-    return (gap + U(ALIGNED - 1)) // U(ALIGNED) * U(ALIGNED)
-
-
-@njit(**EXACT)
-def aligned(count, dtype):
-    """Room for ``count`` entries that begins at a cache line."""
-    array = np.empty(count + U(CACHE_LINE), dtype)
-    skipped = U(-array.ctypes.data % CACHE_LINE) // U(array.itemsize)
-    return array[skipped : skipped + count]
-
-
-class Program(NamedTuple):
-    """A network as flat arrays: its convolutions in turn, and for each the operations on a row that follow it.
+@dataclass(frozen=True)
+class Layer:
+    """A convolution and what follows entry by entry, up to the next convolution.
 
     Attributes:
-      radius_y, radius_x: of each convolution, ``(convolutions,)`` uint64.
-      scale, rest, bias: ``w² / taps``, what its rounding cut off, and ``b²`` of each convolution. Without the rest,
-        each layer would move ``c`` by the same error in the same direction.
-      end: where the operations of each convolution end in the arrays that follow, ``(convolutions,)`` uint64.
-      kind: :data:`IDENTITY` … :data:`ADD` of each operation, ``(operations,)`` uint64. After a convolution comes an
-        activation, if only the identity, which clears the gaps; and at the end, to clear what VALID padding removes.
-      place: plane of the first factor of an activation; slot of a :data:`SAVE` or :data:`ADD`, which are the beginning
-        and the end of a residual branch.
-      terms: of a :data:`SERIES`.
-      middle: of an :data:`ARC_COSINE`, see :func:`equikernel.engines.rows.arc_cosine_row`.
-      factor: constant factor of an activation.
-      slots: arrays that :data:`SAVE` needs.
-      planes: channels and factors of an image.
-      shift, halo: sum of ``radius_y``, the rows by which planes are moved in the end, and the largest of them.
+      radii: of the filter.
+      w2, b2: of the convolution, ``w2`` divided by the number of taps, the first one's also by the channels.
+      operations: what follows.
+      place: the plane of the first factor.
     """
 
-    radius_y: Any
-    radius_x: Any
-    scale: Any
-    rest: Any
-    bias: Any
-    end: Any
-    kind: Any
-    place: Any
-    terms: Any
-    middle: Any
-    factor: Any
-    slots: Any
-    planes: Any
-    shift: Any
-    halo: Any
+    radii: tuple[int, int]
+    w2: float
+    b2: float
+    operations: tuple[Operation, ...]
+    place: int
+
+    @property
+    def folded(self) -> Homogeneous | None:
+        """An arc cosine that follows at once: ``w2`` is then part of its constants."""
+        match self.operations[:1]:
+            case (Activate(Homogeneous(beta=beta) as activation),) if beta and self.b2 <= LARGEST_BIAS * self.w2:
+                return activation if self.w2 > 0 else None
+        return None
+
+    @property
+    def scale(self) -> float:
+        """What a folded arc cosine is multiplied by; the first factors are divided by ``w2``."""
+        return duals.scale(self.folded) * self.w2 if self.folded else 1.0
 
 
-class Scratch(NamedTuple):
-    """Working memory of one thread.
+def layers_of(steps: tuple[Step, ...], channels: int) -> tuple[Layer, ...]:
+    """The layers of a network for images of ``channels`` channels."""
+    found: list[Layer] = []
+    place = channels
+
+    def add(operation: Operation) -> None:
+        found[-1] = replace(found[-1], operations=(*found[-1].operations, operation))
+
+    def run(steps: tuple[Step, ...], slot: int) -> None:
+        nonlocal place
+        for step in steps:
+            match step:
+                case Convolution(radii=radii):
+                    inputs = math.prod(2 * radius + 1 for radius in radii) * (1 if found else channels)
+                    found.append(Layer(radii, step.w2 / inputs, step.b2, (), place))
+                case Nonlinearity(activation):
+                    add(Activate(activation, place - found[-1].place))
+                    place += activation.planes
+                case Branch():
+                    add(Save(slot))
+                    run(step.steps, slot + 1)
+                    add(Add(slot))
+
+    run(steps, 0)
+    return tuple(found)
+
+
+def factor_scales(layers: Sequence[Layer]) -> dict[int, float]:
+    """What the planes of factors are multiplied by: constants of the layers that are part of them."""
+    scales: dict[int, float] = {}
+    for layer in layers:
+        if layer.folded:
+            scales[layer.place], scales[layer.place + 1] = 1 / math.sqrt(layer.w2), math.sqrt(layer.w2)
+    return scales
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Neighbouring offsets modulo the side of an image, those with pixel pairs that VALID padding leaves."""
+
+    first: int
+    count: int
+
+
+def useful(side: int, margin: int) -> Offsets:
+    """Those with a segment longer than ``2 margin``: all from ``-n`` to ``n``, with ``n = side - 2 margin - 1``."""
+    most = side - 2 * margin - 1
+    return Offsets((-most) % side, 2 * most + 1) if 2 * most + 1 < side else Offsets(0, side)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything is in the scratch memory of a thread, in entries.
 
     Attributes:
-      knl, ntk: planes of K and Θ after the horizontal half of a filter, with room for the shift of each layer; the last
-        row of each holds zeros.
-      saved: planes of K and Θ at the beginning of residual branches.
-      line: one row of K and Θ, :data:`LINE` entries, zeros around the used part.
-      correlation, nngp, slope: one row each, for a series.
-      masks: one row per operation, its factor where an entry counts; in the last, where VALID padding leaves one.
+      height, width: of the images.
+      lanes: entries of a vector.
+      layers: of the network.
+      padding: of its convolutions.
+      planes: pixels and factors of an image.
+      itemsize: bytes of an entry.
     """
 
-    knl: Any
-    ntk: Any
-    saved: Any
-    line: Any
-    correlation: Any
-    nngp: Any
-    slope: Any
-    masks: Any
+    height: int
+    width: int
+    lanes: int
+    layers: tuple[Layer, ...]
+    padding: Padding
+    planes: int
+    itemsize: int
+
+    @property
+    def margins(self) -> tuple[int, int]:
+        """Pixels that VALID padding removes at each border."""
+        if self.padding != "VALID":
+            return 0, 0
+        y, x = (sum(layer.radii[axis] for layer in self.layers) for axis in (0, 1))
+        return y, x
+
+    @property
+    def across(self) -> Offsets:
+        """The horizontal offsets."""
+        return useful(self.width, self.margins[1])
+
+    @property
+    def expanded(self) -> bool:
+        """Whether lanes may belong to different images."""
+        size = self.planes * self.height * self.width * self.lanes * self.itemsize
+        return self.across.count % self.lanes != 0 and size <= EXPANDED_BYTES
+
+    def blocks(self, images: int) -> int:
+        """Vectors of lanes that so many second images take."""
+        if self.expanded:
+            return -(-images * self.across.count // self.lanes)
+        return images * -(-self.across.count // self.lanes)
+
+    @property
+    def row(self) -> int:
+        """Entries of a row of a plane: what is written one column to the left of column 0 belongs to no entry."""
+        return (self.width + 1) * self.lanes
+
+    @property
+    def shift(self) -> int:
+        """Rows by which planes move in all."""
+        return sum(layer.radii[0] for layer in self.layers)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a plane, with room for the shifts and for rows below that CIRCULAR padding repeats."""
+        return self.height + self.shift + max(layer.radii[0] for layer in self.layers)
+
+    @property
+    def radius(self) -> int:
+        """The largest horizontal radius."""
+        return max(layer.radii[1] for layer in self.layers)
+
+    @property
+    def linked(self) -> int:
+        """The largest distance between entries of a row that filters connect and seams may cut."""
+        return 0 if self.padding == "CIRCULAR" else min(self.radius, self.width - 1)
+
+    @property
+    def slots(self) -> int:
+        """Residual branches within each other."""
+        saved = (o for layer in self.layers for o in layer.operations if isinstance(o, Save))
+        return max((save.slot + 1 for save in saved), default=0)
+
+    @property
+    def second_row(self) -> int:
+        """Entries of a row of the second image: lane by lane, or twice itself and what the last lanes see."""
+        if self.expanded:
+            return self.width * self.lanes
+        return -(-(2 * self.width + 2 * self.lanes) // self.lanes) * self.lanes
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Entries of each part, multiples of ``lanes``."""
+        twice = -(-(2 * self.width + 4 * self.lanes) // self.lanes) * self.lanes
+        return {
+            "knl": self.rows * self.row,
+            "sum": self.rows * self.row,
+            "zeros": self.row,
+            "saved": 2 * self.slots * self.height * self.width * self.lanes,
+            "line": 2 * (self.width + 2 * self.radius) * self.lanes,
+            "seams": self.lanes,
+            "links": self.linked * (self.width + self.linked) * self.lanes,
+            "inside": self.width * self.lanes,
+            "twice": twice,
+            "second": self.planes * self.height * self.second_row + self.lanes,
+        }
+
+    def start(self, part: str) -> int:
+        """Where a part begins."""
+        names = list(self.parts)
+        return sum(self.parts[name] for name in names[: names.index(part)])
+
+    @property
+    def entries(self) -> int:
+        """All of it."""
+        return sum(self.parts.values())
 
 
-@njit(**EXACT, inline="always")
-def activate(
-    kind, terms, middle, line, start, length, x, x_first, y, y_first, plane, masks, here, branch,
-    correlation, nngp, slope,
-):  # fmt: skip
-    """K and Θ of one row through the activation ``kind``; see :mod:`equikernel.engines.rows`."""
-    if kind == ARC_COSINE:
-        correlation_row(line, start, length, x, x_first + plane, y, y_first + plane, branch)
-        arc_cosine_row(line, start, length, x, x_first, y, y_first, masks, here, middle)
-    elif kind == ERF:
-        erf_row(line, start, length, x, x_first, y, y_first, plane, masks, here, branch)
-    elif kind == GELU:
-        gelu_row(line, start, length, x, x_first, y, y_first, plane, masks, here, branch)
-    elif kind == SIN or kind == COS:  # noqa: SIM109
-        wave_row(line, start, length, x, x_first, y, y_first, plane, masks, here, branch, kind == COS)
-    elif kind == EVEN or kind == ODD:  # noqa: SIM109
-        polynomial_row(line, start, length, x, x_first, y, y_first, plane, masks, here, branch, kind == ODD)
-    elif kind == SERIES:
-        series_row(
-            line, start, length, x, x_first, y, y_first, plane, masks, here, branch, terms, correlation, nngp, slope
-        )
-    else:
-        identity_row(line, start, length, masks, here)
+@dataclass(frozen=True)
+class Program:
+    """Code for a network and an image size.
+
+    Attributes:
+      layout: of its scratch memory.
+      compiled: its function. It adds up K and Θ over all pixel pairs, of one image against several, and takes the
+        addresses of the first image, of all second images and of the entries where those that are meant begin; how many
+        these are; the addresses of the vertical offsets and how many there are; of the scratch memory, zeros; of
+        the sums, ``(blocks, 2, lanes)`` float64 zeros; and of a byte that stops it.
+    """
+
+    layout: Layout
+    compiled: Compiled
 
 
-@njit(**EXACT)
-def pooled_plane(
-    program, scratch, x, y, offset_y, height, width, channels, gap, padding, count, length, longest, branch
-):  # fmt: skip
-    """``(Σ K, Σ Θ)`` after the last layer over the plane rows of ``count`` horizontal offsets.
+@lru_cache(maxsize=64)
+def program(layout: Layout, dtype: np.dtype[Any], target: Target, branch: float) -> Program:
+    """The code for a layout.
 
     Args:
-      program, scratch: the network, and working memory.
-      x, y: the two images in the long-row layout: planes of pixels, then of factors.
-      offset_y: the vertical offset.
-      gap: entries between segments: the largest horizontal radius.
-      count, length: horizontal offsets side by side, and entries of a long row.
-      longest: entries between the rows of ``masks``.
+      layout: of images and network.
+      dtype: precision.
+      target: processor.
       branch: correlations with ``1 - |c| < branch`` are taken as ``±1``.
     """
-    # Taken out of the tuples once: each access counts references, which a row would feel.
-    knl, ntk, saved, line, correlation, nngp, slope, masks = scratch
-    radius_y, radius_x, scales, rests, biases, ends, kinds, places, terms, middle, _, _, _, shift, _ = program
-    start = aligned_start(gap)
-    nothing = scales.dtype.type(0)
-    layers = U(len(ends))
-    zeros = U(len(knl)) - length
-    plane = height * length
-    circular = padding == CIRCULAR
-    seam = height - offset_y
-    top = shift * length  # row 0 of the first layer; each further layer lies lower by a vertical radius
-
-    for i in range(height):
-        other = U(i) + offset_y
-        other = other - height if other >= height else other
-        input_line(x, U(i) * length, y, other * length, channels, plane, length, start, line)
-        horizontal(line, start, length, radius_x[ZERO], knl, top + U(i) * length)
-    if circular:
-        wrap_rows(knl, top, height, length, radius_y[ZERO])
-
-    sum_k, sum_theta = 0.0, 0.0
-    spoilt = ZERO
-    begin = ZERO
-    for index in range(layers):
-        layer = U(index)
-        last = layer + ONE == layers
-        end = ends[layer]
-        radius = radius_y[layer]
-        lower = top - radius * length
-        next_radius = ZERO if last else radius_x[layer + ONE]
-        scale, rest, bias = scales[layer], rests[layer], biases[layer]
-        if padding == VALID:
-            spoilt += radius
-        for i in range(height):
-            row = U(i)
-            other = row + offset_y
-            if other < height:
-                below, above = row, seam - ONE - row
-            else:
-                other -= height
-                below, above = row - seam, height - ONE - row
-            if circular:
-                below, above = radius, radius
-            elif below < spoilt or above < spoilt:
-                continue
-            here = top + row * length
-            following = begin
-            if radius == ONE and kinds[begin] == ARC_COSINE:
-                before = here - length if below > ZERO else zeros
-                after = here + length if above > ZERO else zeros
-                x_first, y_first = places[begin] * plane + row * length, places[begin] * plane + other * length
-                convolved_correlation_row(
-                    knl, knl if layer == ZERO else ntk, here, before, after, scale, rest,
-                    nothing if layer == ZERO else scale, bias, line, start, length, x, x_first + plane, y,
-                    y_first + plane, branch,
-                )  # fmt: skip
-                arc_cosine_row(
-                    line, start, length, x, x_first, y, y_first, masks, begin * longest, middle[begin]
-                )  # fmt: skip
-                following += ONE
-            else:
-                vertical(knl, zeros, here, length, below, above, length, radius, scale, rest, bias, line, start, False)
-                if layer == ZERO:
-                    copy(line, start, NTK_LINE + start, length)
-                else:
-                    theta = NTK_LINE + start
-                    vertical(
-                        ntk, zeros, here, length, below, above, length, radius, scale, rest, bias, line, theta, True
-                    )
-            for operation in range(following, end):
-                o = U(operation)
-                kind = kinds[o]
-                if kind >= SAVE:
-                    slot = (places[o] * U(2) * height + row) * length
-                    if kind == SAVE:
-                        save_row(line, start, length, saved, slot)
-                        save_row(line, NTK_LINE + start, length, saved, slot + plane)
-                    else:
-                        add_row(line, start, length, saved, slot)
-                        add_row(line, NTK_LINE + start, length, saved, slot + plane)
-                else:
-                    first = places[o] * plane
-                    activate(
-                        kind, terms[o], middle[o], line, start, length, x, first + row * length,
-                        y, first + other * length, plane, masks, o * longest, branch, correlation, nngp, slope,
-                    )  # fmt: skip
-            if last:
-                sum_k += total(line, start, length)
-                sum_theta += total(line, NTK_LINE + start, length)
-            else:
-                if circular:
-                    wrap_line(line, start, count, width, gap)
-                    wrap_line(line, NTK_LINE + start, count, width, gap)
-                horizontal(line, start, length, next_radius, knl, lower + row * length)
-                horizontal(line, NTK_LINE + start, length, next_radius, ntk, lower + row * length)
-        begin = end
-        top = lower
-        if circular and not last:
-            wrap_rows(knl, top, height, length, radius_y[layer + ONE])
-            wrap_rows(ntk, top, height, length, radius_y[layer + ONE])
-    return sum_k, sum_theta
+    return Program(layout, _Generator(layout, Module(dtype, target), branch).compile())
 
 
-@njit(**EXACT)
-def pooled_pairs(
-    program, packed1, index, packed2, others, height, width, channels, gap, padding, offsets_y, offsets_x, block,
-    margin, branch, stop, sums_k, sums_theta,
-):  # fmt: skip
-    """Sums over all pixel pairs of K and Θ of one image against several: ``sums_k``, ``sums_theta`` ``(len(others),)``.
+class _Stages(NamedTuple):
+    """What computes the entries of a column in two stages.
 
-    Args:
-      program: the network.
-      packed1, packed2: flat arrays of images, each ``program.planes`` planes (see :func:`pooled_plane`).
-      index, others: image of the first array; images of the second.
-      gap: entries between segments.
-      offsets_y, offsets_x: the offsets with pixel pairs that survive the padding.
-      block: horizontal offsets side by side.
-      margin: pixels that VALID padding takes off the left and right border in the end.
-      branch: correlations with ``1 - |c| < branch`` are taken as ``±1``.
-      stop: ``(1,)`` bool; when another thread sets it, the sums are left unfinished after one plane.
+    Attributes:
+      begin: emits the first; its vectors go on to the second. Of the column behind the last it is never used.
+      finish: emits the second.
     """
-    if len(others) == 0:
-        return
-    circular = padding == CIRCULAR
-    dtype = packed1.dtype
-    image = program.planes * height * width
-    longest = padded(block * (width + gap + gap))
-    x = aligned(program.planes * height * longest, dtype)
-    y = aligned(program.planes * height * longest, dtype)
-    rows = height + program.shift + program.halo + ONE  # the last one holds zeros
-    operations = U(len(program.kind))
-    scratch = Scratch(
-        aligned(rows * longest, dtype), aligned(rows * longest, dtype),
-        aligned(U(2) * program.slots * height * longest, dtype), aligned(U(LINE), dtype),
-        aligned(longest, dtype), aligned(longest, dtype), aligned(longest, dtype), aligned(operations * longest, dtype),
-    )  # fmt: skip
-    twice = aligned(U(2) * (width + gap), dtype)
-    scratch.knl[:] = 0
-    scratch.ntk[:] = 0
-    y[:] = 0
-    for j in range(len(others)):
-        sums_k[j] = 0.0
-        sums_theta[j] = 0.0
-    for first in range(ZERO, U(len(offsets_x)), block):
-        begin = U(first)
-        count = min(block, U(len(offsets_x)) - begin)
-        length = padded(count * (width + gap + gap))
-        scratch.line[:] = 0
-        expand_first(
-            packed1, index * image, program.planes * height, width, gap, offsets_x, begin, count, circular, length, x
-        )  # fmt: skip
-        for operation in range(operations):
-            mask = scratch.masks[U(operation) * longest : (U(operation) + ONE) * longest]
-            border = margin if U(operation) + ONE == operations else ZERO
-            column_mask(width, gap, offsets_x, begin, count, circular, border, program.factor[U(operation)], mask)
-        for j in range(len(others)):
-            expand_second(
-                packed2, others[j] * image, program.planes * height, width, gap, offsets_x, begin, count, circular,
-                length, twice, y,
+
+    begin: Callable[[Index | int], list[Vector]]
+    finish: Callable[[Index, list[Vector]], tuple[Vector, ...]]
+
+
+class _Row(NamedTuple):
+    """A row of a plane.
+
+    Attributes:
+      number: of the row, and in the first image.
+      other: of the row in the second image.
+      below, above: how many rows lie before and after it on the same side of the seam.
+    """
+
+    number: Index
+    other: Index
+    below: Index
+    above: Index
+
+
+class _Generator:
+    """Writes the functions of a program."""
+
+    def __init__(self, layout: Layout, module: Module, branch: float) -> None:
+        self.layout = layout
+        self.module = module
+        self.branch = branch
+        self.circular = layout.padding == "CIRCULAR"
+        self.functions: dict[Any, Function] = {}
+
+    def compile(self) -> Compiled:
+        """All functions, compiled."""
+        layout = self.layout
+        f = self.module.function("pooled", "pppipippp")
+        x, images, others, count, offsets, down, scratch, sums, stop = f.parameters
+        second = scratch + layout.start("second")
+        per_image = -(-layout.across.count // layout.lanes)
+
+        def planes_of(block: Index, moved: Index | int) -> None:
+            self.write_seams(f, scratch, block if layout.expanded else block % per_image)
+            into = sums + block * (2 * layout.lanes * 8 // layout.itemsize)
+            with f.loop(down) as number:
+                f.stop_if(stop)
+                self.plane(f, scratch, x, second + moved, f.load_index(offsets, number), into)
+
+        if layout.expanded:
+            with f.loop((count * layout.across.count + (layout.lanes - 1)) // layout.lanes) as block:
+                self.expand(f, scratch, images, others, count, block)
+                planes_of(block, 0)
+        else:
+            with f.loop(count) as image:
+                self.repeat(f, scratch, images + f.load_index(others, image))
+                with f.loop(per_image) as block:
+                    moved = (block * layout.lanes + layout.across.first) % layout.width
+                    planes_of(image * per_image + block, moved)
+        f.end()
+        return self.module.compile("pooled")
+
+    # The second image.
+
+    def doubled(self, f: Function, source: Pointer, target: Pointer) -> None:
+        """Write a row again and again, over twice its length and a vector."""
+        layout = self.layout
+        for copy in range(-(-(2 * layout.width + layout.lanes) // layout.width)):
+            stop = min(layout.width, 2 * layout.width + layout.lanes - copy * layout.width)
+            with f.loop(stop, step=layout.lanes) as x:
+                f.store(f.load(source + x, aligned=False), target + x + copy * layout.width, aligned=False)
+
+    def repeat(self, f: Function, scratch: Pointer, image: Pointer) -> None:
+        """Lanes are neighbouring offsets: each row of the second image twice."""
+        layout = self.layout
+        with f.loop(layout.planes * layout.height) as row:
+            target = scratch + layout.start("second") + row * layout.second_row
+            self.doubled(f, image + row * layout.width, target)
+
+    def expand(
+        self, f: Function, scratch: Pointer, images: Pointer, others: Pointer, count: Index, block: Index
+    ) -> None:
+        """Lanes are offsets of several images: a vector for each pixel."""
+        layout = self.layout
+        offsets, lanes = layout.across.count, layout.lanes
+        begin = block * lanes
+        last = (begin + (lanes - 1)) // offsets
+        twice = scratch + (layout.start("twice") + lanes)
+        numbers = f.lane_numbers()
+        with f.loop(f.choose(last < count, last + 1, count), start=begin // offsets) as image:
+            before = image * offsets - begin  # lanes before its first offset, or minus its offsets before lane 0
+            lane = f.choose(before > 0, before, 0)
+            offset = (lane - before + layout.across.first) % layout.width
+            mine = numbers >= f.from_whole(lane)
+            source = images + f.load_index(others, image)
+            with f.loop(layout.planes * layout.height) as row:
+                self.doubled(f, source + row * layout.width, twice)
+                target = scratch + layout.start("second") + row * layout.second_row
+                with f.loop(layout.width) as x:
+                    here = target + x * lanes
+                    f.store(f.where(mine, f.load(twice + (x + offset - lane), aligned=False), f.load(here)), here)
+
+    def write_seams(self, f: Function, scratch: Pointer, block: Index) -> None:
+        """Which horizontal neighbours are linked, and which entries count in the end, in each lane of a block."""
+        layout = self.layout
+        if self.circular:
+            return
+        width, lanes, linked = layout.width, layout.lanes, layout.linked
+        seams = scratch + layout.start("seams")
+        with f.loop(lanes) as lane:
+            offset = (block * lanes + lane) % layout.across.count if layout.expanded else block * lanes + lane
+            f.store_whole(width - (offset + layout.across.first) % width, seams + lane)
+        seam = f.load(seams)
+
+        def write(part: Pointer, start: int, stop: int, before: int, after: int) -> None:
+            """1 unless a seam lies between ``x - before`` and ``x + after``."""
+            with f.loop(stop, start=start) as x:
+                cut = (f.from_whole(x - before) < seam) & (seam <= f.from_whole(x + after))
+                f.store(f.where(cut, 0, 1), part + x * lanes)
+
+        for distance in range(1, linked + 1):
+            write(self.links(scratch, distance), distance, width, distance, 0)
+        margin = layout.margins[1]
+        if margin:
+            write(scratch + layout.start("inside"), margin, width - margin, margin, margin)
+
+    def links(self, scratch: Pointer, distance: int) -> Pointer:
+        """Whether ``x - distance`` and ``x`` are linked, 1 or 0, for each column and lane; 0 beyond the image."""
+        layout = self.layout
+        return scratch + (layout.start("links") + (distance - 1) * (layout.width + layout.linked) * layout.lanes)
+
+    # The planes.
+
+    def plane(self, f: Function, scratch: Pointer, x: Pointer, y: Pointer, offset: Index, sums: Pointer) -> None:
+        """Call what adds the sums over a plane to ``sums``."""
+        layout = self.layout
+        knl, both = scratch + layout.start("knl"), scratch + layout.start("sum")
+        top = layout.shift
+        f.call(self.input_function(), scratch, x, y, offset, knl + top * layout.row)
+        spoilt = 0
+        for number, layer in enumerate(layout.layers):
+            if self.circular:
+                for planes in (knl, both)[: 2 if number else 1]:
+                    f.call(self.wrap_function(layer.radii[0]), planes + top * layout.row)
+            spoilt += layer.radii[0] if layout.padding == "VALID" else 0
+            last = number + 1 == len(layout.layers)
+            following = None if last else layout.layers[number + 1].radii[1]
+            function = self.layer_function(layer, following, first=number == 0)
+            f.call(
+                function, scratch, x + layer.place * layout.height * layout.width,
+                y + layer.place * layout.height * layout.second_row, offset, knl + top * layout.row,
+                both + top * layout.row, spoilt, sums,
             )  # fmt: skip
-            for offset_y in offsets_y:
-                if stop[0]:
-                    return
-                sum_k, sum_theta = pooled_plane(
-                    program, scratch, x, y, offset_y, height, width, channels, gap, padding, count, length, longest,
-                    branch,
-                )  # fmt: skip
-                sums_k[j] += sum_k
-                sums_theta[j] += sum_theta
+            top -= layer.radii[0]
+
+    def input_function(self) -> Function:
+        """``K⁰``, not yet divided by the number of channels, after the horizontal half of the first filter."""
+        layout = self.layout
+        f = self.module.function("input", "pppip")
+        scratch, x, y, offset, knl = f.parameters
+        channels = layout.layers[0].place
+        with f.loop(layout.height) as number:
+            row = self.row_of(f, number, offset)
+
+            def products(column: Index, _: list[Vector], row: _Row = row) -> tuple[Vector]:
+                pixels = self.factors(x, y, row, column)
+                return (_sum(pixels.product(f, channel) for channel in range(channels)),)
+
+            stages = _Stages(lambda _: [], products)
+            self.write_row(f, scratch, layout.layers[0].radii[1], stages, (knl + number * layout.row,))
+        f.end()
+        return f
+
+    def factors(self, x: Pointer, y: Pointer, row: _Row, column: Index | int) -> Factors:
+        """The planes that begin at ``x`` and ``y``, at one pixel of the first image."""
+        layout = self.layout
+        step = layout.lanes if layout.expanded else 1
+        return Factors(
+            x + (row.number * layout.width + column),
+            y + (row.other * layout.second_row + column * step),
+            layout.height * layout.width,
+            layout.height * layout.second_row,
+            aligned=layout.expanded,
+        )
+
+    def layer_function(self, layer: Layer, following: int | None, *, first: bool) -> Function:
+        """A layer on a plane, and the horizontal half of the next filter, of radius ``following``, or the sums.
+
+        Layers that differ only in where their factors are share a function.
+        """
+        key = (replace(layer, place=0), following, first)
+        if key not in self.functions:
+            self.functions[key] = self._layer_function(f"layer{len(self.functions)}", layer, following, first=first)
+        return self.functions[key]
+
+    def _layer_function(self, name: str, layer: Layer, following: int | None, *, first: bool) -> Function:
+        layout = self.layout
+        f = self.module.function(name, "pppippip", apart=len(layout.layers) > LAYERS_IN_LINE)
+        _, _, _, offset, _, _, spoilt, _ = f.parameters
+        with f.loop(layout.height) as number:
+            row = self.row_of(f, number, offset)
+            if layout.padding == "VALID":
+                with f.when((row.below > spoilt - 1) & (row.above > spoilt - 1)):
+                    self.write_layer(f, row, layer, following, first=first)
+            else:
+                self.write_layer(f, row, layer, following, first=first)
+        f.end()
+        return f
+
+    def row_of(self, f: Function, number: Index, offset: Index) -> _Row:
+        """Where a row of the plane of a vertical offset lies."""
+        height = self.layout.height
+        moved = number + offset
+        wrapped = moved < height
+        other = f.choose(wrapped, moved, moved - height)
+        below = f.choose(wrapped, number, other)
+        above = f.choose(wrapped, height - 1 - moved, height - 1 - number)
+        return _Row(number, other, below, above)
+
+    def write_layer(self, f: Function, row: _Row, layer: Layer, following: int | None, *, first: bool) -> None:
+        """One row of a layer; the parameters of ``f`` are as :meth:`plane` gives them."""
+        layout = self.layout
+        scratch, x, y, _, knl, both, _, sums = f.parameters
+        of_k = self.rows_around(f, scratch, knl, row, layer.radii[0])
+        of_both = [] if first else self.rows_around(f, scratch, both, row, layer.radii[0])
+
+        def begin(column: Index | int) -> list[Vector]:
+            total = _sum(f.load(line + (column + 1) * layout.lanes) for line in of_k)
+            begun = begin_layer(f, layer, total, self.factors(x, y, row, column), self.branch)
+            return [*begun, total] if first else begun
+
+        def finish(column: Index, begun: list[Vector]) -> Kernels:
+            size = layout.height * layout.width * layout.lanes
+            here = scratch + (layout.start("saved") + (row.number * layout.width + column) * layout.lanes)
+            saved = [here + number * size for number in range(2 * layout.slots)]
+            if not first:
+                begun.append(_sum(f.load(line + (column + 1) * layout.lanes) for line in of_both))
+            return finish_layer(f, layer, begun, self.factors(x, y, row, column), self.branch, saved)
+
+        def stored(column: Index, begun: list[Vector]) -> Kernels:
+            k, theta = finish(column, begun)
+            return k, k + theta
+
+        if following is None:
+            self.add_row(f, scratch, _Stages(begin, finish), sums)
+        else:
+            lower = (row.number - layer.radii[0]) * layout.row
+            self.write_row(f, scratch, following, _Stages(begin, stored), (knl + lower, both + lower))
+
+    def rows_around(self, f: Function, scratch: Pointer, plane: Pointer, row: _Row, radius: int) -> list[Pointer]:
+        """The rows that the vertical half of a filter sees; rows of zeros beyond the seam."""
+        layout = self.layout
+        zeros = scratch + layout.start("zeros")
+        found = [plane + row.number * layout.row]
+        for v in range(1, (radius if self.circular else min(radius, layout.height - 1)) + 1):
+            before, after = found[0] + -v * layout.row, found[0] + v * layout.row
+            if not self.circular:
+                before = f.choose(row.below > v - 1, before, zeros)
+                after = f.choose(row.above > v - 1, after, zeros)
+            found += [before, after]
+        return found
+
+    def columns(
+        self, f: Function, stages: _Stages, start: Index | int, stop: Index | int
+    ) -> Iterator[tuple[Index, tuple[Vector, ...]]]:
+        """A loop over columns; yields each with its entries.
+
+        While the second stage of a column is computed, so is the first of the next one: a processor looks ahead a
+        limited number of operations that wait for others, and here few do.
+        """
+        begun = [Variable(f, vector) for vector in stages.begin(start)]
+        with f.loop(stop, start=start) as x:
+            values = [variable.get() for variable in begun]
+            for variable, vector in zip(begun, stages.begin(x + 1), strict=True):
+                variable.set(vector)
+            yield x, stages.finish(x, values)
+
+    def write_row(
+        self,
+        f: Function,
+        scratch: Pointer,
+        radius: int,
+        stages: _Stages,
+        targets: tuple[Pointer, ...],
+    ) -> None:
+        """The horizontal half of a box filter: write rows of ``Σ_{|v| <= radius} entries(x + v)``.
+
+        Args:
+          f: the function under construction.
+          scratch: its memory.
+          radius: of the filter.
+          stages: of the entries of a column, one for each target.
+          targets: rows of planes.
+        """
+        layout = self.layout
+        width, lanes = layout.width, layout.lanes
+        reach = radius if self.circular else min(radius, layout.linked)
+        if reach == 0:
+            for x, entries in self.columns(f, stages, 0, width):
+                for entry, target in zip(entries, targets, strict=True):
+                    f.store(entry, target + (x + 1) * lanes)
+            return
+        if reach == 1 and not self.circular:
+            # The last column, and its sum so far, stay in registers. What column -1 gets is never read.
+            links = self.links(scratch, 1)
+            before = [(Variable(f, 0), Variable(f, 0)) for _ in targets]
+            for x, entries in self.columns(f, stages, 0, width):
+                link = f.load(links + x * lanes)
+                for entry, target, (last, so_far) in zip(entries, targets, before, strict=True):
+                    f.store(f.fused(link, entry, so_far.get()), target + x * lanes)
+                    so_far.set(f.fused(link, last.get(), entry))
+                    last.set(entry)
+            for target, (_, so_far) in zip(targets, before, strict=True):
+                f.store(so_far.get(), target + width * lanes)
+            return
+        lines = self.write_lines(f, scratch, radius, stages, len(targets))
+        with f.loop(width) as x:
+            for line, target in zip(lines, targets, strict=True):
+                f.store(self.box_sum(f, scratch, line, x, radius, reach), target + (x + 1) * lanes)
+
+    def write_lines(self, f: Function, scratch: Pointer, radius: int, stages: _Stages, count: int) -> list[Pointer]:
+        """Rows of entries without the horizontal half, with ``radius`` columns before and after them."""
+        layout = self.layout
+        width, lanes = layout.width, layout.lanes
+        size = (width + 2 * radius) * lanes
+        lines = [scratch + (layout.start("line") + number * size) for number in range(count)]
+        for x, entries in self.columns(f, stages, 0, width):
+            for entry, line in zip(entries, lines, strict=True):
+                f.store(entry, line + (x + radius) * lanes)
+        if self.circular:
+            for line in lines:
+                for v in range(radius):
+                    first, last = radius - 1 - v, radius + width + v
+                    f.store(f.load(line + (first + width) * lanes), line + first * lanes)
+                    f.store(f.load(line + (last - width) * lanes), line + last * lanes)
+        return lines
+
+    def box_sum(self, f: Function, scratch: Pointer, line: Pointer, x: Index, radius: int, reach: int) -> Vector:
+        """The sum around column ``x`` of a line, of the columns that are linked and not further than ``reach``."""
+        lanes = self.layout.lanes
+        here = line + (x + radius) * lanes
+        total = f.load(here)
+        for v in range(1, reach + 1):
+            left, right = f.load(here + -v * lanes), f.load(here + v * lanes)
+            if self.circular:
+                total = total + (left + right)
+            else:
+                links = self.links(scratch, v)
+                total = f.fused(f.load(links + x * lanes), left, total)
+                total = f.fused(f.load(links + (x + v) * lanes), right, total)
+        return total
+
+    def add_row(self, f: Function, scratch: Pointer, stages: _Stages, sums: Pointer) -> None:
+        """Add the sums of K and Θ over a row, of the entries that count, to the float64 numbers at ``sums``."""
+        layout = self.layout
+        totals = Variable(f, 0), Variable(f, 0)
+
+        def add(start: Index | int, stop: Index | int) -> None:
+            for total in totals:
+                total.set(0)
+            for x, kernels in self.columns(f, stages, start, stop):
+                for total, kernel in zip(totals, kernels, strict=True):
+                    if layout.margins[1]:
+                        inside = f.load(scratch + (layout.start("inside") + x * layout.lanes))
+                        total.set(f.fused(inside, kernel, total.get()))
+                    else:
+                        total.set(total.get() + kernel)
+            for number, total in enumerate(totals):
+                f.add_exactly(total.get(), sums, number)
+
+        if layout.width <= COLUMNS_AT_ONCE:
+            add(0, layout.width)
+            return
+        with f.loop(layout.width, step=COLUMNS_AT_ONCE) as start:
+            stop = start + COLUMNS_AT_ONCE
+            add(start, f.choose(stop < layout.width, stop, layout.width))
+
+    def wrap_function(self, radius: int) -> Function:
+        """CIRCULAR padding: repeat rows above and below a plane whose first row is at the address."""
+        key = ("wrap", radius)
+        if key in self.functions:
+            return self.functions[key]
+        layout = self.layout
+        f = self.module.function(f"wrap{radius}", "p")
+        (plane,) = f.parameters
+        for v in range(radius):
+            with f.loop(layout.row, step=layout.lanes) as x:
+                f.store(f.load(plane + x + (layout.height - 1 - v) * layout.row), plane + x + (-1 - v) * layout.row)
+                f.store(f.load(plane + x + v * layout.row), plane + x + (layout.height + v) * layout.row)
+        f.end()
+        self.functions[key] = f
+        return f
+
+
+def begin_layer(f: Function, layer: Layer, total: Vector, factors: Factors, branch: float) -> list[Vector]:
+    """The first half of a layer at one entry, from the sum of K over its filter."""
+    if layer.folded:
+        return duals.begin_arc_cosine(f, _biased(total, layer) * factors.product(f, 1), layer.scale, branch)
+    rounded = float(f.dtype.type(layer.w2))
+    rest = layer.w2 - rounded  # without it, each layer would move c by the same error in the same direction
+    return [f.fused(total, rounded, f.affine(total, rest, layer.b2)) if rest else f.affine(total, rounded, layer.b2)]
+
+
+def finish_layer(
+    f: Function, layer: Layer, begun: list[Vector], factors: Factors, branch: float, saved: Sequence[Pointer]
+) -> Kernels:
+    """The second half: K and Θ after the layer.
+
+    Args:
+      f: the function under construction.
+      layer: which.
+      begun: the vectors of the first half, and the sum of K + Θ over its filter.
+      factors: of its first activation.
+      branch: correlations with ``1 - |c| < branch`` are taken as ``±1``.
+      saved: where K and Θ are kept at the beginning of residual branches, two for each.
+    """
+    operations = list(layer.operations)
+    *begun, total = begun
+    if layer.folded:
+        operations.pop(0)
+        nngp, angle = duals.arc_cosine(f, begun, duals.middle(layer.folded), layer.scale)
+        k, theta = factors.product(f, 0) * nngp, _biased(total, layer) * angle
+    else:
+        (k,), theta = begun, f.affine(total, layer.w2, layer.b2)
+    for operation in operations:
+        match operation:
+            case Activate(activation, place):
+                k, theta = duals.emit(f, activation, k, theta, factors.after(place), branch)
+            case Save(slot):
+                f.store(k, saved[2 * slot])
+                f.store(theta, saved[2 * slot + 1])
+            case Add(slot):
+                k, theta = k + f.load(saved[2 * slot]), theta + f.load(saved[2 * slot + 1])
+    return k, theta
+
+
+def _biased(total: Vector, layer: Layer) -> Vector:
+    """``A(K) + b²/w²`` of a folded layer."""
+    return total + layer.b2 / layer.w2 if layer.b2 else total
+
+
+def _sum(vectors: Iterable[Vector]) -> Vector:
+    return reduce(operator.add, vectors)

@@ -1,0 +1,323 @@
+"""The least time that a pair of images can take: the instructions of the recursion, and how fast they can be.
+
+    python benchmarks/floor.py
+
+The CPU engine spends its time in one loop per kind of layer. Here the same code is compiled without its loads and
+stores, on registers, several entries at a time so that none waits for another: nothing that computes these instructions
+can be faster on this processor. The sum over all entries and layers is the *floor* of a pair of images and one element
+of the group. ``docs/performance.md`` says what follows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+from rich.console import Console
+from tables import table
+
+from equikernel import GroupCNN
+from equikernel.engines.decoupled import factor_planes
+from equikernel.engines.planes import Layer, Layout, begin_layer, finish_layer, layers_of, program
+from equikernel.engines.vectors import Function, Module, Target, Variable, Vector, aligned, host
+
+BRANCH = 4.8e-7
+"""How close to ±1 a correlation is taken as ±1; any value will do here."""
+
+REPEATS = 20_000
+"""Turns of a loop that is timed."""
+
+CHAINS, ROOT_CHAINS = 8, 4
+"""Numbers that the instructions of a timed loop change in turn: enough that none waits, but all in registers."""
+
+ROUNDS = 5
+"""Times that each is timed; the fastest counts."""
+
+CLASSES = {
+    "fused": re.compile(r"vfn?m(add|sub)\d+p[sd]$"),
+    "multiply": re.compile(r"vmulp[sd]$"),
+    "add": re.compile(r"v(add|sub|max|min)p[sd]$"),
+    "compare": re.compile(r"vcmp\w+p[sd]$"),
+    "logic": re.compile(r"v(and|andn|or|xor|blendv|blendm|pternlog)\w*$"),
+    "root": re.compile(r"vsqrtp[sd]$"),
+    "estimate": re.compile(r"vrsqrt\w+p[sd]$"),
+}
+"""The packed instructions of x86-64 that compute."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An inner loop in machine code: packed instructions for one vector of entries.
+
+    Attributes:
+      arithmetic: those that compute, by class.
+      loads, stores: operands in memory that are read and written, constants on the stack among them.
+    """
+
+    arithmetic: Counter[str]
+    loads: int
+    stores: int
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What a vector of entries costs without loads and stores.
+
+    Attributes:
+      lanes: entries of a vector.
+      names: of what is done with each entry: the input, and each layer.
+      instructions: packed instructions that compute, by class.
+      nanoseconds: on one core.
+    """
+
+    lanes: int
+    names: tuple[str, ...]
+    instructions: tuple[Counter[str], ...]
+    nanoseconds: tuple[float, ...]
+
+    def milliseconds(self, height: int, width: int) -> float:
+        """Of a pair of images and one element of the group, on one core, with no lane idle."""
+        return sum(self.nanoseconds) * 1e-6 * (height * width) ** 2 / self.lanes
+
+
+class Registers:
+    """Stands for the factors of an activation, none of which comes from memory."""
+
+    def __init__(self, x: Vector, y: Vector) -> None:
+        self._x, self._y = x, y
+
+    def __call__(self, function: Function, number: Any) -> tuple[Vector, Vector]:
+        """The same two vectors for every factor."""
+        return self._x, self._y
+
+    def after(self, planes: int) -> Registers:
+        """The factors further on."""
+        return self
+
+    def product(self, function: Function, number: Any) -> Vector:
+        """The product of a factor of both images."""
+        return self._x * self._y
+
+
+def floor(
+    network: GroupCNN, channels: int, dtype: Any = np.float32, target: Target | None = None, rounds: int = ROUNDS
+) -> Floor:
+    """Measure the floor of a network without residual branches on this processor.
+
+    Args:
+      network: of which the layers are timed.
+      channels: of the images.
+      dtype: precision.
+      target: compile for another processor, of which this one has all instructions.
+      rounds: times that each loop is timed.
+    """
+    layers = layers_of(network.steps, channels)
+    kinds: list[tuple[str, Callable[..., None]]] = [("input", _input(channels, layers[0].radii[1]))]
+    for number, layer in enumerate(layers):
+        following = layers[number + 1].radii[1] if number + 1 < len(layers) else None
+        kinds.append((f"layer {number + 1}", _layer(layer, following, first=number == 0)))
+    dtype, target = np.dtype(dtype), target or host()
+    counts = {kind: _instructions(kind, dtype, target) for _, kind in kinds}
+    peaks = {kind: _peak(count, dtype, target, rounds) for kind, count in counts.items()}
+    return Floor(
+        target.lanes(dtype),
+        tuple(name for name, _ in kinds),
+        tuple(counts[kind] for _, kind in kinds),
+        tuple(peaks[kind] for _, kind in kinds),
+    )
+
+
+@cache
+def _input(channels: int, radius: int) -> Callable[..., None]:
+    """One entry of ``K⁰`` and of the horizontal half of the first filter."""
+
+    def emit(f: Function, k: Variable, both: Variable, x: Vector, y: Vector) -> None:
+        total = f.fused(x, k.get(), y)
+        for _ in range(1, channels):
+            total = f.fused(y, k.get(), total)
+        for _ in range(radius):
+            total = f.fused(y, k.get(), f.fused(x, k.get(), total))
+        k.set(total)
+        both.set(total)
+
+    return emit
+
+
+@cache
+def _layer(layer: Layer, following: int | None, *, first: bool) -> Callable[..., None]:
+    """One entry of a layer and of the horizontal half of the next filter, or of the sums."""
+
+    def emit(f: Function, k: Variable, both: Variable, x: Vector, y: Vector) -> None:
+        old, old_both = k.get(), both.get()
+        total, total_both = old, old_both
+        for _ in range(layer.radii[0]):
+            total = (total + x) + y
+            total_both = total if first else (total_both + x) + y
+        factors: Any = Registers(x, old)
+        begun = begin_layer(f, layer, total, factors, BRANCH)
+        new, theta = finish_layer(f, layer, [*begun, total_both], Registers(y, old_both), BRANCH, ())  # type: ignore[arg-type]
+        if following is None:
+            k.set(old + new)
+            both.set(old_both + theta)
+            return
+        for variable, entry, last in ((k, new, old), (both, new + theta, old_both)):
+            value = entry
+            for _ in range(following):
+                value = f.fused(x, entry, f.fused(y, last, value))
+            variable.set(value)
+
+    return emit
+
+
+def _instructions(kind: Callable[..., None], dtype: np.dtype[Any], target: Target) -> Counter[str]:
+    """Packed instructions that one vector of entries takes, by class."""
+    module = Module(dtype, target)
+    f = module.function("turns", "pi")
+    memory, turns = f.parameters
+    x, y = f.load(memory), f.load(memory + f.lanes)
+    k, both = Variable(f, x), Variable(f, y)
+    with f.loop(turns):
+        kind(f, k, both, x, y)
+    f.store(k.get(), memory)
+    f.store(both.get(), memory + f.lanes)
+    f.end()
+    return max((loop.arithmetic for loop in loops(module.compile("turns").assembly)), key=Counter.total)
+
+
+def _peak(instructions: Counter[str], dtype: np.dtype[Any], target: Target, rounds: int) -> float:
+    """Nanoseconds that so many instructions of each class take if none waits for another."""
+    module = Module(dtype, target)
+    f = module.function("turns", "pi")
+    memory, turns = f.parameters
+    x, y = f.load(memory), f.load(memory + f.lanes)
+    sums = [Variable(f, f.load(memory + (2 + n) * f.lanes)) for n in range(CHAINS)]
+    roots = [Variable(f, f.load(memory + (2 + n) * f.lanes)) for n in range(ROOT_CHAINS)]
+    emit: dict[str, Callable[[Vector], Vector]] = {
+        "fused": lambda a: f.fused(a, x, y),
+        "multiply": lambda a: a * x,
+        "add": lambda a: a + x,
+        "logic": lambda a: f.with_sign(a, x),
+        "compare": lambda a: f.where(a <= x, a, y),  # the selection is counted with "logic", or part of another
+    }
+    with f.loop(turns):
+        turn = 0
+        for root in roots:  # each is one entry
+            left = instructions.copy()
+            for _ in range(left.pop("root", 0)):
+                root.set(f.sqrt(root.get()))
+            for _ in range(left.pop("estimate", 0)):
+                root.set(f.inverse_root_estimate(root.get()))
+            left["logic"] = max(0, left["logic"] - left["compare"])
+            for name in left.elements():
+                sums[turn % CHAINS].set(emit[name](sums[turn % CHAINS].get()))
+                turn += 1
+    for place, variable in enumerate([*sums, *roots]):
+        f.store(variable.get(), memory + (2 + place) * f.lanes)
+    f.end()
+    compiled = module.compile("turns")
+    numbers = aligned((2 + CHAINS + ROOT_CHAINS) * f.lanes, dtype)
+    numbers[:] = np.random.default_rng(0).uniform(0.5, 1, len(numbers))
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        compiled.call(numbers.ctypes.data, REPEATS)
+        best = min(best, time.perf_counter() - start)
+    return 1e9 * best / (REPEATS * ROOT_CHAINS)
+
+
+def loops(assembly: str) -> list[Loop]:
+    """The inner loops of x86-64 machine code that compute with vectors."""
+    found = []
+    label = ""
+    body: list[str] = []
+    for line in assembly.splitlines():
+        if match := re.match(r"(\.LBB\w+):", line):
+            label, body = match[1], []
+        elif re.match(r"\tj\w+\s+" + re.escape(label) + "$", line):
+            found.append(_counted(body))
+        elif line.startswith("\t") and not line.startswith("\t."):
+            body.append(line.strip())
+    return [loop for loop in found if loop.arithmetic]
+
+
+def _counted(body: list[str]) -> Loop:
+    names = Counter(line.split()[0] for line in body)
+    arithmetic: Counter[str] = Counter()
+    for name, count in names.items():
+        for kind, pattern in CLASSES.items():
+            if pattern.match(name):
+                arithmetic[kind] += count
+    stores = sum(line.startswith("vmov") and line.endswith(")") for line in body)
+    loads = sum("(" in line and not line.startswith("lea") for line in body) - stores
+    return Loop(arithmetic, loads, stores)
+
+
+def without_avx512() -> Target:
+    """Code for AVX2 that this processor runs."""
+    features = llvm.get_host_cpu_features()
+    allowed = (
+        f"{'+' if on and not name.startswith(('avx512', 'avx10')) else '-'}{name}" for name, on in features.items()
+    )
+    return Target("haswell", ",".join(allowed), 32)
+
+
+def targets() -> dict[str, Target]:
+    """What to measure here, by name."""
+    names = {64: "AVX-512", 32: "AVX2", 16: "vectors of 16 bytes"}
+    found = {names[host().vector_bytes]: host()}
+    if host().vector_bytes == 64:
+        found["AVX2"] = without_avx512()
+    return found
+
+
+def layout_of(network: GroupCNN, size: int, channels: int, dtype: Any, target: Target) -> Layout:
+    """Where the CPU engine has everything."""
+    planes = channels + factor_planes(network)
+    layers = layers_of(network.steps, channels)
+    dtype = np.dtype(dtype)
+    return Layout(size, size, target.lanes(dtype), layers, network.padding, planes, dtype.itemsize)
+
+
+def main() -> None:
+    """Print the instructions and the floor of ReLU networks of depth 3."""
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
+    console = Console()
+    network = GroupCNN(depth=3)
+    for name, target in targets().items():
+        for dtype in (np.float32, np.float64):
+            measured = floor(network, 3, dtype, target)
+            out = table(
+                f"{name}, {np.dtype(dtype).name}, {measured.lanes} entries per vector",
+                ("",),
+                (*CLASSES, "all", "ns/vector", "ns/entry"),
+            )
+            for what, count, nanoseconds in zip(
+                measured.names, measured.instructions, measured.nanoseconds, strict=True
+            ):
+                each = (str(count[kind] or "") for kind in CLASSES)
+                out.add_row(
+                    what, *each, str(count.total()), f"{nanoseconds:.2f}", f"{nanoseconds / measured.lanes:.3f}"
+                )
+            console.print(out)
+            code = program(layout_of(network, 32, 3, dtype, target), np.dtype(dtype), target, BRANCH)
+            for loop in loops(code.compiled.assembly):
+                if loop.arithmetic["root"]:
+                    console.print(
+                        f"  a loop of the engine: {loop.arithmetic.total()} that compute, {loop.loads} loads, "
+                        f"{loop.stores} stores"
+                    )
+            console.print(
+                f"  floor of a pair of 32x32x3 images: {measured.milliseconds(32, 32):.3f} ms per rotation and core"
+            )
+
+
+if __name__ == "__main__":
+    main()
