@@ -72,20 +72,32 @@ class Floor:
     """What a vector of entries costs without loads and stores.
 
     Attributes:
+      network: whose it is.
       lanes: entries of a vector.
       names: of what is done with each entry: the input, and each layer.
       instructions: packed instructions that compute, by class.
       nanoseconds: on one core.
     """
 
+    network: GroupCNN
     lanes: int
     names: tuple[str, ...]
     instructions: tuple[Counter[str], ...]
     nanoseconds: tuple[float, ...]
 
-    def milliseconds(self, height: int, width: int) -> float:
-        """Of a pair of images and one element of the group, on one core, with no lane idle."""
-        return sum(self.nanoseconds) * 1e-6 * (height * width) ** 2 / self.lanes
+    def milliseconds(self, size: int, elements: int = 1, cores: int = 1) -> float:
+        """Of a pair of square images and so many elements of a group, with no lane idle."""
+        vectors = np.array([size**4, *entries(self.network, size)]) / self.lanes
+        return float(vectors @ self.nanoseconds) * 1e-6 * elements / cores
+
+
+def entries(network: GroupCNN, size: int) -> list[int]:
+    """Entries of the covariance of a pair of square images after each convolution; fewer with VALID padding."""
+    found = []
+    for step in network.convolutions:
+        size -= 2 * step.radii[0] if network.padding == "VALID" else 0
+        found.append(size**4)
+    return found
 
 
 class Registers:
@@ -128,6 +140,7 @@ def floor(
     counts = {kind: _instructions(kind, dtype, target) for _, kind in kinds}
     peaks = {kind: _peak(count, dtype, target, rounds) for kind, count in counts.items()}
     return Floor(
+        network,
         target.lanes(dtype),
         tuple(name for name, _ in kinds),
         tuple(counts[kind] for _, kind in kinds),
@@ -315,7 +328,7 @@ def main() -> None:
                         f"{loop.stores} stores"
                     )
             console.print(
-                f"  floor of a pair of 32x32x3 images: {measured.milliseconds(32, 32):.3f} ms per rotation and core"
+                f"  floor of a pair of 32x32x3 images: {measured.milliseconds(32):.3f} ms per rotation and core"
             )
 
 

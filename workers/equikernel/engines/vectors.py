@@ -228,29 +228,34 @@ class Module:
             options.loop_unrolling = options.loop_vectorization = options.slp_vectorization = False
             passes = llvm.create_pass_builder(machine, options)
             passes.getModulePassManager().run(module, passes)
-            assembly = machine.emit_assembly(module)
             engine = llvm.create_mcjit_compiler(module, machine)
             engine.finalize_object()
         letters = [
             ctypes.c_void_p if kind == POINTER else ctypes.c_int64 for kind in self.module.get_global(name).ftype.args
         ]
         call = ctypes.CFUNCTYPE(None, *letters)(engine.get_function_address(name))
-        return Compiled(engine, call, assembly)
+        return Compiled(machine, module, engine, call)
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled function: ``call`` takes addresses and whole numbers, and releases the GIL.
+    """A compiled function.
 
     Attributes:
-      engine: owns the code.
-      call: the function.
-      assembly: what it was compiled to.
+      machine, module, engine: what it was compiled for and from, and the owner of the code.
+      call: the function; takes addresses and whole numbers, and releases the GIL.
     """
 
+    machine: Any
+    module: Any
     engine: Any
     call: Callable[..., None]
-    assembly: str
+
+    @property
+    def assembly(self) -> str:
+        """The machine code of all functions, to look at."""
+        with _LLVM:
+            return str(self.machine.emit_assembly(self.module))
 
 
 class Function:
@@ -428,11 +433,6 @@ class Function:
         """One of the 64-bit whole numbers at an address."""
         address = self.builder.gep(source.value, [self.whole(number)], source_etype=INT)
         return Index(self, self.builder.load(address, typ=INT))
-
-    def load_pointer(self, source: Pointer, number: Whole = 0) -> Pointer:
-        """One of the addresses at an address."""
-        address = self.builder.gep(source.value, [self.whole(number)], source_etype=INT)
-        return Pointer(self, self.builder.load(address, typ=POINTER))
 
     def choose(self, condition: Index, a: Any, b: Any) -> Any:
         """``a`` if a comparison holds, else ``b``: pointers or whole numbers."""
