@@ -8,24 +8,10 @@ from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 
+from equikernel.engines.series import ARCSINE, SINH_DEGREE
+
 Array: TypeAlias = Any
 """A JAX array."""
-
-ARCSINE: dict[str, tuple[float, ...]] = {
-    "float32": (
-        0.03369084720283012, 0.017149238357677253, 0.03110066273549457, 0.04459940152851218, 0.07500094543497424,
-        0.16666666337430908,
-    ),
-    "float64": (
-        0.028757851367421566, -0.014851887071247204, 0.01740087944269402, 0.005457506718640358, 0.01032281435018578,
-        0.011479177415184906, 0.013971212973552933, 0.017352392720869973, 0.02237217294214989, 0.030381944138531247,
-        0.04464285714635543, 0.07499999999998433, 0.16666666666666669,
-    ),
-}  # fmt: skip
-"""``R`` with ``arcsin w = w + w³ R(w²)`` for ``w² <= 1/4``, to 4e-9 and 2e-17, the highest power first."""
-
-SINH_DEGREE = {"float32": 9, "float64": 19}
-"""Of the Taylor series of ``sinh k`` for ``|k| <= 1``."""
 
 
 def _arcsine(w: Array, square: Array) -> Array:
