@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 
     Index = NDArray[np.intp]
 
-EngineName = Literal["auto", "cpu", "xla", "general", "reference"]
-ENGINES = ("auto", "cpu", "xla", "general", "reference")
+EngineName = Literal["auto", "cpu", "gpu", "xla", "general", "reference"]
+ENGINES = ("auto", "cpu", "gpu", "xla", "general", "reference")
 DTYPES = ("float32", "float64")
 
 SHARE = 0.5
@@ -140,7 +141,7 @@ def choose_engine(
     Args:
       network, groups: the networks.
       engine: one of :data:`ENGINES`.
-      gpu: whether to compute on a GPU; ``None`` means if JAX has one here.
+      gpu: whether to compute on a GPU that all engines can use; ``None`` means as it is here.
 
     Raises:
       EngineError: there is no such engine, or it cannot do this network.
@@ -149,7 +150,7 @@ def choose_engine(
         hint = suggestion(engine, ENGINES)
         raise EngineError(f"engine {engine!r} does not exist; choose {either(map(repr, ENGINES))}{hint}")
     why = needs_dense(network.steps, groups)
-    if engine in ("cpu", "xla") and why:
+    if engine in ("cpu", "gpu", "xla") and why:
         raise EngineError(f"the engine {engine!r} cannot do this network: {why}; use 'general' or 'auto'")
     if engine == "general" and len(groups) > 1 and not all(map(on_grid, groups)):
         raise EngineError(f"the groups {', '.join(groups)} do not share a pass; compute {groups[-1]} alone")
@@ -157,13 +158,39 @@ def choose_engine(
         return engine, "it was asked for"
     if why:
         return "general", why
-    if has_gpu() if gpu is None else gpu:
-        return "xla", "offsets decouple, and there is a GPU"
-    return "cpu", "offsets decouple, and there is no GPU"
+    if gpu is None:
+        missing = why_no_gpu()
+        gpu = not missing
+        if missing and jax_has_gpu():
+            return "xla", f"offsets decouple, and there is a GPU; not 'gpu', because {missing}"
+    return ("gpu", "offsets decouple, and there is a GPU") if gpu else ("cpu", "offsets decouple, and there is no GPU")
+
+
+def engine_here(engine: str) -> str:
+    """The engine of a job, or ``"xla"`` for ``"gpu"`` on machines without: what plans it, and checks its tiles."""
+    return "xla" if engine == "gpu" and why_no_gpu() else engine
+
+
+def has_gpu() -> bool:
+    """Whether an engine computes on a GPU here."""
+    return not why_no_gpu() or jax_has_gpu()
 
 
 @cache
-def has_gpu() -> bool:
+def why_no_gpu() -> str:
+    """Why the engine ``"gpu"`` cannot be used here, in words; empty if it can."""
+    if find_spec("numba_cuda") is None:
+        return "numba-cuda is not installed (as with `pip install 'equigram[cuda]'`)"
+    try:
+        from numba import cuda
+
+        return "" if cuda.is_available() else "numba-cuda finds no NVIDIA GPU with a driver"
+    except Exception as error:  # whatever is wrong with a driver, other engines work
+        return f"numba-cuda fails ({type(error).__name__})"
+
+
+@cache
+def jax_has_gpu() -> bool:
     """Whether JAX computes on a GPU here. JAX is only imported where a plug-in for GPUs is installed."""
     if not entry_points(group="jax_plugins"):
         return False
@@ -208,7 +235,7 @@ class KernelFunction:
         name, self.reason = choose_engine(network, groups, engine)
         self.network = network
         self.groups = groups
-        self.memory = int(SHARE * available_memory()) if memory_limit is None else memory_limit
+        self.memory = int(SHARE * _free_memory(name)) if memory_limit is None else memory_limit
         self.dtype = np.dtype(np.float64) if name == "reference" else _checked_dtype(dtype)
         self.engine = _engine(name, network, groups, self.dtype, threads or available_cores(), self.memory)
 
@@ -252,6 +279,8 @@ class KernelFunction:
     def check_shape(self, height: int, width: int) -> None:
         """Raise unless the network, and the engine, are defined on images of that size; as :meth:`check_size`."""
         self.network.check_images(height, width, *self.groups)
+        if self.engine.name == "gpu" and (why := _why_not_gpu(self.network, width, self.dtype)):
+            raise EngineError(f"the engine 'gpu' cannot do this network: {why}; use engine='xla'")
 
     def least_bytes(self, image_shape: tuple[int, int, int]) -> int:
         """Bytes that a single pair of images ``(H, W, C)`` takes."""
@@ -393,7 +422,7 @@ def compute(
 ) -> dict[str, Kernel]:
     """The kernels of ``x1`` against ``x2`` by group, block by block; see :meth:`equikernel.GroupCNN.kernel`."""
     first = as_images(x1, "x1")
-    function = KernelFunction(network, groups, engine, dtype, threads, memory_limit)
+    function = _function_for(first.shape[1:], network, groups, engine, dtype, threads, memory_limit)
     second = first if x2 is None else as_images(x2, "x2")
     if first.shape[1:] != second.shape[1:]:
         raise _unequal(first.shape[1:], second.shape[1:])
@@ -418,6 +447,34 @@ def compute(
                     if x2 is None:
                         matrix[j : j + edge, i : i + edge] = values.T
     return results
+
+
+def _function_for(
+    image_shape: tuple[int, ...], network: Architecture, groups: tuple[str, ...], engine: str, *options: Any
+) -> KernelFunction:
+    """A kernel function for images ``(H, W, C)``; with ``"auto"`` one that takes them."""
+    function = KernelFunction(network, groups, engine, *options)
+    if engine == "auto" and function.engine.name == "gpu":
+        why = _why_not_gpu(network, image_shape[1], function.dtype)
+        if why:
+            function = KernelFunction(network, groups, "xla", *options)
+            function.reason = f"offsets decouple, and there is a GPU; not 'gpu', because {why}"
+    return function
+
+
+def _why_not_gpu(network: Architecture, width: int, dtype: np.dtype[Any]) -> str:
+    from equikernel.engines.gpu_source import why_not
+
+    return why_not(network.steps, network.padding, width, dtype.name)
+
+
+def _free_memory(engine: str) -> int:
+    """Bytes that can be allocated for an engine, where it computes."""
+    if engine != "gpu" or why_no_gpu():
+        return available_memory()
+    from equikernel.engines.gpu_device import device
+
+    return min(available_memory(), device().free())
 
 
 def block_edge(function: KernelFunction, image_shape: tuple[int, int, int], largest: int) -> int:
@@ -461,7 +518,7 @@ def explain(
     ):
         raise ImageError(f"image_shape = {image_shape!r} is no shape of an image; give (height, width, channels)")
     height, width, channels = image_shape
-    function = KernelFunction(network, groups, engine, dtype)
+    function = _function_for(image_shape, network, groups, engine, dtype)
     function.check_shape(height, width)
     return Explanation(
         function.engine.name,
@@ -493,6 +550,13 @@ def _engine(
             from equikernel.engines.general import GeneralEngine
 
             return GeneralEngine(network, groups, memory)
+        case "gpu":
+            if why := why_no_gpu():
+                raise EngineError(f"the engine 'gpu' has no device: {why}; use engine='xla' or 'cpu'")
+            from equikernel.engines.gpu import GpuEngine
+            from equikernel.engines.gpu_device import device
+
+            return GpuEngine(network, groups, dtype, memory, device())
         case "xla":
             from equikernel.engines.xla import XlaEngine
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 import llvmlite.binding
 
 from equikernel.errors import EquikernelError
-from equikernel.kernel import Block, Kernel, KernelFunction
+from equikernel.kernel import Block, Kernel, KernelFunction, why_no_gpu
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -91,7 +91,7 @@ class TileWorker:
     ) -> None:
         self._store = store
         self._function = KernelFunction(network, groups, engine, dtype, threads)
-        self.processor = processor_kind(engine)
+        self.processor = processor_kind(self._function.engine.name)
         self._blocks: OrderedDict[tuple[str, int], Block] = OrderedDict()
         self._computing = threading.Lock()
 
@@ -184,7 +184,11 @@ def _patiently(arguments: tuple[Any, ...], action: Callable[..., T]) -> T:
 
 def processor_kind(engine: str = "cpu") -> str:
     """The kind of processor on which an engine computes: within one kind and version, tiles have the same bits."""
-    if engine in ("xla", "general"):
+    if engine == "gpu" and not why_no_gpu():
+        from equikernel.engines.gpu_device import device
+
+        return device().kind
+    if engine in ("gpu", "xla", "general"):
         from equikernel.engines.device import device_kind
 
         if gpu := device_kind():

@@ -1,0 +1,271 @@
+"""The GPU engine: the source of its kernels run on the CPU in lockstep, and compiled for a GPU that is not here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lockstep import Lockstep
+from numpy.typing import NDArray
+from test_engines import DECOUPLED, TOLERANCE, assert_close, expected, special_images
+
+from equikernel import Activation, Conv, EngineError, GroupCNN, Residual
+from equikernel import kernel as kernels
+from equikernel.engines import gpu, gpu_source
+from equikernel.engines.gpu import GpuEngine
+from equikernel.engines.gpu_source import choose_columns, kernel_source, layout, why_not
+from equikernel.kernel import KernelFunction, choose_engine
+
+RESNET = (
+    Conv(3, activation="identity"),
+    Residual([Activation("gelu"), Conv(3, w_std=1.2), Residual([Conv((5, 3))]), Conv(1)]),
+    Activation("relu"),
+    Conv((1, 5), b_std=0.4, activation="sin"),
+)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Lockstep:
+    """A device in place of a GPU."""
+    lockstep = Lockstep()
+    on_this(lockstep, monkeypatch)
+    return lockstep
+
+
+def on_this(device: Lockstep, monkeypatch: pytest.MonkeyPatch) -> None:
+    def engine(name: str, network: Any, groups: Any, dtype: Any, threads: int, memory: int) -> Any:
+        return GpuEngine(network, groups, dtype, memory // 2, device) if name == "gpu" else others(
+            name, network, groups, dtype, threads, memory
+        )  # fmt: skip
+
+    others = kernels._engine
+    monkeypatch.setattr(kernels, "_engine", engine)
+
+
+def images(count: int, shape: tuple[int, int, int], seed: int = 0) -> NDArray[np.float64]:
+    return np.random.default_rng(seed).normal(size=(count, *shape))
+
+
+def check(net: GroupCNN, shape: tuple[int, int, int], dtype: str = "float64", count: int = 2) -> None:
+    x = images(count, shape)
+    assert_close(net.kernel(x, engine="gpu", dtype=dtype), net.kernel(x, engine="reference"), dtype)
+
+
+@pytest.mark.parametrize("shared", [0, 10**6], ids=["global memory", "shared memory"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", DECOUPLED)
+def test_the_fused_kernel_is_the_literal_recursion(
+    name: str, dtype: str, shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_this(Lockstep(shared), monkeypatch)
+    net, shape = DECOUPLED[name]
+    kernel = net.kernel(special_images(shape), engine="gpu", dtype=dtype)
+    assert kernel.engine == "gpu"
+    assert kernel.nngp.dtype == kernel.ntk.dtype == dtype
+    assert_close(kernel, expected(name), dtype)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR"])
+@pytest.mark.parametrize("columns", [1, 2, 3, 5, 11])
+def test_columns_may_be_dealt_to_lanes_in_any_way(
+    padding: Any, columns: int, device: Lockstep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Filters that reach beyond the neighbouring lane among them, and a single lane."""
+    width = columns * -(-6 // columns) if padding == "CIRCULAR" else 11
+    monkeypatch.setattr(gpu_source, "choose_columns", lambda *_: columns)
+    kernel_source.cache_clear()
+    net = GroupCNN(group="C1", layers=[Conv((3, 5)), Conv(1), Conv((5, 3), activation="erf")], padding=padding)
+    check(net, (8, width, 2))
+    kernel_source.cache_clear()
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR"])
+def test_vertical_offsets_may_be_cut_into_chunks_of_unequal_size(
+    padding: Any, device: Lockstep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_source, "STEPS", 40)
+    monkeypatch.setattr(gpu_source, "WARPS", 3)
+    kernel_source.cache_clear()
+    net = GroupCNN(group="C2", depth=2, padding=padding)
+    plan = layout(net.steps, padding, (11, 9, 1), "float64")
+    assert plan.chunks > 1
+    assert plan.chunk * plan.chunks > len(plan.down)
+    check(net, (11, 9, 1))
+    kernel_source.cache_clear()
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu(-0.3)", "abs", "erf", "gelu", "sin", "cos", "hermite(3)"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_activation(activation: str, dtype: str, device: Lockstep) -> None:
+    check(GroupCNN(group="C1", depth=2, activation=activation, w_std=1.3, b_std=0.2), (7, 8, 2), dtype)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "CIRCULAR"])
+def test_branches_with_filters_of_any_shape(padding: Any, device: Lockstep) -> None:
+    check(GroupCNN(group="D2", layers=RESNET, padding=padding, b_std=0.1), (7, 6, 2))
+
+
+@pytest.mark.parametrize("padding", ["SAME", "CIRCULAR"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_network_deeper_than_the_image_is_high(padding: Any, dtype: str, device: Lockstep) -> None:
+    """Several planes are in the pipeline at once."""
+    x = images(2, (7, 6, 1))
+    net = GroupCNN(group="C2", depth=21, padding=padding, w_std=2**0.5)
+    assert_close(net.kernel(x, engine="gpu", dtype=dtype), net.kernel(x, engine="cpu", dtype="float64"), dtype)
+
+
+def test_float32_keeps_its_digits_with_depth(device: Lockstep) -> None:
+    """What is rounded off the scale of one layer, the next gives back."""
+    x = images(2, (12, 12, 2)).astype(np.float32)
+    x = np.concatenate([x, 2 * x[:1]])
+    net = GroupCNN(group="C1", depth=21, w_std=2**0.5)
+    exact = net.kernel(x, engine="cpu", dtype="float64")
+    for values, truth in zip(net.kernel(x, engine="gpu"), exact, strict=True):
+        np.testing.assert_allclose(values, truth, rtol=1e-6)
+
+
+def test_several_groups_come_from_one_pass(device: Lockstep) -> None:
+    x = images(2, (6, 6, 2))
+    net = GroupCNN(group="C4", depth=2, padding="CIRCULAR", activation="leaky_relu(0.2)", head=("relu",))
+    for group, kernel in net.kernel(x, engine="gpu", dtype="float64", groups=("C1", "C4", "D1")).items():
+        exact = net.model_copy(update={"group": group}).kernel(x, engine="reference")
+        assert_close(kernel, exact, "float64")
+
+
+def test_the_bits_of_a_pair_do_not_depend_on_what_else_is_computed(
+    device: Lockstep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, net = images(9, (7, 9, 1)), GroupCNN(group="C2", depth=2)
+    whole = net.kernel(x, engine="gpu")
+    launched = len(device.launches)
+    monkeypatch.setattr(gpu, "SCRATCH", 500)  # a few pairs at a time
+    monkeypatch.setattr(device, "rate", 1.0)  # and one block per launch
+    cut = net.kernel(x, engine="gpu")
+    assert len(device.launches) > 40 * launched
+    alone = net.kernel(x[3:4], x[5:6], engine="gpu")
+    for values, same, one in zip(whole, cut, alone, strict=True):
+        np.testing.assert_array_equal(values, same)
+        assert values[3, 5] == one[0, 0]
+
+
+def test_a_row_that_no_warp_holds_is_refused() -> None:
+    net = GroupCNN(group="C1", depth=2)
+    assert not why_not(net.steps, net.padding, 224, "float32")
+    assert why_not(net.steps, net.padding, 300, "float32") == "rows of 300 pixels do not fit in a warp"
+    assert why_not(net.steps, "CIRCULAR", 251, "float32") == "rows of 251 pixels do not fit in a warp"
+    deep = GroupCNN(group="C1", depth=200)
+    assert "keeps 1596 numbers per thread, and" in why_not(deep.steps, deep.padding, 64, "float32")
+
+
+def test_the_columns_of_a_lane_are_chosen_by_what_they_cost() -> None:
+    shallow, deep = GroupCNN(depth=3).steps, GroupCNN(depth=21).steps
+    assert choose_columns(shallow, "SAME", 32, "float32") == 4
+    assert choose_columns(shallow, "SAME", 32, "float64") == 2
+    assert choose_columns(deep, "SAME", 32, "float32") <= 2
+    assert [32 * choose_columns(shallow, "SAME", width, "float32") >= width for width in (64, 96, 224)] == [True] * 3
+
+
+def test_a_network_has_one_source_for_all_groups_and_calls() -> None:
+    shapes = {
+        kernel_source(net.steps, net.padding, (9, 9, 3), "float32", False).text
+        for net in (GroupCNN(group="C1"), GroupCNN(group="D4"))
+    }
+    assert len(shapes) == 1
+
+
+@pytest.mark.parametrize(
+    ("missing", "jax", "engine", "reason"),
+    [
+        ("", True, "gpu", "there is a GPU"),
+        ("numba-cuda is not installed", True, "xla", "a GPU; not 'gpu', because numba-cuda is not installed"),
+        ("numba-cuda is not installed", False, "cpu", "there is no GPU"),
+    ],
+)
+def test_the_engine_is_chosen_by_what_the_machine_has(
+    missing: str, jax: bool, engine: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "why_no_gpu", lambda: missing)
+    monkeypatch.setattr(kernels, "jax_has_gpu", lambda: jax)
+    name, why = choose_engine(GroupCNN(), ("C4",), "auto")
+    assert name == engine
+    assert why.endswith(reason)
+
+
+def test_auto_takes_another_engine_for_images_that_are_too_wide(
+    device: Lockstep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "choose_engine", lambda *_: ("gpu", "it is chosen"))
+    monkeypatch.setattr(kernels, "_free_memory", lambda _: 10**10)
+    net = GroupCNN(group="C1", depth=1)
+    assert net.explain((4, 250, 1)).engine == "gpu"
+    with pytest.raises(EngineError, match=r"'gpu' cannot do this network: rows of 300 pixels do not fit .*use engine="):
+        net.explain((4, 300, 1), engine="gpu")
+    monkeypatch.setattr(kernels, "choose_engine", lambda *args: (("gpu" if args[2] == "auto" else args[2]), "so"))
+    explanation = net.explain((4, 300, 1))
+    assert explanation.engine == "xla"
+    assert explanation.reason.endswith("not 'gpu', because rows of 300 pixels do not fit in a warp")
+
+
+def test_without_a_gpu_the_engine_says_what_is_missing() -> None:
+    if not kernels.why_no_gpu():
+        pytest.skip("there is a GPU")
+    with pytest.raises(EngineError, match=r"the engine 'gpu' has no device: numba-cuda .*; use engine='xla' or 'cpu'"):
+        KernelFunction(GroupCNN(), ("C4",), "gpu")
+
+
+COMPILE = """
+import sys
+from types import SimpleNamespace
+import numba.cuda.dispatcher
+from numba import cuda
+from equikernel import GroupCNN
+from equikernel.engines import gpu_device, gpu_source
+
+numba.cuda.dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=(9, 0))
+dtype, shared, activation = sys.argv[1], sys.argv[2] == "shared", sys.argv[3]
+net = GroupCNN(depth=3, activation=activation)
+source = gpu_source.kernel_source(net.steps, net.padding, (32, 32, 3), dtype, shared)
+for name, function in gpu_device.functions_of(source, dtype).items():
+    ptx, _ = cuda.compile_ptx(function, gpu_device.signatures(dtype)[name], cc=(9, 0))
+    print(ptx if name == "kernel" else "")
+"""
+
+
+def assembler() -> str:
+    """NVIDIA's assembler, of the package nvidia-cuda-nvcc or on the path; empty without."""
+    found = importlib.util.find_spec("nvidia")
+    for place in (found.submodule_search_locations or []) if found else []:
+        for path in Path(place).glob("*/bin/ptxas"):
+            return str(path)
+    return shutil.which("ptxas") or ""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
+@pytest.mark.parametrize(
+    "arguments", ["float32 shared relu", "float32 global relu", "float64 global relu", "float32 shared gelu"]
+)
+def test_the_kernel_compiles_for_a_gpu_without_spills(arguments: str, tmp_path: Path) -> None:
+    """In a process of its own, which takes the GPU for granted."""
+    command = [sys.executable, "-c", COMPILE, *arguments.split()]
+    ptx = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert "shfl.sync.idx" in ptx
+    if not assembler():
+        pytest.skip("ptxas is not installed; the kernel compiles, but its registers are not counted")
+    path = tmp_path / "kernel.ptx"
+    path.write_text(ptx)
+    done = subprocess.run(
+        [assembler(), "-arch=sm_90", "-v", str(path), "-o", os.devnull], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "0 bytes spill stores, 0 bytes spill loads" in done.stderr
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    assert registers
+    assert int(registers[1]) <= 128
