@@ -163,9 +163,9 @@ def check_address(resources: ResourceSpec) -> None:
 
         if resources.gpus_per_worker and not has_gpu():
             raise ResourceError(
-                f"resources.gpus_per_worker = {resources.gpus_per_worker:g}, but JAX finds no GPU on this machine; "
-                "install JAX for its GPU (as with `pip install 'jax[cuda13]'`), name a cluster in resources.address, "
-                "or leave it out"
+                f"resources.gpus_per_worker = {resources.gpus_per_worker:g}, but no GPU is found on this machine; "
+                "install numba-cuda or JAX for it (as with `pip install 'equigram[cuda]'`), name a cluster in "
+                "resources.address, or leave it out"
             )
         if resources.cpus_per_worker > available_cores():
             raise ResourceError(
@@ -457,7 +457,7 @@ class OnRay:
             self._store,
             self._spec.network,
             self._groups,
-            self._spec.engine_for(self._groups),
+            self._spec.engine_of_workers(self._groups),
             gram.dtype,
             resources.cpus_per_worker,
         )

@@ -228,7 +228,7 @@ def _values(store: GramStore, arrays: _Source, tile: Tile, group: str, kernel: s
 def _compare(store: GramStore, one: Pass, tiles: list[Tile], arrays: _Source, listener: Listener) -> None:
     """Raise unless tiles of a source hold what is computed here, up to rounding."""
     spec = store.info.spec
-    function = KernelFunction(spec.network, one.groups, spec.engine_for(one.groups), spec.gram.dtype)
+    function = KernelFunction(spec.network, one.groups, spec.engine_here(one.groups), spec.gram.dtype)
     for done, tile in enumerate(tiles):
         listener(Progress("comparing tiles", done, len(tiles)))
         row = function.prepare(store.block(row_split(tile.part), tile.row))

@@ -251,7 +251,7 @@ def check_kernels(spec: JobSpec, passes: Iterable[Pass], split: Split, which: st
     """
     dtype: np.dtype[Any] = np.dtype(spec.gram.dtype)
     for one in passes:
-        function = KernelFunction(spec.network, one.groups, spec.engine_for(one.groups), spec.gram.dtype)
+        function = KernelFunction(spec.network, one.groups, spec.engine_here(one.groups), spec.gram.dtype)
         step = max(1, CHECKED_BYTES // function.engine.image_bytes(*split.images.shape[1:]))
         for start in range(0, len(split.images), step):
             listener(Progress("checking images", start, len(split.images)))
@@ -308,7 +308,7 @@ def needs_square(spec: JobSpec) -> bool:
 def worker_memory(spec: JobSpec, groups: tuple[str, ...], tiling: Tiling, image_shape: tuple[int, int, int]) -> int:
     """Bytes that a worker needs at most for a pass over ``groups``, for images of ``(H, W, C)``."""
     gram, threads = spec.gram, spec.resources.cpus_per_worker
-    engine = KernelFunction(spec.network, groups, spec.engine_for(groups), gram.dtype, threads).engine
+    engine = KernelFunction(spec.network, groups, spec.engine_here(groups), gram.dtype, threads).engine
     blocks = worker_bytes(
         tiling.edge,
         engine.image_bytes(*image_shape),
@@ -465,7 +465,7 @@ def predicted_pair_seconds(spec: JobSpec, groups: tuple[str, ...], shape: tuple[
     Large images are measured as smaller ones: the cost grows with the square of the number of pixels.
     """
     height, width, channels = shape
-    network, dtype, engine = spec.network, spec.gram.dtype, spec.engine_for(groups)
+    network, dtype, engine = spec.network, spec.gram.dtype, spec.engine_here(groups)
     rows, cols = measured_size(network, groups, height, width, MEASURED_SIDE.get(engine, 48))
     images = np.random.default_rng(0).normal(size=(2, rows, cols, channels)).astype(dtype)
     try:
@@ -541,7 +541,7 @@ def compute_tiles(
 
 def _here(store: GramStore, spec: JobSpec, one: Pass) -> Executor:
     """A worker of a pass in this process, on all cores."""
-    engine = spec.engine_for(one.groups)
+    engine = spec.engine_of_workers(one.groups)
     return InProcess(TileWorker(store, spec.network, one.groups, engine, spec.gram.dtype, available_cores()))
 
 

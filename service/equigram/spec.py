@@ -16,7 +16,7 @@ from equikernel.activations import Custom
 from equikernel.errors import EngineError
 from equikernel.fields import describe
 from equikernel.groups import on_grid
-from equikernel.kernel import EngineName, choose_engine
+from equikernel.kernel import EngineName, choose_engine, engine_here
 from equikernel.network import Architecture, GroupCNN, GroupName
 
 KernelName = Literal["nngp", "ntk"]
@@ -137,9 +137,10 @@ class GramSpec(_Section):
     """``zstd`` (with shuffled bytes) makes chunks of float32 about a fifth smaller. Then a chunk that was cut short
     shows when it is read, and not in a listing."""
     engine: EngineName = "auto"
-    """How the kernels are computed: ``cpu`` is fast and exact, ``xla`` the same in JAX, ``general`` does any network,
-    ``reference`` is the slow literal recursion; ``auto`` takes ``general`` where the others cannot, else ``xla`` for
-    workers with GPUs and ``cpu`` for those without."""
+    """How the kernels are computed: ``cpu`` is fast and exact, ``gpu`` the same on NVIDIA GPUs, ``xla`` the same in
+    JAX, ``general`` does any network, ``reference`` is the slow literal recursion; ``auto`` takes ``general`` where the
+    others cannot, else ``gpu`` for workers with GPUs (``xla`` where numba-cuda is missing) and ``cpu`` for those
+    without."""
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -303,6 +304,15 @@ class JobSpec(_Section):
           EngineError: ``gram.engine`` cannot do this network.
         """
         return choose_engine(self.network, groups, self.gram.engine, gpu=self.resources.gpus_per_worker > 0)[0]
+
+    def engine_here(self, groups: tuple[str, ...]) -> str:
+        """The engine of a pass where it is planned, checked or compared: on this machine, which may have no GPU."""
+        return engine_here(self.engine_for(groups))
+
+    def engine_of_workers(self, groups: tuple[str, ...]) -> str:
+        """The engine of a pass as workers are told: ``auto`` for GPUs, of which each takes the best that it can use."""
+        engine = self.engine_for(groups)
+        return self.gram.engine if engine == "gpu" else engine
 
     @property
     def solved_kernels(self) -> tuple[KernelName, ...]:

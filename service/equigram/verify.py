@@ -177,7 +177,7 @@ class _Verification:
         self._chunks = 0
         spec, processors = self._info.spec, set(self._info.processors)
         self._dtype, self._tolerance = spec.gram.dtype, TOLERANCE[spec.gram.dtype]
-        engine = spec.engine_for(one.groups)
+        engine = spec.engine_here(one.groups)
         self._function = KernelFunction(spec.network, one.groups, engine, self._dtype)
         now = versions(SAME_SOFTWARE)
         same_software = all(now.items() <= one.items() for one in self._info.all_versions)

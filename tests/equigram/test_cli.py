@@ -497,7 +497,7 @@ def test_a_job_file_that_cannot_be_read_is_refused(place: Place) -> None:
             {"gram": {"groups": ["S4"]}},
             "gram.groups[0]: 'S4' is not allowed; choose C1, C2, C4, D1, D2, D4, or for small images any",
         ),
-        ({"gram": {"engine": "gpu"}}, "gram.engine: 'gpu' is not allowed; choose 'auto', 'cpu', 'xla', 'general' or"),
+        ({"gram": {"engine": "tpu"}}, "gram.engine: 'tpu' is not allowed; choose 'auto', 'cpu', 'gpu', 'xla', "),
         ({"gram": {"dtype": "float16"}}, "gram.dtype: 'float16' is not allowed; choose 'float32' or 'float64'"),
         ({"gram": {"tile": "foo"}}, "gram.tile: 'foo' is not allowed; choose 'auto' or a whole number from 1 to 65536"),
         ({"data": {"test": "new"}}, "data: test = 'new' and test_fraction = 0.25 both name the test images; keep one"),

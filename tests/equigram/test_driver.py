@@ -373,7 +373,7 @@ def test_more_cores_than_this_machine_has_are_refused_before_a_cluster_is_starte
     words = f"resources.cpus_per_worker = 999 does not fit on this machine, which has {available_cores()} "
     with pytest.raises(ResourceError, match=words):
         check_address(ResourceSpec(cpus_per_worker=999))
-    words = r"resources.gpus_per_worker = 0.5, but JAX finds no GPU on this machine; install JAX for"
+    words = r"resources.gpus_per_worker = 0.5, but no GPU is found on this machine; install numba-cuda"
     with pytest.raises(ResourceError, match=words):
         check_address(ResourceSpec(gpus_per_worker=0.5))
     check_address(ResourceSpec())

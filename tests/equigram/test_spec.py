@@ -303,7 +303,7 @@ def test_an_unknown_field_is_refused_with_a_suggestion(tmp_path: Path, more: str
             "network: {layers: [{kind: conv}, {kind: avg_pool, size: 2}]}\ngram: {engine: xla}",
             "gram.engine: the engine 'xla' cannot do this network: the pooling layers[1] does not keep the offset",
         ),
-        ("gram: {engine: gpu}", "gram.engine: 'gpu' is not allowed; choose 'auto', 'cpu', 'xla', 'general' or "),
+        ("gram: {engine: tpu}", "gram.engine: 'tpu' is not allowed; choose 'auto', 'cpu', 'gpu', 'xla', 'general' or "),
         ("gram: {tile: foo}", "gram.tile: 'foo' is not allowed; choose 'auto' or a whole number from 1 to 65536"),
         ("gram: {tile: 0}", "gram.tile: 0 is not allowed; choose 'auto' or a whole number from 1 to 65536"),
         ("resources: {workers: -1}", "resources.workers: -1 is not allowed; choose 'auto' or a whole number from 0 to"),
@@ -375,7 +375,7 @@ def test_every_wrong_field_is_named_in_a_line_of_its_own(tmp_path: Path) -> None
     ("sections", "engine"),
     [
         ({}, "cpu"),
-        ({"resources": {"gpus_per_worker": 0.5}}, "xla"),
+        ({"resources": {"gpus_per_worker": 0.5}}, "gpu"),
         ({"gram": {"groups": ["C4", "C8"]}}, "cpu"),
         ({"gram": {"groups": ["C8"]}, "resources": {"gpus_per_worker": 1}}, "general"),
         ({"network": {"layers": [{"kind": "conv"}, {"kind": "avg_pool", "size": 2}]}}, "general"),
