@@ -6,7 +6,7 @@
 #
 # The environment is that of a lock, checked by hash, without TensorFlow. `make lock` makes requirements-cuda.txt with
 # requirements.txt as its constraints: the same versions, and of jax[cuda13] the plug-ins of that very jax. CUDA comes
-# with these packages; the host needs a driver for CUDA 13 (580 or later) and NVIDIA's container toolkit.
+# with these packages and those of numba-cuda; the host needs a driver for CUDA 13 (580 or later) and NVIDIA's container toolkit.
 FROM python:3.12-slim
 
 # ssh and rsync for Ray's cluster launcher, wget for the probes of KubeRay before 1.6

@@ -164,7 +164,7 @@ def check_address(resources: ResourceSpec) -> None:
         if resources.gpus_per_worker and not has_gpu():
             raise ResourceError(
                 f"resources.gpus_per_worker = {resources.gpus_per_worker:g}, but no GPU is found on this machine; "
-                "install numba-cuda or JAX for it (as with `pip install 'equigram[cuda]'`), name a cluster in "
+                "install numba-cuda or JAX for it (as with `pip install 'numba-cuda[cu13]'`), name a cluster in "
                 "resources.address, or leave it out"
             )
         if resources.cpus_per_worker > available_cores():

@@ -462,7 +462,7 @@ def test_the_two_images_hold_the_same_versions_and_the_plug_ins_of_their_jax() -
     cpu, cuda = locked("requirements.txt"), locked("requirements-cuda.txt")
     assert {name: cuda[name] for name in cpu} == cpu
     assert cpu["jax"] == cpu["jaxlib"] == cuda["jax-cuda13-plugin"] == cuda["jax-cuda13-pjrt"]
-    assert {re.split("-", name)[0] for name in set(cuda) - set(cpu)} == {"jax", "nvidia"}
+    assert {re.split("-", name)[0] for name in set(cuda) - set(cpu)} == {"cuda", "jax", "numba", "nvidia"}
 
 
 def test_the_images_hold_what_ray_needs_on_clusters() -> None:

@@ -180,7 +180,7 @@ def has_gpu() -> bool:
 def why_no_gpu() -> str:
     """Why the engine ``"gpu"`` cannot be used here, in words; empty if it can."""
     if find_spec("numba_cuda") is None:
-        return "numba-cuda is not installed (as with `pip install 'equigram[cuda]'`)"
+        return "numba-cuda is not installed (as with `pip install 'numba-cuda[cu13]'`)"
     try:
         from numba import cuda
 
