@@ -27,7 +27,7 @@ from equikernel.layers import Branch, Convolution, Pooling
 from equikernel.memory import available_memory, format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -316,6 +316,14 @@ class KernelFunction:
           ImageError: the two blocks have images of different shapes.
           NonFiniteKernelError: a result is NaN or infinite, naming the first pair of images.
         """
+        return self.begin(block1, block2)()
+
+    def begin(self, block1: Block, block2: Block | None = None) -> Callable[[], dict[str, Kernel]]:
+        """Do what a call does but for its end, on the host, which is returned: meanwhile the engine may go on.
+
+        Raises:
+          ImageError: the two blocks have images of different shapes.
+        """
         other = block1 if block2 is None else block2
         if block1.shape != other.shape:
             raise _unequal(block1.shape, other.shape)
@@ -325,10 +333,18 @@ class KernelFunction:
             rows, cols = (index.ravel() for index in np.indices((block1.count, other.count)))
         with np.errstate(over="ignore", invalid="ignore"):
             pooled = self.engine.pairs(block1.prepared, other.prepared, rows, cols)
-            return {
-                group: self._finish(group, pooled[group], block1, other, rows, cols, symmetric=block2 is None)
-                for group in self.groups
-            }
+            if self.network.head:
+                self._self_kernels(block1)
+                self._self_kernels(other)
+
+        def end() -> dict[str, Kernel]:
+            with np.errstate(over="ignore", invalid="ignore"):
+                return {
+                    group: self._finish(group, pooled[group], block1, other, rows, cols, symmetric=block2 is None)
+                    for group in self.groups
+                }
+
+        return end
 
     def diagonal(self, block: Block) -> dict[str, Pooled]:
         """NNGP and NTK ``(n,)`` float64 of each image with itself, by group: the diagonal of what a call gives."""

@@ -407,9 +407,10 @@ class GroupCNN(Architecture):
         Args:
           x1: ``(n1, H, W, C)`` images, real and finite; integers and float16 are converted to ``dtype``.
           x2: ``(n2, H, W, C)`` images; ``None`` means ``x1``, and computes each pair once.
-          engine: ``"cpu"`` fast and exact, ``"xla"`` the same mathematics in JAX for CPU and GPU, ``"general"`` any
-            group and layer in JAX with dense covariances, ``"reference"`` the literal recursion in float64, slow;
-            ``"auto"`` the best one for this network and machine, see :meth:`explain`.
+          engine: ``"cpu"`` fast and exact, ``"gpu"`` the same mathematics in one kernel for NVIDIA GPUs, ``"xla"`` in
+            JAX for CPU and GPU, ``"general"`` any group and layer in JAX with dense covariances, ``"reference"`` the
+            literal recursion in float64, slow; ``"auto"`` the best one for this network and machine, see
+            :meth:`explain`.
           dtype: ``"float32"`` or ``"float64"``, the precision of the fast engines and of the result. ``"general"``
             computes in float64 always; ``"reference"`` accepts any dtype and returns float64.
           groups: compute the networks over these groups of C1, C2, C4, D1, D2 and D4, instead of ``self.group``, all in

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import llvmlite.binding
 
-from equikernel.errors import EquikernelError
+from equikernel.errors import EquikernelError, MemoryLimitError
 from equikernel.kernel import Block, Kernel, KernelFunction, why_no_gpu
 
 if TYPE_CHECKING:
@@ -110,15 +110,18 @@ class TileWorker:
         clock = _Clock()
         with clock:
             images = {side: _patiently(side, read or self._store.block) for side in self._unknown(sides)}
-        with self._computing, clock:
-            try:
+        try:
+            with self._computing, clock:
                 row, col = (self._block(side, images, read or self._store.block) for side in sides)
                 pairs = row.count * (row.count + 1) // 2 if row is col else row.count * col.count
-                kernels = self._function(row) if row is col else self._function(row, col)
-            except EquikernelError as error:
+                end = self._function.begin(row) if row is col else self._function.begin(row, col)
+            with clock:  # while the device computes another tile
+                kernels = end()
+        except EquikernelError as error:
+            with self._computing:
                 for split, index in sides:
                     self._blame(tile, split, index)
-                raise type(error)(f"tile {tile}: {error}") from None
+            raise type(error)(f"tile {tile}: {error}") from None
         with clock:
             _patiently((tile, kernels), self._store.write_tile)
         return TileReport(tile, pairs, clock.seconds, self.processor)
@@ -135,11 +138,18 @@ class TileWorker:
     ) -> Block:
         if side not in self._blocks:
             found = images[side] if side in images else _patiently(side, read)  # forgotten since
-            self._blocks[side] = self._function.prepare(found)
+            self._blocks[side] = self._prepare(found)
         self._blocks.move_to_end(side)
         while len(self._blocks) > CACHED_BLOCKS:
             self._blocks.popitem(last=False)
         return self._blocks[side]
+
+    def _prepare(self, images: NDArray[Any]) -> Block:
+        try:
+            return self._function.prepare(images)
+        except MemoryLimitError:
+            self._blocks.clear()  # a GPU may have no room for so many
+            return self._function.prepare(images)
 
     def _blame(self, tile: TileLike, split: str, index: int) -> None:
         """Raise an error that names the first image of a block that has no kernel with itself, if there is one.
