@@ -11,10 +11,10 @@ SOURCES := service workers tests benchmarks examples docs deploy
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test browser docs load soak storage scaling bench lint format lock clean
+.PHONY: help install demo test browser docs load soak storage scaling bench bench-gpu lint format lock clean
 
 help:           ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## make .venv from requirements-dev.txt
 
@@ -40,6 +40,14 @@ bench: $(STAMP)  ## kernels against neural-tangents, solvers against scipy, lear
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/solving.py
 	$(BIN)/python benchmarks/curves.py
+
+# With the packages of requirements-cuda.txt in .venv-cuda, or those of another interpreter: PYTHON_GPU=python3
+bench-gpu: $(if $(PYTHON_GPU),,$(STAMP))  ## the engine gpu: whether it is right on a GPU, and how fast; BENCH=--quick
+	@test -n "$(PYTHON_GPU)" || test -x .venv-cuda/bin/python || ! nvidia-smi >/dev/null 2>&1 || { \
+	  $(UV) venv --quiet --python $(PYTHON) .venv-cuda && \
+	  $(UV) pip install --quiet --python .venv-cuda/bin/python --require-hashes --no-deps -r requirements-cuda.txt; }
+	PYTHONPATH=service:workers $(or $(PYTHON_GPU),$$(test -x .venv-cuda/bin/python && echo .venv-cuda || echo $(VENV))/bin/python) \
+	  benchmarks/gpu.py $(BENCH)
 
 lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check $(SOURCES)
@@ -68,7 +76,7 @@ lock: $(UV)  ## renew the locks; excludes.txt keeps TensorFlow out
 	  --excludes excludes.txt pyproject.toml --extra s3 --extra service --group dev -c requirements.txt --upgrade -o requirements-dev.txt
 
 clean:          ## remove the environment and everything generated
-	rm -rf $(VENV) .uv runs plots examples/data docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-cuda .uv runs plots examples/data docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(STAMP): requirements-dev.txt pyproject.toml | $(UV)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \

@@ -1,4 +1,4 @@
-"""What the engines ``"cpu"``, ``"gpu"`` and ``"xla"`` share: the constants of each image in a network whose offsets decouple.
+"""What the engines "cpu", "gpu" and "xla" share: the constants of each image in a network whose offsets decouple.
 
 Without strides and pooling between layers, and for groups on the pixel grid, ``K(t, t)`` of an image obeys a recursion
 of its own, on one plane: the mean over the filter support, then the second moment of the activation.

@@ -126,9 +126,15 @@ def device() -> Cuda:
 
 
 def allow_shared(function: Any, size: int) -> bool:
-    """Let the threads of a block of a compiled function share ``size`` bytes, and say whether they may."""
-    (kernel,) = function.overloads.values()
-    compiled = kernel._codelibrary.get_cufunc()
+    """Let the threads of a block of a compiled function share ``size`` bytes, and say whether they may.
+
+    numba-cuda has no public way to ask; without, images are read through the cache.
+    """
+    try:
+        (kernel,) = function.overloads.values()
+        compiled = kernel._codelibrary.get_cufunc()
+    except (AttributeError, ValueError):
+        return False
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     if isinstance(compiled.handle, driver.CUkernel):
         (error,) = driver.cuKernelSetAttribute(attribute, size, compiled.handle, cuda.get_current_device().id)
