@@ -27,12 +27,24 @@ class Code:
         self._names: dict[float, str] = {}
         self._count = 0
 
+    def apart(self) -> Code:
+        """Other lines with the same constants, for a function."""
+        code = Code(self.dtype)
+        code.constants, code._names = self.constants, self._names
+        return code
+
     def let(self, expression: str) -> Value:
         """A new name for an expression."""
         self._count += 1
         name = f"t{self._count}"
         self.lines.append(f"{name} = {expression}")
         return Value(name, self)
+
+    def let_two(self, expression: str) -> tuple[Value, Value]:
+        """New names for a pair."""
+        first, second = self.let(expression), self.let(expression)
+        self.lines[-2:] = [f"{first.name}, {second.name} = {expression}"]
+        return first, second
 
     def text(self, number: Number) -> str:
         """A value, or a constant in the precision of the code, as it stands in the source."""

@@ -84,7 +84,7 @@ class Cuda:
         if key not in self._programs:
             shared = 2 * source.layout.image * np.dtype(dtype).itemsize if source.shared else 0
             compiled = {
-                name: cuda.jit(signatures(dtype)[name])(function)
+                name: cuda.jit(signatures(dtype)[name], max_registers=source.registers)(function)
                 for name, function in functions_of(source, dtype).items()
             }
             if shared > SHARED:
@@ -267,6 +267,7 @@ def functions_of(source: Source, dtype: str) -> dict[str, Any]:
     names: dict[str, Any] = {name: number(value) for name, value in source.constants.items()}
     names |= {"cuda": cuda, "real": types.float32 if dtype == "float32" else types.float64, **primitives(dtype)}
     exec(source.text, names)
+    names |= {name: cuda.jit(device=True)(names[name]) for name in names if name.startswith("dual")}
     return {name: names[name] for name in ("kernel", "finish")}
 
 

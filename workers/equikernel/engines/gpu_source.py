@@ -17,6 +17,7 @@ same source on CPUs with NumPy, where a name is an array with an entry per threa
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,6 @@ from equikernel.geometry import margin
 from equikernel.layers import Branch, Convolution, Nonlinearity, convolutions, nonlinearities
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
 
     from equikernel.activations import Activation
     from equikernel.layers import Padding, Step
@@ -56,6 +56,9 @@ SPILLED = 10
 
 MOST_KEPT = 640
 """Numbers that a thread keeps from row to row at most; beyond, compiling takes many minutes."""
+
+UNROLLED = 16
+"""Columns times layers up to which a kernel in float32 takes two rows at once."""
 
 FINISHED = 128
 """Pairs whose sums one block finishes."""
@@ -115,6 +118,7 @@ class Source:
       constants: numbers that it names, in the precision of the computation.
       layout: the tasks of a pair.
       shared: whether the threads of a block share both images of its pair.
+      registers: of a thread at most.
       instructions: of all warps for a pair, roughly.
     """
 
@@ -122,6 +126,7 @@ class Source:
     constants: dict[str, float]
     layout: Layout
     shared: bool
+    registers: int
     instructions: float
 
 
@@ -153,13 +158,18 @@ def choose_columns(steps: tuple[Step, ...], padding: Padding, width: int, dtype:
     layers = len(list(convolutions(steps)))
 
     def cost(columns: int) -> float:
-        registers = words * columns * (kept + 9) + 3 * rows + 30
+        registers = _registers(columns, kept, rows, words)
         per_row = layers * (columns * INSTRUCTIONS + 6) + 2 * rows + 20 + SPILLED * max(0, registers - REGISTERS)
         waits = 1.25 if registers > FEW_REGISTERS else 1.0
         return waits * per_row / (min(WARP // -(-width // columns), width) * width)
 
     possible = [columns for columns in _columns(padding, width) if columns * kept <= MOST_KEPT]
     return min(possible, key=cost, default=0)
+
+
+def _registers(columns: int, kept: int, rows: int, words: int) -> int:
+    """Registers of a thread, roughly: of what it keeps, what it computes with, and where it reads."""
+    return words * columns * (kept + 9) + 3 * rows + 30
 
 
 def _columns(padding: Padding, width: int) -> list[int]:
@@ -258,8 +268,10 @@ class _Rows:
         self.plan = plan
         self.shared = shared
         self.code = Code(dtype)
-        self.functions = functions(self.code)
+        self.duals: dict[str, str] = {}
+        """The functions that nonlinearities are, without and with their names."""
         radii = [step.radii for step in convolutions(steps)]
+        self.layers = len(radii)
         # How close to ±1 a correlation is taken as ±1; sums over larger filters round more.
         self.eps = float(np.finfo(dtype).eps) * max(1, *(max(radius) for radius in radii))
         self.margin = margin(steps, padding)
@@ -385,40 +397,35 @@ class _Rows:
         return value if self.padding == "CIRCULAR" else value * Value(f"side{column + self.reach - 1}", self.code)
 
     def nonlinearity(self, activation: Activation, planes: _Planes, scale: float) -> _Planes:
-        """``K ← E[σσ]`` and ``Θ ← K̇ Θ``, times ``scale``."""
+        """``K ← E[σσ]`` and ``Θ ← K̇ Θ``, times ``scale``: for each column a call of a function in the source."""
+        name = self.dual(activation, scale)
         places = range(self.place, self.place + activation.planes)
         self.place += activation.planes
-        k, theta = [], []
-        for column, (covariance, other) in enumerate(zip(planes.k, planes.theta, strict=True)):
+        new = []
+        for column, kernels in enumerate(zip(planes.k, planes.theta, strict=True)):
+            factors = [self.load(image, place, planes.behind, column) for image in "xy" for place in places]
+            arguments = ", ".join([*map(self.code.text, kernels), *factors])
+            new.append(self.code.let_two(f"{name}({arguments})"))
+        return _Planes(planes.behind, [k for k, _ in new], [theta for _, theta in new])
 
-            def factor(image: str, index: int, column: int = column) -> Value:
-                return self.code.let(self.load(image, places[index], planes.behind, column))
-
-            if isinstance(activation, Homogeneous) and activation.beta:
-                nngp, derivative = self.arc_cosine(activation, covariance, factor, scale)
-            elif isinstance(activation, Homogeneous):
-                nngp, derivative = covariance * scale, scale
-            else:
-                x, y = (tuple(factor(image, index) for index in range(len(places))) for image in "xy")
-                nngp, derivative = activation.combine(covariance, x, y, self.eps, self.functions)
-                nngp, derivative = nngp * scale, derivative * scale
-            k.append(nngp)
-            theta.append(derivative * other)
-        return _Planes(planes.behind, k, theta)
-
-    def arc_cosine(self, activation: Homogeneous, k: Value, factor: Callable[..., Value], scale: float) -> Any:
-        """Both dual kernels of ``α u + β |u|``, from ``A = middle ± (1/2 - arccos|c|/π)`` and ``√(1-c²)/π + c A``."""
-        where, root = self.functions.where, self.functions.sqrt
-        _, shift = activation.arc_cosine
-        scale *= 2 * activation.beta**2
-        c: Any = k * (factor("x", 1) * factor("y", 1))
-        size: Any = abs(c)
-        size = where(size > 1 - BRANCH_POINT * self.eps, 1.0, size)
-        c, gap = self.code.call("copysign", size, c), 1 - size
-        arc = root(gap) * horner(tuple(scale * p for p in ARCCOSINE[self.code.dtype]), gap)
-        angle = self.code.call("copysign", scale / 2 - arc, c) + scale * (0.5 + shift / math.pi)
-        sine = root(gap * (2 - gap)) * (scale / math.pi)
-        return factor("x", 0) * factor("y", 0) * (c * angle + sine), angle
+    def dual(self, activation: Activation, scale: float) -> str:
+        """The name of the function of K, Θ and the factors of both images that an activation is in the source."""
+        code = self.code.apart()
+        names = [f"{image}{index}" for image in "xy" for index in range(activation.planes)]
+        factors = [Value(name, code) for name in names]
+        x, y = tuple(factors[: activation.planes]), tuple(factors[activation.planes :])
+        k: Any = Value("k", code)
+        derivative: Any = scale
+        if isinstance(activation, Homogeneous) and activation.beta:
+            k, derivative = arc_cosine(activation, k, x, y, scale, self.eps, code)
+        elif isinstance(activation, Homogeneous):
+            k = k * scale
+        else:
+            k, derivative = (scale * value for value in activation.combine(k, x, y, self.eps, functions(code)))
+        theta = derivative * Value("theta", code)
+        body = "\n".join(_indented([*code.lines, f"return {code.text(k)}, {code.text(theta)}"]))
+        body = f"({', '.join(['k', 'theta', *names])}):\n{body}\n"
+        return self.duals.setdefault(body, f"dual{len(self.duals)}")
 
     def late(self, planes: _Planes, steps: tuple[Step, ...]) -> _Planes:
         """The input of a residual branch when its output is there."""
@@ -552,13 +559,18 @@ class _Rows:
             *(["late = late + 1"] if self.padding == "SAME" else []),
         ]
         rest = self.behind if self.padding == "SAME" else 0
+        # Two rows at once save moves between what is kept, as long as the instructions stay in their cache.
+        many = code.dtype == "float64" or plan.columns * self.layers > UNROLLED
+        unrolled = 1 if plan.period % 2 or many else 2
+        second_row = [re.sub(r"\bt(\d+)\b", r"u\1", line).replace("phase", "(phase + 1)") for line in row]
         plane = [
             f"delta = down[smaller(chunk * {plan.chunk} + step, {len(plan.down) - 1})]",
             *([f"seam = {self.height} - delta"] if self.padding == "VALID" else []),
             f"row = {start}",
             f"moved = ({start} + delta) % {self.height}",
-            f"for phase in range({plan.period} if step < {plan.chunk} else {rest}):",
+            f"for phase in range(0, {plan.period} if step < {plan.chunk} else {rest}, {unrolled}):",
             *_indented(row),
+            *_indented(second_row if unrolled > 1 else []),
         ]
         tail = []
         for place, (total, low) in enumerate(self.sums):
@@ -567,6 +579,7 @@ class _Rows:
             tail.append(f"put(sums, pair * {plan.tasks} + task, {place}, total, lane == 0)")
         body = [*head, f"for step in range({plan.chunk + (1 if rest else 0)}):", *_indented(plane), *tail]
         lines = [
+            *(f"def {name}{body}\n" for body, name in self.duals.items()),
             "def kernel(images1, images2, rows, cols, across, down, start, first, sums):",
             *_indented(body),
             "",
@@ -588,8 +601,16 @@ class _Rows:
                 ),
             ]),
         ]  # fmt: skip
-        instructions = plan.tasks * plan.chunk * plan.period * len(code.lines)
-        return Source("\n".join(lines) + "\n", code.constants, plan, self.shared, instructions)
+        words = np.dtype(code.dtype).itemsize // 4
+        few = _registers(plan.columns, len(self.kept) // plan.columns, self.behind, words) <= FEW_REGISTERS
+        return Source(
+            text="\n".join(lines) + "\n",
+            constants=code.constants,
+            layout=plan,
+            shared=self.shared,
+            registers=FEW_REGISTERS if few else REGISTERS,
+            instructions=plan.tasks * plan.chunk * plan.period * plan.columns * self.layers * INSTRUCTIONS,
+        )
 
     def lines_of_rows(self) -> list[tuple[str, int, str]]:
         """What is kept of the rows on their way through the layers: a name, of how many rows, and the first value."""
@@ -599,6 +620,23 @@ class _Rows:
             ("y", self.pointers, f"narrow(other + {self.plan.image if self.shared else 0})"),
         ]
         return lines if self.padding == "CIRCULAR" else [*lines, ("link", self.links, zero)]
+
+
+def arc_cosine(
+    activation: Homogeneous, k: Any, x: tuple[Value, ...], y: tuple[Value, ...], scale: float, eps: float, code: Code
+) -> tuple[Any, Any]:
+    """Both dual kernels of ``α u + β |u|``, from ``A = middle ± (1/2 - arccos|c|/π)`` and ``√(1-c²)/π + c A``."""
+    where, root = functions(code).where, functions(code).sqrt
+    _, shift = activation.arc_cosine
+    scale *= 2 * activation.beta**2
+    c: Any = k * (x[1] * y[1])
+    size: Any = abs(c)
+    size = where(size > 1 - BRANCH_POINT * eps, 1.0, size)
+    c, gap = code.call("copysign", size, c), 1 - size
+    arc = root(gap) * horner(tuple(scale * p for p in ARCCOSINE[code.dtype]), gap)
+    angle = code.call("copysign", scale / 2 - arc, c) + scale * (0.5 + shift / math.pi)
+    sine = root(gap * (2 - gap)) * (scale / math.pi)
+    return x[0] * y[0] * (c * angle + sine), angle
 
 
 def _sum(values: list[Any], others: list[Any]) -> list[Any]:
