@@ -32,7 +32,6 @@ from equikernel.geometry import margin
 from equikernel.layers import Branch, Convolution, Nonlinearity, convolutions, nonlinearities
 
 if TYPE_CHECKING:
-
     from equikernel.activations import Activation
     from equikernel.layers import Padding, Step
 
