@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ from lockstep import Lockstep
 from numpy.typing import NDArray
 from test_engines import DECOUPLED, TOLERANCE, assert_close, expected, special_images
 
-from equikernel import Activation, Conv, EngineError, GroupCNN, Residual
+from equikernel import Activation, Conv, EngineError, GroupCNN, MemoryLimitError, Residual
 from equikernel import kernel as kernels
 from equikernel.engines import gpu, gpu_source
 from equikernel.engines.gpu import GpuEngine
 from equikernel.engines.gpu_source import choose_columns, kernel_source, layout, why_not
-from equikernel.kernel import KernelFunction, choose_engine
+from equikernel.kernel import Kernel, KernelFunction, choose_engine
+from equikernel.worker import TileWorker
 
 RESNET = (
     Conv(3, activation="identity"),
@@ -179,6 +182,71 @@ def test_a_network_has_one_source_for_all_groups_and_calls() -> None:
         for net in (GroupCNN(group="C1"), GroupCNN(group="D4"))
     }
     assert len(shapes) == 1
+
+
+@dataclass(frozen=True)
+class Tile:
+    row: int
+    col: int
+    part: str = "gram"
+
+
+class Store:
+    """Blocks of two images, and the tiles that were written."""
+
+    def __init__(self) -> None:
+        self.tiles: dict[Tile, dict[str, Kernel]] = {}
+
+    def block(self, split: Any, index: int) -> NDArray[np.float64]:
+        return images(2, (7, 7, 1), seed=index)
+
+    def describe_image(self, split: Any, block: int, offset: int) -> str:
+        return f"image {offset} of block {block}"
+
+    def write_tile(self, tile: Tile, kernels: dict[str, Kernel]) -> None:
+        self.tiles[tile] = kernels
+
+
+def test_a_worker_whose_gpu_is_full_forgets_its_blocks(device: Lockstep, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, net = Store(), GroupCNN(group="C1", depth=1)
+    worker = TileWorker(store, net, ("C1",), "gpu", "float32", 1)
+    worker.compute(Tile(0, 1))
+    assert len(worker._blocks) == 2
+    refused = iter([True])
+
+    def put(array: NDArray[Any]) -> NDArray[Any]:
+        if array.ndim == 2 and next(refused, False):
+            raise MemoryLimitError("the GPU is full")
+        return array.copy()
+
+    monkeypatch.setattr(device, "put", put)
+    worker.compute(Tile(1, 2))
+    assert list(worker._blocks) == [("train", 2)]
+    exact = net.kernel(store.block("train", 1), store.block("train", 2), engine="gpu")
+    np.testing.assert_array_equal(store.tiles[Tile(1, 2)]["C1"].ntk, exact.ntk)
+
+
+def test_a_tile_is_finished_while_the_next_one_is_computed(device: Lockstep, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store()
+    worker = TileWorker(store, GroupCNN(group="C1", depth=1), ("C1",), "gpu", "float32", 1)
+    begin, other = KernelFunction.begin, threading.Barrier(2)
+
+    def begin_and_wait(function: KernelFunction, *blocks: Any) -> Any:
+        end = begin(function, *blocks)
+
+        def end_later() -> Any:
+            other.wait(timeout=60)  # until the other tile comes here, too
+            return end()
+
+        return end_later
+
+    monkeypatch.setattr(KernelFunction, "begin", begin_and_wait)
+    threads = [threading.Thread(target=worker.compute, args=(Tile(row, 1),)) for row in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=100)
+    assert set(store.tiles) == {Tile(0, 1), Tile(1, 1)}
 
 
 @pytest.mark.parametrize(
