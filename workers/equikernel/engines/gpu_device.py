@@ -10,6 +10,7 @@ import numpy as np
 from cuda.bindings import driver
 from llvmlite import ir
 from numba import cuda, types
+from numba.cuda import config
 from numba.cuda.cudadrv.driver import CudaAPIError
 from numba.cuda.extending import intrinsic
 
@@ -35,6 +36,7 @@ class Cuda:
     """The current GPU of this process; see :class:`equikernel.engines.gpu.Device`."""
 
     def __init__(self) -> None:
+        config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # of a few pairs, which nobody can help
         device = cuda.get_current_device()
         self.kind = device.name if isinstance(device.name, str) else device.name.decode()
         self.rate = 4 * device.MULTIPROCESSOR_COUNT * CYCLES
