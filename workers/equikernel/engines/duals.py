@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from equikernel.activations import Custom, Erf, Gelu, Homogeneous, Polynomial, Wave
+from equikernel.engines.series import ARCSINE, SINH_DEGREE
 from equikernel.engines.vectors import Variable
 
 if TYPE_CHECKING:
@@ -43,24 +44,8 @@ ARCCOS_OF_ROOT = {
 }  # fmt: skip
 """``arccos(a)/π = √(1-a) U(√(1+a)/π)`` for ``0 <= a <= 1``, to 3e-8 and 9e-17: half of the terms, for another root."""
 
-ARCSINE = {
-    "float32": (
-        0.16666666363430908, 0.07500094543497424, 0.04459940152851218, 0.03110066273549457, 0.017149238357677253,
-        0.03369084720283012,
-    ),
-    "float64": (
-        0.16666666666666669, 0.07499999999998433, 0.04464285714635543, 0.030381944138531247, 0.02237217294214989,
-        0.017352392720869973, 0.013971212973552933, 0.011479177415184906, 0.01032281435018578, 0.005457506718640358,
-        0.01740087944269402, -0.014851887071247204, 0.028757851367421566,
-    ),
-}  # fmt: skip
-"""``arcsin w = w + w³ R(w²)`` for ``w² <= 1/4``, to 4e-9 and 2e-17."""
-
 EXPONENTIAL_TERMS = {"float32": 8, "float64": 14}
 """Terms of the series of ``e^r`` for ``|r| <= log(2)/2``."""
-
-SINH_TERMS = {"float32": 5, "float64": 10}
-"""Terms of the series of ``sinh k / k`` for ``k² <= 1``."""
 
 LOG_2 = {
     "float32": (0.693145751953125, 1.42860682030941723212e-06),
@@ -215,7 +200,7 @@ def _arcsine(f: Function, z: Vector, rest: Vector) -> Vector:
     large = a >= 0.5
     square = f.where(large, 0.5 * rest / (1 + a), a * a)
     w = f.where(large, f.sqrt(square), a)
-    arc = w + w * square * f.polynomial(square, ARCSINE[f.dtype.name])
+    arc = w + w * square * f.polynomial(square, ARCSINE[f.dtype.name][::-1])
     arc = f.where(large, math.pi / 2 - (arc + arc), arc)
     return f.where(z >= 0, arc, -arc)
 
@@ -261,7 +246,7 @@ def _wave(f: Function, k: Vector, theta: Vector, factors: Factors, branch: float
     even, odd = 0.5 * (larger + smaller), 0.5 * (larger - smaller)
     odd = f.where(c >= 0, odd, -odd)
     square = k * k
-    series = f.horner(square, [1 / math.factorial(2 * n + 1) for n in range(SINH_TERMS[f.dtype.name])])
+    series = f.horner(square, [1 / math.factorial(odd) for odd in range(1, SINH_DEGREE[f.dtype.name] + 1, 2)])
     odd = f.where(square < 1, k * series * factors.product(f, 2), odd)
     return (even, theta * odd) if cosine else (odd, theta * even)
 
