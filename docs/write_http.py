@@ -243,8 +243,8 @@ whenever it is another one. An event can be read about a second after it happene
 
 ABOUT_EVENTS = """\
 All but `state` have `event`, their kind, and `time` as well. `tile` is `gram[row, column]` or `cross[row, column]`,
-counted in tiles; `seconds` and `pause` are numbers, `error` may be null; other counts are whole numbers, and the rest
-is text. Of a kind of `Progress` only the last of half a second is kept.
+counted in tiles; `pause`, `seconds` and what ends in `_seconds` are numbers, `error` may be null; other counts are
+whole numbers, and the rest is text. Of a kind of `Progress` only the last of half a second is kept.
 """
 
 FORMATS = """\

@@ -367,8 +367,9 @@ class Dispatcher:
                 if self._holders.pop(tile, None) is not None:  # else somebody else was faster
                     self._failures.pop(tile, None)
                     self._finished += 1
-                    self._seconds += report.seconds
-                    self._tell(TileFinished(tile, number, report.pairs, report.seconds, report.processor))
+                    seconds = sum(report.spent)
+                    self._seconds += seconds
+                    self._tell(TileFinished(tile, number, report.pairs, seconds, report.processor, *report.spent))
                     return report
             case Failed(_, tile, error):
                 verdict = judge(error)

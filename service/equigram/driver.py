@@ -26,7 +26,7 @@ from equigram.errors import ClusterError, ResourceError
 from equigram.plan import Tile
 from equigram.storage import configure
 from equikernel.memory import format_bytes
-from equikernel.worker import CACHED_BLOCKS, TileReport, tile_sides
+from equikernel.worker import CACHED_BLOCKS, Spent, TileReport, tile_sides
 
 if TYPE_CHECKING:
     from equigram.dispatch import Answer
@@ -359,8 +359,8 @@ class TileActor:
         node, process = ray.get_runtime_context().get_node_id(), os.getpid()
         return node, process, f"{ray.util.get_node_ip_address()}, process {process}", self._worker.processor
 
-    def compute(self, tile: tuple[Part, int, int, *tuple[Any, ...]]) -> tuple[int, float]:
-        """Compute a tile and store it; its pairs and seconds: plain values are what Ray passes on fastest.
+    def compute(self, tile: tuple[Part, int, int, *tuple[Any, ...]]) -> tuple[int, *tuple[float, ...]]:
+        """Compute a tile and store it; its pairs and what was spent: plain values are what Ray passes on fastest.
 
         Args:
           tile: part, row and column; perhaps split, index and reference of images of it that are in the object store.
@@ -375,7 +375,7 @@ class TileActor:
             return self._store.block(split, index) if images is None else ray.get(images)
 
         report = self._worker.compute(Tile(part, row, col), read)
-        return report.pairs, report.seconds
+        return report.pairs, *report.spent
 
 
 class OnRay:
@@ -526,8 +526,8 @@ class OnRay:
                 had.move_to_end(side)
             while len(had) > CACHED_BLOCKS:
                 had.popitem(last=False)
-            pairs, seconds = future.result()
-            return Done(worker, tile, TileReport(tile, pairs, seconds, self._places[worker][2]))
+            pairs, *spent = future.result()
+            return Done(worker, tile, TileReport(tile, pairs, Spent(*spent), self._places[worker][2]))
         if tile is None or isinstance(error, (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)):
             return Died(worker, _cause(error), node=self._node_is_gone(worker, error))
         return Failed(worker, tile, getattr(error, "cause", error))

@@ -108,13 +108,20 @@ class TileCopied(Event):
 
 @dataclass(frozen=True)
 class TileFinished(Event):
-    """A tile is stored."""
+    """A tile is stored.
+
+    Its worker took ``seconds`` for it: to read and to prepare images, for the kernels of pairs, and to write them.
+    """
 
     tile: Tile
     worker: int
     pairs: int
     seconds: float
     processor: str
+    read_seconds: float
+    prepare_seconds: float
+    kernel_seconds: float
+    write_seconds: float
 
 
 @dataclass(frozen=True)

@@ -184,17 +184,18 @@ def duration(seconds: float) -> str:
 def summary(history: Iterable[Mapping[str, Any]]) -> str:
     """What happened to a run, from its history: ``"2 computations, the last until 2026-01-31 12:00 UTC; ..."``."""
     count: Counter[str] = Counter()
-    seconds, last = 0.0, ""
+    seconds, kernel_seconds, last = 0.0, 0.0, ""
     for event in history:
         count[str(event.get("event"))] += 1
         last = str(event.get("time", last))
         if event.get("event") == TileFinished.__name__:
             seconds += float(event["seconds"])
+            kernel_seconds += float(event["kernel_seconds"])
     began = count[ComputationStarted.__name__]
     if not began:
         return "no tile was computed yet"
     words = [f"{began} {'computation' if began == 1 else 'computations'}, last event {last[:16].replace('T', ' ')} UTC"]
-    words += [f"{duration(seconds)} of workers"]
+    words += [f"{duration(seconds)} of workers" + (f", {kernel_seconds / seconds:.0%} in kernels" if seconds else "")]
     for kind, one, several in (
         (WorkerLost, "worker lost", "workers lost"),
         (TileFailed, "tile tried again", "tiles tried again"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from equigram.dispatch import Died, Done, Failed, Started
-from equikernel.worker import TileReport
+from equikernel.worker import Spent, TileReport
 
 if TYPE_CHECKING:
     from equigram.dispatch import Answer
@@ -105,7 +105,7 @@ class Simulated:
             machine.hangs = True  # what comes behind is lost
             self._say(began + seconds / 2, Died(worker, "it was killed", node=fault == "node"))
         else:
-            report = TileReport(tile, 1, seconds, "simulated")
+            report = TileReport(tile, 1, Spent(0.0, 0.0, seconds, 0.0), "simulated")
             self._say(machine.free + self._write_seconds, Done(worker, tile, report))
 
     def _say(self, when: float, answer: Answer) -> None:

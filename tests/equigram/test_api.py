@@ -641,7 +641,7 @@ STORY = [
     WorkerLost(0, "it was killed", 1),
     WorkerStarted(1, "here, process 9", "zen4"),
     TileStarted(Tile("cross", 0, 0), 1),
-    TileFinished(Tile("gram", 1, 1), 1, 10, 0.5, "zen4"),
+    TileFinished(Tile("gram", 1, 1), 1, 10, 0.5, "zen4", 0.1, 0.1, 0.2, 0.1),
     Progress("pairs", 10, 105),
 ]
 

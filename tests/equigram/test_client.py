@@ -575,6 +575,7 @@ def test_messages_do_not_depend_on_where_the_stream_is_cut(sizes: list[int]) -> 
 
 def test_events_are_those_of_the_driver() -> None:
     data = {"tile": "cross[2, 0]", "worker": 1, "pairs": 4, "seconds": 0.5, "processor": "x", "time": "now"}
+    data |= {f"{what}_seconds": 0.125 for what in ("read", "prepare", "kernel", "write")}
     (told,) = messages([event("1.2", "TileFinished", **data)])
     assert told is not None
     found = as_event(told)

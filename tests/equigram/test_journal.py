@@ -92,7 +92,7 @@ def test_a_late_reader_hears_of_the_beginning_and_of_the_workers(monkeypatch: py
         early.read()
         journal(WorkerStarted(0, "here, process 8", "zen4"))
         for row in range(100):
-            journal(TileFinished(Tile("gram", row, row), 0, 1, 0.1, "zen4"))
+            journal(TileFinished(Tile("gram", row, row), 0, 1, 0.1, "zen4", 0.0, 0.0, 0.1, 0.0))
         journal(Note("late"))
     reader = JournalReader(folder)
     entries = reader.read()

@@ -59,7 +59,7 @@ STORY: list[Event] = [
     TileFailed(TILE, 0, "its worker died", failures=1, pause=1.0),
     TileStarted(TILE, 1),
     TileCopied(TILE, 2),
-    TileFinished(TILE, 1, pairs=16, seconds=2.5, processor="znver4"),
+    TileFinished(TILE, 1, 16, 2.5, "znver4", 0.25, 0.125, 2.0, 0.125),
     Note("a sentence — with a dash"),
     ComputationEnded(tiles=1, pairs=16, seconds=9.0, error=None),
 ]
@@ -156,13 +156,18 @@ def test_a_run_tells_what_it_did_and_status_sums_it_up(job: Job) -> None:
     kept = list(store.history())
     assert Counter(event["event"] for event in kept) == kinds
     assert kept[-1]["error"] is None
+    for event in events:
+        if isinstance(event, TileFinished):
+            parts = (event.read_seconds, event.prepare_seconds, event.kernel_seconds, event.write_seconds)
+            assert min(event.kernel_seconds, event.write_seconds) > 0
+            assert sum(parts) == pytest.approx(event.seconds)
     assert summary(kept).startswith("1 computation, last event 20")
     assert len(store.info.processors) == len(store.info.all_versions) == 1
     assert summary([]) == "no tile was computed yet"
     words = summary([{"time": "2026-01-31T12:00:00.000+00:00", **event} for event in EXPECTED])
     assert words == (
-        "1 computation, last event 2026-01-31 12:00 UTC; 2.5 s of workers; 1 worker lost; 1 tile tried again; "
-        "1 late tile computed twice"
+        "1 computation, last event 2026-01-31 12:00 UTC; 2.5 s of workers, 80% in kernels; 1 worker lost; "
+        "1 tile tried again; 1 late tile computed twice"
     )
 
 

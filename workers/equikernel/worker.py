@@ -5,13 +5,14 @@ It knows neither Ray nor zarr: the driver makes it an actor, and the store comes
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import llvmlite.binding
 
@@ -58,6 +59,22 @@ class TileStore(Protocol):
         """Store a finished tile."""
 
 
+class Spent(NamedTuple):
+    """Seconds that a worker spends on a tile, without waiting for another tile of the same worker.
+
+    It reads and writes while it computes another tile.
+    """
+
+    read: float
+    """Loads blocks of images."""
+    prepare: float
+    """Checks and rotates them, and computes what each image needs on its own."""
+    kernels: float
+    """Computes pairs; with dense layers in the head, also the kernels of images with themselves, once for a block."""
+    write: float
+    """Stores the tile."""
+
+
 @dataclass(frozen=True)
 class TileReport:
     """What a worker says of a finished tile.
@@ -65,13 +82,13 @@ class TileReport:
     Attributes:
       tile: the tile.
       pairs: image pairs computed.
-      seconds: time for reading, computing and writing, without waiting for another tile of the same worker.
+      spent: time that it took.
       processor: the kind of processor that computed it.
     """
 
     tile: Any
     pairs: int
-    seconds: float
+    spent: Spent
     processor: str
 
 
@@ -108,23 +125,24 @@ class TileWorker:
         """
         sides = tile_sides(tile)
         clock = _Clock()
-        with clock:
+        with clock.adding_to("read"):
             images = {side: _patiently(side, read or self._store.block) for side in self._unknown(sides)}
         try:
-            with self._computing, clock:
-                row, col = (self._block(side, images, read or self._store.block) for side in sides)
+            with self._computing:
+                row, col = (self._block(side, images, read or self._store.block, clock) for side in sides)
                 pairs = row.count * (row.count + 1) // 2 if row is col else row.count * col.count
-                end = self._function.begin(row) if row is col else self._function.begin(row, col)
-            with clock:  # while the device computes another tile
+                with clock.adding_to("kernels"):
+                    end = self._function.begin(row) if row is col else self._function.begin(row, col)
+            with clock.adding_to("kernels"):  # while the device computes another tile
                 kernels = end()
         except EquikernelError as error:
             with self._computing:
                 for split, index in sides:
                     self._blame(tile, split, index)
             raise type(error)(f"tile {tile}: {error}") from None
-        with clock:
+        with clock.adding_to("write"):
             _patiently((tile, kernels), self._store.write_tile)
-        return TileReport(tile, pairs, clock.seconds, self.processor)
+        return TileReport(tile, pairs, Spent(**clock.seconds), self.processor)
 
     def _unknown(self, sides: Sides) -> list[tuple[str, int]]:
         """The blocks that are not prepared yet, each once."""
@@ -135,10 +153,13 @@ class TileWorker:
         side: tuple[str, int],
         images: Mapping[tuple[str, int], NDArray[Any]],
         read: Callable[[str, int], NDArray[Any]],
+        clock: _Clock,
     ) -> Block:
         if side not in self._blocks:
-            found = images[side] if side in images else _patiently(side, read)  # forgotten since
-            self._blocks[side] = self._prepare(found)
+            with clock.adding_to("read"):
+                found = images[side] if side in images else _patiently(side, read)  # forgotten since
+            with clock.adding_to("prepare"):
+                self._blocks[side] = self._prepare(found)
         self._blocks.move_to_end(side)
         while len(self._blocks) > CACHED_BLOCKS:
             self._blocks.popitem(last=False)
@@ -165,16 +186,17 @@ class TileWorker:
 
 
 class _Clock:
-    """Adds up the time that is spent in it."""
+    """Adds up the time that is spent on a tile."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds = dict.fromkeys(Spent._fields, 0.0)
 
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._start
+    @contextlib.contextmanager
+    def adding_to(self, what: str) -> Iterator[None]:
+        """Add the time of a ``with`` block to one field of :class:`Spent`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - start
 
 
 def tile_sides(tile: TileLike) -> Sides:
