@@ -23,6 +23,15 @@ TILE_SECONDS = 15.0
 TILES_PER_WORKER = 8
 """Tiles per worker at least, so that all workers end together."""
 
+MORE_TILES_PER_WORKER = 32
+"""Tiles per worker where they are worth it: the end, when some workers have nothing to do, is then about a percent."""
+
+WORTH_SECONDS = 1.0
+"""Time that a tile takes at least, where there could be fewer."""
+
+DRIVER_SECONDS = 0.004
+"""Time between two tiles at least, where there could be fewer: the driver is then busy for less than half of it."""
+
 STRIP = 4
 """Tiles of a strip: neighbours in a column, which share the images along it."""
 
@@ -239,6 +248,9 @@ def _block(index: int, edge: int, count: int) -> range:
 def choose_edge(train: int, test: int, seconds_per_pair: float, workers: int) -> int:
     """The edge of a tile: at most :data:`TILE_SECONDS` of work, and :data:`TILES_PER_WORKER` tiles for each worker.
 
+    There are :data:`MORE_TILES_PER_WORKER` tiles for each if a tile then takes :data:`WORTH_SECONDS` and they leave the
+    driver :data:`DRIVER_SECONDS` each; else so many that it does and they do.
+
     Args:
       train, test: numbers of images.
       seconds_per_pair: measured cost of one pair on one worker, for all groups and kernels together.
@@ -250,7 +262,9 @@ def choose_edge(train: int, test: int, seconds_per_pair: float, workers: int) ->
     by_time = (TILE_SECONDS / max(seconds_per_pair, 1e-9)) ** 0.5
     pairs = Tiling(train, test, edge=1).total_pairs
     by_balance = (pairs / (workers * TILES_PER_WORKER)) ** 0.5
-    edge = max(SMALLEST_TILE, min(LARGEST_TILE, int(min(by_time, by_balance)) // 8 * 8))
+    by_worth = (max(WORTH_SECONDS, workers * DRIVER_SECONDS) / max(seconds_per_pair, 1e-9)) ** 0.5
+    finer = max((pairs / (workers * MORE_TILES_PER_WORKER)) ** 0.5, by_worth)
+    edge = max(SMALLEST_TILE, min(LARGEST_TILE, int(min(by_time, by_balance, finer)) // 8 * 8))
     return min(edge, max(train, test))
 
 
