@@ -11,7 +11,7 @@ SOURCES := service workers tests benchmarks examples docs deploy
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test browser docs load soak storage scaling bench bench-gpu lint format lock clean
+.PHONY: help install demo test browser docs load soak storage scaling speed bench bench-run bench-gpu lint format lock clean
 
 help:           ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,10 +36,16 @@ storage: $(STAMP)  ## requests to object storage, verification over a network, c
 scaling: $(STAMP)  ## how many tiles a second the driver hands out, and how many workers that keeps busy
 	$(BIN)/python benchmarks/scaling.py
 
+speed: $(STAMP)  ## whether the kernels are as much faster than neural-tangents as they must be; half a minute
+	$(BIN)/python benchmarks/bench.py --check
+
 bench: $(STAMP)  ## kernels against neural-tangents, solvers against scipy, learning curves on 1,000 images; an hour
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/solving.py
 	$(BIN)/python benchmarks/curves.py
+
+bench-run: $(STAMP)  ## a whole run, 1,000 images from files to accuracies: where its time goes, and what others take
+	$(BIN)/python benchmarks/pipeline.py
 
 # With the packages of requirements-cuda.txt in .venv-cuda, or those of another interpreter: PYTHON_GPU=python3
 bench-gpu: $(if $(PYTHON_GPU),,$(STAMP))  ## the engine gpu: whether it is right on a GPU, and how fast; BENCH=--quick
