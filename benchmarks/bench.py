@@ -1,6 +1,6 @@
 """How fast one pair of images is, beside neural-tangents' plain CNN on the same machine in the same run.
 
-    python benchmarks/bench.py [--quick]
+    python benchmarks/bench.py [--quick | --check | --record]
 
 The rows of a table take turns over several rounds, so that a busy machine slows all of them, and the medians are
 compared. The full run takes about ten minutes and a few GB of memory; ``--quick`` leaves out large images.
@@ -29,6 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 from floor import entries, floor
+from history import compare, record, vector_extension
 from numpy.typing import NDArray
 from rich.console import Console
 from tables import table
@@ -46,6 +47,9 @@ BLOCK = 8
 AGREEMENT = 1e-5
 """Largest relative difference between the plain CNN kernels of the two programs, float32."""
 
+
+NAME = "kernels"
+"""Of the recorded ratios."""
 
 NEURAL_TANGENTS = "neural-tangents"
 C4 = ("equikernel", "C4", "float32")
@@ -336,13 +340,6 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def vector_extension() -> str:
-    """The widest x86 vector instructions, or the machine type."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "")
-
-
 def machine() -> str:
     """Processor, cores and the versions that decide the speed."""
     versions = ", ".join(
@@ -360,8 +357,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compare the kernels of one pair with those of neural-tangents.")
     parser.add_argument("--quick", action="store_true", help="no large images, about two minutes")
     parser.add_argument("--check", action="store_true", help="only whether C4 is fast enough, a few seconds")
+    parser.add_argument("--record", action="store_true", help="append the ratios to benchmarks/results")
     options = parser.parse_args()
     quick = options.quick
+    if options.record and (quick or options.check):
+        parser.error("only the full run is recorded")
     jax.config.update("jax_platforms", "cpu")
     console = Console()
     console.print(machine(), soft_wrap=True)
@@ -375,6 +375,10 @@ def main() -> int:
     ratios |= growth(console, GROWTH[:3] if quick else GROWTH)
     precision(console, (1, 10, 40) if quick else (1, 2, 5, 10, 20, 30, 40, 50))
     memory(console, (64,) if quick else (64, 224))
+    for line in compare(NAME, ratios):
+        console.print(line, soft_wrap=True)
+    if options.record and agree:
+        record(NAME, ratios)
     if not agree:
         console.print("The programs disagree: the times of the first table compare different results.")
     return 0 if agree else 1
