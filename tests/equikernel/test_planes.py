@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equikernel import Conv, Custom, GroupCNN, Residual
+from equikernel import Conv, Custom, GroupCNN, NetworkError, Residual
 from equikernel.activations import NAMED, RELU, Activation, Homogeneous, parse
 from equikernel.engines import duals
 from equikernel.engines.cpu import CpuEngine
@@ -203,3 +204,52 @@ def test_the_first_kernel_of_a_process_takes_no_time_to_speak_of() -> None:
     seconds, numba = done.stdout.split()
     assert float(seconds) < 20  # of processor time, with all imports: on any machine
     assert numba == "False"
+
+
+@pytest.mark.parametrize(("side", "w_std", "b_std", "activation"), [
+    (7, 1.0, 0.0, "relu"), (7, 1.0, 0.1, "relu"), (7, 2**0.5, 0.0, "relu"), (8, 1.0, 0.1, "abs"),
+    (7, 1.1, 0.0, "leaky_relu(0.3)"),
+])  # fmt: skip
+def test_images_with_themselves_are_at_the_branch_point(side: int, w_std: float, b_std: float, activation: str) -> None:
+    """There a rounding error of ``c`` that is not recognised costs half of the digits of the NTK."""
+    x = np.random.default_rng(0).standard_normal((24, side, side, 2))
+    net = GroupCNN(group="C1", w_std=w_std, b_std=b_std, activation=activation)
+    exact, ours = (net.kernel(x, engine=engine, dtype="float64") for engine in ("reference", "cpu"))
+    np.testing.assert_allclose(np.diag(ours.ntk), np.diag(exact.ntk), rtol=1e-13)
+
+
+def test_weights_out_of_range_are_refused() -> None:
+    net = GroupCNN(group="C1", layers=[Conv(3, w_std=1e-22), Conv(3)])
+    x = 1e14 * np.random.default_rng(0).standard_normal((2, 8, 8, 1))
+    with pytest.raises(NetworkError, match=r"convolution 1: the weights, .* = 1.11e-45, leave the range of float32"):
+        net.kernel(x, engine="cpu")
+    exact = net.kernel(x, engine="reference")
+    np.testing.assert_allclose(net.kernel(x, engine="cpu", dtype="float64").ntk, exact.ntk, rtol=1e-12)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_may_fork_while_another_thread_compiles() -> None:
+    code = """
+import os, threading, numpy as np
+from equikernel import GroupCNN
+
+x = np.ones((1, 5, 5, 1))
+GroupCNN(group="C1", depth=1).kernel(x, engine="cpu")  # imports what is imported when it is needed
+
+def compile_many():
+    for depth in range(1, 16):
+        GroupCNN(group="C1", depth=depth).kernel(x, engine="cpu", threads=1)
+
+thread = threading.Thread(target=compile_many)
+thread.start()
+for number in range(4):
+    child = os.fork()
+    if child == 0:
+        GroupCNN(group="C1", depth=20 + number).kernel(x, engine="cpu", threads=1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+thread.join()
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "done\n"

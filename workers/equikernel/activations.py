@@ -3,7 +3,7 @@
 For ``(u, v) ~ N(0, [[q1, k], [k, q2]])`` the dual kernels are ``E[σ(u) σ(v)]``, the NNGP after the activation, and
 ``K̇ = E[σ'(u) σ'(v)]``, the factor that multiplies the NTK. They are computed in two steps, the same in every engine:
 :meth:`Activation.factors` of the variance of each image alone, and :meth:`Activation.combine` of covariance and
-factors for each pair. The row loops of the CPU engine evaluate ``combine`` entry by entry; these are their judge.
+factors for each pair. The engines that write their own code evaluate ``combine`` for each; this is their judge.
 """
 
 from __future__ import annotations

@@ -431,7 +431,7 @@ class GroupCNN(Architecture):
             the symmetry), an activation without second moment, or no such group.
           EngineError: no such engine or dtype, an engine that cannot do this network, or less than one thread.
           MemoryLimitError: a single pair, or the result, does not fit in memory.
-          KeyboardInterrupt: within a second or the time of one pair after Ctrl-C.
+          KeyboardInterrupt: within a second after Ctrl-C.
           NonFiniteKernelError: the result overflows ``dtype``.
         """
         from equikernel.kernel import compute

@@ -16,7 +16,7 @@ import numpy as np
 
 from equikernel.activations import BRANCH_POINT
 from equikernel.engines.decoupled import factor_planes, pack, pack_bytes, working_dtype
-from equikernel.engines.planes import Layout, Program, factor_scales, layers_of, program, useful
+from equikernel.engines.planes import Layout, Program, check_weights, factor_scales, layers_of, program, useful
 from equikernel.engines.vectors import Target, aligned, host
 from equikernel.groups import Symmetry, union
 from equikernel.pooled import Pooled, Prepared, by_group
@@ -34,6 +34,10 @@ Piece: TypeAlias = tuple[int, int, int]
 
 TASKS_PER_THREAD = 8
 """Pieces that the work of a call is cut into, per thread, so that all threads end together."""
+
+
+MOST_OTHERS = 256
+"""Second images of a piece at most: so the sums over each offset take less memory than the planes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +76,17 @@ class CpuEngine:
         self.branch = BRANCH_POINT * max(1, *(max(step.radii) for step in network.convolutions))
 
     def prepare(self, images: NDArray[Any], labels: Labels) -> Images:
-        """Compute the factors of ``(n, H, W, C)`` images and pack all copies; raises as :func:`pack`."""
+        """Compute the factors of ``(n, H, W, C)`` images and pack all copies.
+
+        Raises:
+          ImageError: as :func:`pack`.
+          NetworkError: as :func:`pack` and :func:`check_weights`.
+        """
         _, height, width, channels = images.shape
         dtype = working_dtype(self.network, height, width, self.dtype)
-        scales = factor_scales(layers_of(self.network.steps, channels))
-        packed, bound = pack(self.network, images, dtype, labels, scales)
+        layers = layers_of(self.network.steps, channels)
+        check_weights(layers, dtype)
+        packed, bound = pack(self.network, images, dtype, labels, factor_scales(layers, dtype))
         copies = {}
         for element in union(self.groups):
             copies[element] = np.empty(packed.size + self.target.lanes(dtype), dtype)[: packed.size].reshape(
@@ -145,7 +155,7 @@ class CpuEngine:
     @staticmethod
     def _pieces(rows: NDArray[np.intp], elements: int, threads: int) -> list[Piece]:
         """Cut the pairs into pieces, a few for each thread."""
-        most = -(-len(rows) * elements // (threads * TASKS_PER_THREAD))
+        most = min(-(-len(rows) * elements // (threads * TASKS_PER_THREAD)), MOST_OTHERS)
         bounds = [0, *(np.flatnonzero(np.diff(rows)) + 1).tolist(), len(rows)]
         return [
             (which, start, min(start + most, end))

@@ -57,7 +57,7 @@ def pack(
     images: NDArray[Any],
     dtype: np.dtype[Any],
     labels: Labels,
-    scales: Mapping[int, float] | None = None,
+    scales: Mapping[int, tuple[float, float]] | None = None,
 ) -> tuple[NDArray[Any], Array]:
     """Images with the factors of the activations.
 
@@ -66,7 +66,8 @@ def pack(
       images: ``(n, H, W, C)``, of real numbers.
       dtype: precision of the computation.
       labels: of the images.
-      scales: what to multiply planes of factors by, in float64.
+      scales: by the plane of their first factor, ``(a, b)`` of nonlinearities that get ``√(a q)`` and ``√(b/q)`` in
+        place of their first two factors, rounded once: near ``c = ±1`` each digit counts.
 
     Returns:
       ``(n, C + factors, H, W)`` in ``dtype``: the pixels, then for each nonlinearity :meth:`Activation.factors` of the
@@ -85,9 +86,9 @@ def pack(
         here = slice(start, start + step)
         packed[here, :channels] = images[here].transpose(0, 3, 1, 2)
         plane = channels
-        factors, bound[here] = _constants(network, packed[here, :channels], labels.after(start))
+        factors, bound[here] = _constants(network, packed[here, :channels], labels.after(start), scales or {})
         for factor in factors:
-            packed[here, plane] = factor * scales[plane] if scales and plane in scales else factor
+            packed[here, plane] = factor
             plane += 1
         finite = np.isfinite(packed[here]).all(axis=(1, 2, 3))
         if not finite.all():
@@ -104,7 +105,9 @@ def pack_bytes(network: Architecture, height: int, width: int, channels: int) ->
     return 8 * TEMPORARIES * max(PIECE, image)
 
 
-def _constants(network: Architecture, pixels: NDArray[Any], labels: Labels) -> tuple[list[Array], Array]:
+def _constants(
+    network: Architecture, pixels: NDArray[Any], labels: Labels, scales: Mapping[int, tuple[float, float]]
+) -> tuple[list[Array], Array]:
     """The factors of all nonlinearities, ``(n, H, W)`` each, and the bound at the end, of images ``(n, C, H, W)``."""
     found: list[Array] = []
 
@@ -115,7 +118,8 @@ def _constants(network: Architecture, pixels: NDArray[Any], labels: Labels) -> t
                     q = step.w2 * _box_mean(q, step.radii, network.padding) + step.b2
                 case Nonlinearity(activation):
                     factors = activation.factors(q)
-                    found.extend(factors)
+                    scaled = scales.get(pixels.shape[1] + len(found))
+                    found.extend(_scaled_roots(q, *scaled) if scaled else factors)
                     q = activation.combine(q, factors, factors, EPS)[0]
                 case Branch(_, inner):
                     q = q + run(inner, q)
@@ -129,6 +133,11 @@ def _constants(network: Architecture, pixels: NDArray[Any], labels: Labels) -> t
     y, x = network.margin
     inside = last[:, y : -y or None, x : -x or None]
     return found, np.array([np.sqrt(image).mean() for image in inside]) ** 2
+
+
+def _scaled_roots(q: Array, a: float, b: float) -> tuple[Array, Array]:
+    """``√(a q)`` and ``√(b/q)``, 0 where ``q = 0``."""
+    return np.sqrt(a * q), np.sqrt(np.divide(b, q, out=np.zeros_like(q), where=q > 0))
 
 
 def _box_mean(q: Array, radii: tuple[int, int], padding: str) -> Array:

@@ -92,12 +92,11 @@ class Factors:
 
 def begin_arc_cosine(f: Function, c: Vector, scale: float, branch: float) -> list[Vector]:
     """The roots that :func:`arc_cosine` needs; ``c`` is taken as ``±1`` from ``1 - branch`` on."""
-    a = abs(c)
-    gap = f.where(a <= 1 - branch, 1 - a, 0)
+    _, gap = _gap(f, c, branch)
     root = f.sqrt(gap)
     if _slow_roots(f):
         return [c, gap, root]
-    unit = (_moderate(scale) / math.pi) ** 2
+    unit = (scale / math.pi) ** 2 if is_moderate(scale) else 1 / math.pi**2
     return [f.with_sign(1 - gap, f.sign(c)), f.sqrt_of_moderate(f.fused(gap, -unit, 2 * unit)), root]
 
 
@@ -118,7 +117,7 @@ def arc_cosine(f: Function, begun: list[Vector], middle: float, scale: float) ->
       middle: see above.
       scale: of the result.
     """
-    unit = _moderate(scale)
+    unit = scale if is_moderate(scale) else 1.0
     if _slow_roots(f):
         c, gap, root = begun
         positive = c >= 0
@@ -136,9 +135,9 @@ def arc_cosine(f: Function, begun: list[Vector], middle: float, scale: float) ->
     return (nngp, angle) if unit == scale else (scale * nngp, scale * angle)
 
 
-def _moderate(scale: float) -> float:
-    """A scale whose powers are in the range of float32; else 1."""
-    return scale if 1e-4 <= scale <= 1e4 else 1.0
+def is_moderate(scale: float) -> bool:
+    """Whether the powers of a scale that :func:`arc_cosine` takes are in the range of float32."""
+    return 1e-4 <= scale <= 1e4
 
 
 def _slow_roots(f: Function) -> bool:
@@ -194,6 +193,11 @@ def _gap(f: Function, correlation: Vector, branch: float) -> tuple[Vector, Vecto
     return a, f.where(a <= 1 - branch, 1 - a, 0)
 
 
+def _clamped(f: Function, c: Vector, branch: float) -> Vector:
+    """``c``, or ``±1`` near it and beyond."""
+    return f.where(abs(c) <= 1 - branch, c, f.where(c >= 0, 1, -1))
+
+
 def _arcsine(f: Function, z: Vector, rest: Vector) -> Vector:
     """``arcsin z``, given ``rest = 1 - z²``."""
     a = abs(z)
@@ -246,7 +250,7 @@ def _wave(f: Function, k: Vector, theta: Vector, factors: Factors, branch: float
     even, odd = 0.5 * (larger + smaller), 0.5 * (larger - smaller)
     odd = f.where(c >= 0, odd, -odd)
     square = k * k
-    series = f.horner(square, [1 / math.factorial(odd) for odd in range(1, SINH_DEGREE[f.dtype.name] + 1, 2)])
+    series = f.horner(square, [1 / math.factorial(n) for n in range(1, SINH_DEGREE[f.dtype.name] + 1, 2)])
     odd = f.where(square < 1, k * series * factors.product(f, 2), odd)
     return (even, theta * odd) if cosine else (odd, theta * even)
 
@@ -267,9 +271,7 @@ def _exponential(f: Function, x: Vector) -> Vector:
 def _polynomial(f: Function, k: Vector, theta: Vector, factors: Factors, branch: float, *, odd: bool) -> Kernels:
     """An even or odd polynomial: four coefficients, of every second power of ``c``, the factors from the third on."""
     inverse = factors.product(f, 1)
-    c = k * inverse
-    a = abs(c)
-    c = f.where(a <= 1 - branch, c, f.where(c >= 0, 1, -1))
+    c = _clamped(f, k * inverse, branch)
     square = c * c
     nngp = factors.product(f, 5)
     slope = nngp
@@ -286,9 +288,7 @@ def _polynomial(f: Function, k: Vector, theta: Vector, factors: Factors, branch:
 def _series(f: Function, k: Vector, theta: Vector, factors: Factors, branch: float, terms: int) -> Kernels:
     """A Hermite series: ``Σ c^m x_m y_m`` and its derivative, by Horner's scheme; the factors from the third on."""
     inverse = factors.product(f, 1)
-    c = k * inverse
-    a = abs(c)
-    c = f.where(a <= 1 - branch, c, f.where(c >= 0, 1, -1))
+    c = _clamped(f, k * inverse, branch)
     nngp, slope = factors.product(f, 2 + terms - 1), f.vector(0)
     left = terms - 1
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from equikernel.engines.decoupled import pack, pack_bytes, working_dtype
 from equikernel.engines.gpu_source import FINISHED, WARP, Layout, Source, kernel_source, layout
+from equikernel.engines.planes import check_weights, layers_of
 from equikernel.groups import union
 from equikernel.pooled import Pooled, Prepared, by_group
 
@@ -118,12 +119,13 @@ class GpuEngine:
         """Compute the factors of ``(n, H, W, C)`` images, and send all copies to the device.
 
         Raises:
-          ImageError, NetworkError: as :func:`pack`.
+          ImageError, NetworkError: as :func:`pack`, and :func:`check_weights`.
           MemoryLimitError: the device has no room for them.
         """
         _, height, width, channels = images.shape
         dtype = working_dtype(self.network, height, width, self.dtype)
         plan = self._layout(height, width, channels)
+        check_weights(layers_of(self.network.steps, channels), dtype)
         packed, bound = pack(self.network, images, dtype, labels)
         copies = {}
         for element in union(self.groups):

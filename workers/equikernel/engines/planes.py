@@ -29,6 +29,7 @@ from equikernel.activations import Activation, Homogeneous
 from equikernel.engines import duals
 from equikernel.engines.duals import Factors, Kernels
 from equikernel.engines.vectors import Compiled, Function, Index, Module, Pointer, Target, Variable, Vector
+from equikernel.errors import NetworkError
 from equikernel.layers import Branch, Convolution, Nonlinearity, Padding, Step
 
 EXPANDED_BYTES = 2**20
@@ -89,10 +90,10 @@ class Layer:
 
     @property
     def folded(self) -> Homogeneous | None:
-        """An arc cosine that follows at once: ``w2`` is then part of its constants."""
+        """An arc cosine that follows at once: ``w2`` is then part of its constants, if it is moderate."""
         match self.operations[:1]:
             case (Activate(Homogeneous(beta=beta) as activation),) if beta and self.b2 <= LARGEST_BIAS * self.w2:
-                return activation if self.w2 > 0 else None
+                return activation if duals.is_moderate(duals.scale(activation) * self.w2) else None
         return None
 
     @property
@@ -128,13 +129,28 @@ def layers_of(steps: tuple[Step, ...], channels: int) -> tuple[Layer, ...]:
     return tuple(found)
 
 
-def factor_scales(layers: Sequence[Layer]) -> dict[int, float]:
-    """What the planes of factors are multiplied by: constants of the layers that are part of them."""
-    scales: dict[int, float] = {}
-    for layer in layers:
-        if layer.folded:
-            scales[layer.place], scales[layer.place + 1] = 1 / math.sqrt(layer.w2), math.sqrt(layer.w2)
-    return scales
+def factor_scales(layers: Sequence[Layer], dtype: np.dtype[Any]) -> dict[int, tuple[float, float]]:
+    """Constants of the layers that are part of the factors; see :func:`equikernel.engines.decoupled.pack`.
+
+    They make up for the rounding of :attr:`Layer.scale`, which would move all kernels the same way.
+    """
+    return {
+        layer.place: (duals.scale(layer.folded) / float(dtype.type(layer.scale)), layer.w2)
+        for layer in layers
+        if layer.folded
+    }
+
+
+def check_weights(layers: Sequence[Layer], dtype: np.dtype[Any]) -> None:
+    """Raise :class:`NetworkError` where weights have lost digits in ``dtype``, or would."""
+    limits = np.finfo(dtype)
+    least, most = float(limits.tiny / limits.eps), float(limits.max * limits.eps)
+    for number, layer in enumerate(layers):
+        if not least <= layer.w2 <= most:
+            raise NetworkError(
+                f"convolution {number + 1}: the weights, w_std² over inputs of a filter = {layer.w2:.3g}, leave the "
+                f"range of {dtype.name}, {least:.0e} to {most:.0e}; change w_std and rescale the images, or use float64"
+            )
 
 
 @dataclass(frozen=True)
@@ -663,7 +679,7 @@ class _Generator:
                     else:
                         total.set(total.get() + kernel)
             for number, total in enumerate(totals):
-                f.add_exactly(total.get(), sums, number)
+                f.add_doubles(total.get(), sums, number)
 
         if layout.width <= COLUMNS_AT_ONCE:
             add(0, layout.width)

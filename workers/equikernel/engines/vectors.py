@@ -9,6 +9,7 @@ can; nothing else is rearranged.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,10 @@ CACHE_LINE = 64
 CONTRACT = ("contract",)
 
 _LLVM = threading.Lock()
-"""LLVM's compiler is entered by one thread at a time."""
+"""LLVM's compiler is entered by one thread at a time, and not while the process forks."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_LLVM.acquire, after_in_parent=_LLVM.release, after_in_child=_LLVM.release)
 
 Operand: TypeAlias = "Vector | float"
 Whole: TypeAlias = "Index | int"
@@ -230,10 +234,11 @@ class Module:
             passes.getModulePassManager().run(module, passes)
             engine = llvm.create_mcjit_compiler(module, machine)
             engine.finalize_object()
+            address = engine.get_function_address(name)
         letters = [
             ctypes.c_void_p if kind == POINTER else ctypes.c_int64 for kind in self.module.get_global(name).ftype.args
         ]
-        call = ctypes.CFUNCTYPE(None, *letters)(engine.get_function_address(name))
+        call = ctypes.CFUNCTYPE(None, *letters)(address)
         return Compiled(machine, module, engine, call)
 
 
@@ -421,7 +426,7 @@ class Function:
         lanes = ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [ir.Constant(ir.IntType(32), 0)] * self.lanes)
         return Vector(self, self.builder.shuffle_vector(first, undefined, lanes))
 
-    def add_exactly(self, value: Vector, target: Pointer, number: int) -> None:
+    def add_doubles(self, value: Vector, target: Pointer, number: int) -> None:
         """Add to one of the vectors of float64 numbers at an address."""
         doubles = ir.VectorType(ir.DoubleType(), self.lanes)
         wide = value.value if self.scalar == ir.DoubleType() else self.builder.fpext(value.value, doubles)
