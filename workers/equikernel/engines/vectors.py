@@ -220,26 +220,31 @@ class Module:
         for function in self.module.functions:
             if function.name != name and not function.is_declaration:
                 function.linkage = "internal"
-        with _LLVM:
-            llvm.initialize_native_target()
-            llvm.initialize_native_asmprinter()
-            machine = llvm.Target.from_default_triple().create_target_machine(
-                cpu=self.target.cpu, features=self.target.features, opt=3, jit=True
-            )
-            module = llvm.parse_assembly(str(self.module))
-            module.verify()
-            options = llvm.create_pipeline_tuning_options(speed_level=2)
-            options.loop_unrolling = options.loop_vectorization = options.slp_vectorization = False
-            passes = llvm.create_pass_builder(machine, options)
-            passes.getModulePassManager().run(module, passes)
-            engine = llvm.create_mcjit_compiler(module, machine)
-            engine.finalize_object()
+        with _LLVM:  # what LLVM needs on the way is given back before it ends
+            machine, module, engine = _compiled(str(self.module), self.target)
             address = engine.get_function_address(name)
         letters = [
             ctypes.c_void_p if kind == POINTER else ctypes.c_int64 for kind in self.module.get_global(name).ftype.args
         ]
         call = ctypes.CFUNCTYPE(None, *letters)(address)
         return Compiled(machine, module, engine, call)
+
+
+def _compiled(text: str, target: Target) -> tuple[Any, Any, Any]:
+    """The machine, the module and the engine for LLVM's language."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    triple = llvm.Target.from_default_triple()
+    machine = triple.create_target_machine(cpu=target.cpu, features=target.features, opt=3, jit=True)
+    module = llvm.parse_assembly(text)
+    module.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options.loop_unrolling = options.loop_vectorization = options.slp_vectorization = False
+    passes = llvm.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(module, passes)
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    return machine, module, engine
 
 
 @dataclass(frozen=True)
