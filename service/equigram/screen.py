@@ -190,12 +190,13 @@ def summary(history: Iterable[Mapping[str, Any]]) -> str:
         last = str(event.get("time", last))
         if event.get("event") == TileFinished.__name__:
             seconds += float(event["seconds"])
-            kernel_seconds += float(event["kernel_seconds"])
+            kernel_seconds += float(event.get("kernel_seconds", 0))
     began = count[ComputationStarted.__name__]
     if not began:
         return "no tile was computed yet"
     words = [f"{began} {'computation' if began == 1 else 'computations'}, last event {last[:16].replace('T', ' ')} UTC"]
-    words += [f"{duration(seconds)} of workers" + (f", {kernel_seconds / seconds:.0%} in kernels" if seconds else "")]
+    kernels = f", {kernel_seconds / seconds:.0%} in kernels" if kernel_seconds else ""  # unknown of earlier runs
+    words += [f"{duration(seconds)} of workers{kernels}"]
     for kind, one, several in (
         (WorkerLost, "worker lost", "workers lost"),
         (TileFailed, "tile tried again", "tiles tried again"),
