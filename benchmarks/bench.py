@@ -55,8 +55,8 @@ NAME = "kernels"
 NEURAL_TANGENTS = "neural-tangents"
 C4 = ("equikernel", "C4", "float32")
 
-LEAST_RATIO = 25
-"""How much faster than neural-tangents' plain CNN C4 must be at 16x16 for a commit to pass; 50 to 70 is usual."""
+LEAST_RATIO = 40
+"""How much faster than neural-tangents' plain CNN C4 must be at 16x16 for a commit to pass; 90 is usual."""
 
 LEAST_SHARE = 0.35
 """Share of the floor in the time of C4 at 16x16 for a commit to pass; 70% is usual."""

@@ -184,7 +184,12 @@ def why_no_gpu() -> str:
     try:
         from numba import cuda
 
-        return "" if cuda.is_available() else "numba-cuda finds no NVIDIA GPU with a driver"
+        if not cuda.is_available():
+            return "numba-cuda finds no NVIDIA GPU with a driver"
+        from equikernel.engines.gpu_device import device
+
+        device()  # needs more than a driver
+        return ""
     except Exception as error:  # whatever is wrong with a driver, other engines work
         return f"numba-cuda fails ({type(error).__name__})"
 

@@ -243,7 +243,7 @@ def kernel_function(store: GramStore, group: str, kernel: str) -> KernelFunction
     """The kernels of a group, computed as in the tiles of a run."""
     info = store.info
     together = next(one.groups for one in info.passes if (group, kernel) in one.matrices)
-    return KernelFunction(info.spec.network, (group,), info.spec.engine_for(together), info.spec.gram.dtype)
+    return KernelFunction(info.spec.network, (group,), info.spec.engine_here(together), info.spec.gram.dtype)
 
 
 def _asked(spec: SolveSpec) -> dict[str, Any]:
