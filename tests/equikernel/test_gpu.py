@@ -280,6 +280,11 @@ def test_auto_takes_another_engine_for_images_that_are_too_wide(
     explanation = net.explain((4, 300, 1))
     assert explanation.engine == "xla"
     assert explanation.reason.endswith("not 'gpu', because rows of 300 pixels do not fit in a warp")
+    images = np.random.default_rng(0).normal(size=(2, 2, 300, 1))
+    function = KernelFunction(net, ("C1",), "auto")  # as workers have it
+    ours = function(function.prepare(images))["C1"]
+    assert function.engine.name == "xla"
+    np.testing.assert_allclose(np.triu(ours.ntk), np.triu(net.kernel(images, engine="cpu").ntk), rtol=1e-5)
 
 
 def test_without_a_gpu_the_engine_says_what_is_missing() -> None:

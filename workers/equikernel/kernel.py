@@ -238,6 +238,7 @@ class KernelFunction:
                 "is free"
             )
         name, self.reason = choose_engine(network, groups, engine)
+        self._any_engine = engine == "auto"
         self.network = network
         self.groups = groups
         self.memory = int(SHARE * _free_memory(name)) if memory_limit is None else memory_limit
@@ -282,10 +283,16 @@ class KernelFunction:
             )
 
     def check_shape(self, height: int, width: int) -> None:
-        """Raise unless the network, and the engine, are defined on images of that size; as :meth:`check_size`."""
+        """Raise unless the network, and the engine, are defined on images of that size; as :meth:`check_size`.
+
+        Where ``"auto"`` took the engine ``"gpu"``, and it cannot, ``"xla"`` takes its place.
+        """
         self.network.check_images(height, width, *self.groups)
         if self.engine.name == "gpu" and (why := _why_not_gpu(self.network, width, self.dtype)):
-            raise EngineError(f"the engine 'gpu' cannot do this network: {why}; use engine='xla'")
+            if not self._any_engine:
+                raise EngineError(f"the engine 'gpu' cannot do this network: {why}; use engine='xla'")
+            self.engine = _engine("xla", self.network, self.groups, self.dtype, available_cores(), self.memory)
+            self.reason = f"offsets decouple, and there is a GPU; not 'gpu', because {why}"
 
     def least_bytes(self, image_shape: tuple[int, int, int]) -> int:
         """Bytes that a single pair of images ``(H, W, C)`` takes."""
@@ -443,7 +450,7 @@ def compute(
 ) -> dict[str, Kernel]:
     """The kernels of ``x1`` against ``x2`` by group, block by block; see :meth:`equikernel.GroupCNN.kernel`."""
     first = as_images(x1, "x1")
-    function = _function_for(first.shape[1:], network, groups, engine, dtype, threads, memory_limit)
+    function = KernelFunction(network, groups, engine, dtype, threads, memory_limit)
     second = first if x2 is None else as_images(x2, "x2")
     if first.shape[1:] != second.shape[1:]:
         raise _unequal(first.shape[1:], second.shape[1:])
@@ -468,19 +475,6 @@ def compute(
                     if x2 is None:
                         matrix[j : j + edge, i : i + edge] = values.T
     return results
-
-
-def _function_for(
-    image_shape: tuple[int, ...], network: Architecture, groups: tuple[str, ...], engine: str, *options: Any
-) -> KernelFunction:
-    """A kernel function for images ``(H, W, C)``; with ``"auto"`` one that takes them."""
-    function = KernelFunction(network, groups, engine, *options)
-    if engine == "auto" and function.engine.name == "gpu":
-        why = _why_not_gpu(network, image_shape[1], function.dtype)
-        if why:
-            function = KernelFunction(network, groups, "xla", *options)
-            function.reason = f"offsets decouple, and there is a GPU; not 'gpu', because {why}"
-    return function
 
 
 def _why_not_gpu(network: Architecture, width: int, dtype: np.dtype[Any]) -> str:
@@ -539,7 +533,7 @@ def explain(
     ):
         raise ImageError(f"image_shape = {image_shape!r} is no shape of an image; give (height, width, channels)")
     height, width, channels = image_shape
-    function = _function_for(image_shape, network, groups, engine, dtype)
+    function = KernelFunction(network, groups, engine, dtype)
     function.check_shape(height, width)
     return Explanation(
         function.engine.name,
