@@ -25,8 +25,8 @@ from rich.console import Console
 from tables import table
 
 from equikernel import GroupCNN
-from equikernel.engines.decoupled import factor_planes
-from equikernel.engines.planes import Layer, Layout, begin_layer, finish_layer, layers_of, program
+from equikernel.engines.cpu import CpuEngine
+from equikernel.engines.planes import Layer, begin_layer, finish_layer, layers_of
 from equikernel.engines.vectors import Function, Module, Target, Variable, Vector, aligned, host
 
 BRANCH = 4.8e-7
@@ -296,14 +296,6 @@ def targets() -> dict[str, Target]:
     return found
 
 
-def layout_of(network: GroupCNN, size: int, channels: int, dtype: Any, target: Target) -> Layout:
-    """Where the CPU engine has everything."""
-    planes = channels + factor_planes(network)
-    layers = layers_of(network.steps, channels)
-    dtype = np.dtype(dtype)
-    return Layout(size, size, target.lanes(dtype), layers, network.padding, planes, dtype.itemsize)
-
-
 def main() -> None:
     """Print the instructions and the floor of ReLU networks of depth 3."""
     argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
@@ -325,7 +317,7 @@ def main() -> None:
                     what, *each, str(count.total()), f"{nanoseconds:.2f}", f"{nanoseconds / measured.lanes:.3f}"
                 )
             console.print(out)
-            code = program(layout_of(network, 32, 3, dtype, target), np.dtype(dtype), target, BRANCH)
+            code = CpuEngine(network, (network.group,), np.dtype(dtype), 1, 2**30, target).program(32, 32, 3)
             for loop in loops(code.compiled.assembly):
                 if loop.arithmetic["root"]:
                     console.print(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from equikernel.kernel import available_cores
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -95,7 +96,7 @@ def machine() -> str:
         platform.machine(), platform.machine()
     )
     extension = vector_extension()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     return f"{kind}{f' with {extension}' if extension else ''}, {cores} {'core' if cores == 1 else 'cores'}"
 
 

@@ -31,9 +31,6 @@ from equikernel.worker import TileWorker
 
 BUCKETS = itertools.count()
 
-COMPILE = "import numpy, equikernel; equikernel.GroupCNN().kernel(numpy.ones((1, 4, 4, 1)), dtype={!r})"
-
-
 FORKING = """
 import json, os, signal, sys
 import equigram.cli, equigram.figures, equigram.run, equikernel.engines.cpu, s3fs, typer.rich_utils, zarr
@@ -56,14 +53,10 @@ for line in sys.stdin:
 ENVIRONMENT = os.environ | {"COLUMNS": "80", "TERM": "xterm", "NO_COLOR": "1", "PYTHONIOENCODING": "utf-8"}
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Compile the CPU engine once, before several processes do so at the same time."""
+def pytest_configure() -> None:
+    """Hear Ctrl-C also in the background."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell ignores it for background commands
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if getattr(config.option, "numprocesses", None):
-        programs = [subprocess.Popen([sys.executable, "-c", COMPILE.format(one)]) for one in ("float32", "float64")]
-        for program in programs:
-            program.wait(timeout=300)
 
 
 def pictures(count: int, *, size: int = 8, classes: int = 3, seed: int = 0) -> tuple[NDArray[Any], NDArray[Any]]:

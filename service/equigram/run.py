@@ -86,7 +86,7 @@ if TYPE_CHECKING:
     from equikernel.network import Architecture
 
 WORKER_BYTES = 350 * 2**20
-"""Memory of a worker process before it holds images: Python, NumPy, Numba and Ray."""
+"""Memory of a worker process before it holds images: Python, NumPy, LLVM and Ray."""
 
 CLUSTER_SECONDS = 5.0
 """A local cluster takes about so long to start: what its workers compute in less is computed in this process."""

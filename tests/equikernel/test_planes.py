@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from floor import without_avx512
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,8 +19,8 @@ from equikernel import Conv, Custom, GroupCNN, NetworkError, Residual
 from equikernel.activations import NAMED, RELU, Activation, Homogeneous, parse
 from equikernel.engines import duals
 from equikernel.engines.cpu import CpuEngine
+from equikernel.engines.decoupled import Offsets, useful_offsets
 from equikernel.engines.duals import Factors
-from equikernel.engines.planes import Offsets, useful
 from equikernel.engines.vectors import CACHE_LINE, Module, Target, aligned, host
 from equikernel.images import Labels
 
@@ -30,10 +31,7 @@ def narrower() -> list[Target]:
     """The processor of this machine with all vectors it has, and with less."""
     targets = [host()]
     if platform.machine() in ("x86_64", "AMD64"):
-        names = [feature[1:] for feature in host().features.split(",") if feature[1:].startswith("avx")]
-        without = ",".join(f"-{name}" for name in names if name not in ("avx", "avx2"))
-        if host().vector_bytes == 64:
-            targets.append(Target("haswell", without, 32))
+        targets += [without_avx512()] if host().vector_bytes == 64 else []
         targets.append(Target("x86-64", "", 16))
     return targets
 
@@ -180,10 +178,9 @@ def test_narrower_vectors_give_the_same_kernels(name: str, side: int, target: Ta
 def test_offsets_are_those_with_pixels_that_valid_padding_leaves(side: int, margin: int) -> None:
     if 2 * margin >= side:
         return
-    offsets = useful(side, margin)
-    found = sorted((offsets.first + number) % side for number in range(offsets.count))
+    found = sorted(useful_offsets(side, margin).numbers)
     assert found == [d for d in range(side) if max(side - d, d) > 2 * margin]
-    assert useful(8, 2) == Offsets(5, 7)
+    assert useful_offsets(8, 2) == Offsets(5, 7, 8)
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 1000])

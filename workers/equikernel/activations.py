@@ -182,6 +182,11 @@ class Homogeneous(Activation):
         factor = 2 * self.beta**2 / math.pi
         return factor, 0.0 if self.alpha == self.beta else self.alpha**2 / factor - math.pi / 2
 
+    @property
+    def arcsine(self) -> tuple[float, float]:
+        """``(s, m)`` with ``K̇ = s A`` and ``E[σσ] = s √(q1 q2) (√(1-c²)/π + c A)``, where ``A = m + arcsin(c)/π``."""
+        return 2 * self.beta**2, 0.5 + self.arc_cosine[1] / math.pi
+
 
 @dataclass(frozen=True)
 class Erf(Activation):

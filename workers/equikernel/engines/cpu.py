@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from equikernel.activations import BRANCH_POINT
-from equikernel.engines.decoupled import factor_planes, pack, pack_bytes, working_dtype
-from equikernel.engines.planes import Layout, Program, check_weights, factor_scales, layers_of, program, useful
+from equikernel.engines.decoupled import factor_planes, pack, pack_bytes, rounding, working_dtype
+from equikernel.engines.planes import Layout, Program, check_weights, factor_scales, layers_of, program
 from equikernel.engines.vectors import Target, aligned, host
 from equikernel.groups import Symmetry, union
 from equikernel.pooled import Pooled, Prepared, by_group
@@ -34,7 +34,6 @@ Piece: TypeAlias = tuple[int, int, int]
 
 TASKS_PER_THREAD = 8
 """Pieces that the work of a call is cut into, per thread, so that all threads end together."""
-
 
 MOST_OTHERS = 256
 """Second images of a piece at most: so the sums over each offset take less memory than the planes."""
@@ -72,8 +71,7 @@ class CpuEngine:
         self.threads = threads
         self.memory = memory
         self.target = target or host()
-        # How close to ±1 a correlation is taken as ±1; sums over larger filters round more.
-        self.branch = BRANCH_POINT * max(1, *(max(step.radii) for step in network.convolutions))
+        self.branch = BRANCH_POINT * rounding(network.steps)
 
     def prepare(self, images: NDArray[Any], labels: Labels) -> Images:
         """Compute the factors of ``(n, H, W, C)`` images and pack all copies.
@@ -118,7 +116,10 @@ class CpuEngine:
         """The scratch memory for images of that shape."""
         planes = channels + factor_planes(self.network)
         layers = layers_of(self.network.steps, channels)
-        return Layout(height, width, self.target.lanes(dtype), layers, self.network.padding, planes, dtype.itemsize)
+        return Layout(
+            height, width, self.target.lanes(dtype), layers, self.network.padding, self.network.margin, planes,
+            dtype.itemsize,
+        )  # fmt: skip
 
     def program(self, height: int, width: int, channels: int) -> Program:
         """The code for images of that shape; compiled the first time."""
@@ -136,12 +137,13 @@ class CpuEngine:
         height, width = packed1.shape[2:]
         threads = self._fitting_threads(height, width, channels)
         code = self.program(height, width, channels)
+        down = code.layout.down.numbers
 
         def run(piece: Piece, scratch: NDArray[Any], stop: NDArray[np.bool_]) -> None:
             which, begin, end = piece
             packed2 = block2.packed[elements[which]]
             totals[which, :, begin:end] = self._one_against(
-                code, packed1[rows[begin]], packed2, cols[begin:end], scratch, stop
+                code, packed1[rows[begin]], packed2, cols[begin:end], down, scratch, stop
             )
 
         _in_threads(
@@ -170,18 +172,17 @@ class CpuEngine:
         image: NDArray[Any],
         packed2: NDArray[Any],
         others: NDArray[np.intp],
+        down: NDArray[np.int64],
         scratch: NDArray[Any],
         stop: NDArray[np.bool_],
     ) -> NDArray[np.float64]:
         """Plain CNN kernels after pooling of one image against several, ``(2, len(others))``; any when stopped."""
         layout = code.layout
         (height, width), (margin_y, margin_x) = image.shape[1:], layout.margins
-        down = useful(height, margin_y)
-        offsets = (down.first + np.arange(down.count)) % height
         begins = others.astype(np.int64) * packed2[0].size
         sums = aligned(layout.blocks(len(others)) * 2 * layout.lanes, np.float64)
         code.compiled.call(
-            image.ctypes.data, packed2.ctypes.data, begins.ctypes.data, len(others), offsets.ctypes.data, len(offsets),
+            image.ctypes.data, packed2.ctypes.data, begins.ctypes.data, len(others), down.ctypes.data, len(down),
             scratch.ctypes.data, sums.ctypes.data, stop.ctypes.data,
         )  # fmt: skip
         by_lane = sums.reshape(-1, 2, layout.lanes).swapaxes(0, 1).reshape(2, -1)

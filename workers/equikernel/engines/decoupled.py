@@ -6,6 +6,7 @@ of its own, on one plane: the mean over the filter support, then the second mome
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from equikernel.activations import EPS
 from equikernel.errors import ImageError
 from equikernel.images import Labels, in_range
-from equikernel.layers import Branch, Convolution, Nonlinearity
+from equikernel.layers import Branch, Convolution, Nonlinearity, convolutions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,9 +43,32 @@ def working_dtype(network: Architecture, height: int, width: int, dtype: np.dtyp
     return np.dtype(np.float64) if height * width <= FLOAT64_PIXELS or not averages else dtype
 
 
-def useful_offsets(side: int, margin: int) -> NDArray[np.intp]:
-    """Offsets modulo ``side`` with a segment longer than ``2 margin``: those with pixel pairs left by VALID padding."""
-    return np.array([d for d in range(side) if max(side - d, d) > 2 * margin])
+@dataclass(frozen=True)
+class Offsets:
+    """Neighbouring offsets between pixels, modulo the ``side`` of an image."""
+
+    first: int
+    count: int
+    side: int
+
+    @property
+    def numbers(self) -> NDArray[np.int64]:
+        """All of them, ``(count,)``, beginning with the first."""
+        return (self.first + np.arange(self.count, dtype=np.int64)) % self.side
+
+
+def useful_offsets(side: int, margin: int) -> Offsets:
+    """Offsets with a segment longer than ``2 margin``: those with pixel pairs left by VALID padding.
+
+    They are all from ``-n`` to ``n``, with ``n = side - 2 margin - 1``.
+    """
+    most = side - 2 * margin - 1
+    return Offsets((-most) % side, 2 * most + 1, side) if 2 * most + 1 < side else Offsets(0, side, side)
+
+
+def rounding(steps: tuple[Step, ...]) -> int:
+    """How many machine epsilons the relative rounding error of a covariance is, roughly: larger filters sum more."""
+    return max(1, *(max(step.radii) for step in convolutions(steps)))
 
 
 def factor_planes(network: Architecture) -> int:

@@ -160,8 +160,8 @@ def emit(f: Function, activation: Activation, k: Vector, theta: Vector, factors:
             return k, theta
         case Homogeneous():
             c = k * factors.product(f, 1)
-            begun = begin_arc_cosine(f, c, scale(activation), branch)
-            nngp, angle = arc_cosine(f, begun, middle(activation), scale(activation))
+            scale, middle = activation.arcsine
+            nngp, angle = arc_cosine(f, begin_arc_cosine(f, c, scale, branch), middle, scale)
             return factors.product(f, 0) * nngp, theta * angle
         case Erf():
             return _erf(f, k, theta, factors, branch)
@@ -174,17 +174,6 @@ def emit(f: Function, activation: Activation, k: Vector, theta: Vector, factors:
         case Custom(_, nodes):
             return _series(f, k, theta, factors, branch, nodes)
     raise NotImplementedError(f"the activation {activation} has no code for vectors")
-
-
-def middle(activation: Homogeneous) -> float:
-    """The constant of :func:`arc_cosine`."""
-    _, shift = activation.arc_cosine
-    return 0.5 + shift / math.pi
-
-
-def scale(activation: Homogeneous) -> float:
-    """What the kernels of :func:`arc_cosine` are multiplied by."""
-    return 2 * activation.beta**2
 
 
 def _gap(f: Function, correlation: Vector, branch: float) -> tuple[Vector, Vector]:

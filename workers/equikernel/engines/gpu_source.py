@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from equikernel.activations import BRANCH_POINT, Homogeneous
-from equikernel.engines.decoupled import useful_offsets
+from equikernel.engines.decoupled import rounding, useful_offsets
 from equikernel.engines.gpu_code import Code, Value, functions, horner
 from equikernel.engines.series import ARCCOSINE
 from equikernel.geometry import margin
@@ -199,7 +199,7 @@ def layout(steps: tuple[Step, ...], padding: Padding, image_shape: tuple[int, in
     columns = choose_columns(steps, padding, width, dtype)
     lanes = -(-width // columns)
     margin_y, margin_x = margin(steps, padding)
-    across, down = useful_offsets(width, margin_x), useful_offsets(height, margin_y)
+    across, down = (np.sort(useful_offsets(*each).numbers) for each in ((width, margin_x), (height, margin_y)))
     groups = -(-len(across) // (WARP // lanes))
     period = height + (2 * kept_per_column(steps)[1] if padding == "CIRCULAR" else 0)
     chunk = -(-len(down) // -(-len(down) // max(1, STEPS // period)))
@@ -271,8 +271,7 @@ class _Rows:
         """The functions that nonlinearities are, without and with their names."""
         radii = [step.radii for step in convolutions(steps)]
         self.layers = len(radii)
-        # How close to ±1 a correlation is taken as ±1; sums over larger filters round more.
-        self.eps = float(np.finfo(dtype).eps) * max(1, *(max(radius) for radius in radii))
+        self.eps = float(np.finfo(dtype).eps) * rounding(steps)
         self.margin = margin(steps, padding)
         self.behind = sum(radius for radius, _ in radii)
         self.reach = max(radius for _, radius in radii)
@@ -626,14 +625,14 @@ def arc_cosine(
 ) -> tuple[Any, Any]:
     """Both dual kernels of ``α u + β |u|``, from ``A = middle ± (1/2 - arccos|c|/π)`` and ``√(1-c²)/π + c A``."""
     where, root = functions(code).where, functions(code).sqrt
-    _, shift = activation.arc_cosine
-    scale *= 2 * activation.beta**2
+    arc_scale, middle = activation.arcsine
+    scale *= arc_scale
     c: Any = k * (x[1] * y[1])
     size: Any = abs(c)
     size = where(size > 1 - BRANCH_POINT * eps, 1.0, size)
     c, gap = code.call("copysign", size, c), 1 - size
     arc = root(gap) * horner(tuple(scale * p for p in ARCCOSINE[code.dtype]), gap)
-    angle = code.call("copysign", scale / 2 - arc, c) + scale * (0.5 + shift / math.pi)
+    angle = code.call("copysign", scale / 2 - arc, c) + scale * middle
     sine = root(gap * (2 - gap)) * (scale / math.pi)
     return x[0] * y[0] * (c * angle + sine), angle
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from equikernel.activations import Activation, Homogeneous
 from equikernel.engines import duals
+from equikernel.engines.decoupled import Offsets, useful_offsets
 from equikernel.engines.duals import Factors, Kernels
 from equikernel.engines.vectors import Compiled, Function, Index, Module, Pointer, Target, Variable, Vector
 from equikernel.errors import NetworkError
@@ -93,13 +94,13 @@ class Layer:
         """An arc cosine that follows at once: ``w2`` is then part of its constants, if it is moderate."""
         match self.operations[:1]:
             case (Activate(Homogeneous(beta=beta) as activation),) if beta and self.b2 <= LARGEST_BIAS * self.w2:
-                return activation if duals.is_moderate(duals.scale(activation) * self.w2) else None
+                return activation if duals.is_moderate(activation.arcsine[0] * self.w2) else None
         return None
 
     @property
     def scale(self) -> float:
         """What a folded arc cosine is multiplied by; the first factors are divided by ``w2``."""
-        return duals.scale(self.folded) * self.w2 if self.folded else 1.0
+        return self.folded.arcsine[0] * self.w2 if self.folded else 1.0
 
 
 def layers_of(steps: tuple[Step, ...], channels: int) -> tuple[Layer, ...]:
@@ -135,7 +136,7 @@ def factor_scales(layers: Sequence[Layer], dtype: np.dtype[Any]) -> dict[int, tu
     They make up for the rounding of :attr:`Layer.scale`, which would move all kernels the same way.
     """
     return {
-        layer.place: (duals.scale(layer.folded) / float(dtype.type(layer.scale)), layer.w2)
+        layer.place: (layer.folded.arcsine[0] / float(dtype.type(layer.scale)), layer.w2)
         for layer in layers
         if layer.folded
     }
@@ -154,20 +155,6 @@ def check_weights(layers: Sequence[Layer], dtype: np.dtype[Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Offsets:
-    """Neighbouring offsets modulo the side of an image, those with pixel pairs that VALID padding leaves."""
-
-    first: int
-    count: int
-
-
-def useful(side: int, margin: int) -> Offsets:
-    """Those with a segment longer than ``2 margin``: all from ``-n`` to ``n``, with ``n = side - 2 margin - 1``."""
-    most = side - 2 * margin - 1
-    return Offsets((-most) % side, 2 * most + 1) if 2 * most + 1 < side else Offsets(0, side)
-
-
-@dataclass(frozen=True)
 class Layout:
     """Where everything is in the scratch memory of a thread, in entries.
 
@@ -176,6 +163,7 @@ class Layout:
       lanes: entries of a vector.
       layers: of the network.
       padding: of its convolutions.
+      margins: pixels that VALID padding removes at each border, rows and columns.
       planes: pixels and factors of an image.
       itemsize: bytes of an entry.
     """
@@ -185,21 +173,19 @@ class Layout:
     lanes: int
     layers: tuple[Layer, ...]
     padding: Padding
+    margins: tuple[int, int]
     planes: int
     itemsize: int
 
     @property
-    def margins(self) -> tuple[int, int]:
-        """Pixels that VALID padding removes at each border."""
-        if self.padding != "VALID":
-            return 0, 0
-        y, x = (sum(layer.radii[axis] for layer in self.layers) for axis in (0, 1))
-        return y, x
-
-    @property
     def across(self) -> Offsets:
         """The horizontal offsets."""
-        return useful(self.width, self.margins[1])
+        return useful_offsets(self.width, self.margins[1])
+
+    @property
+    def down(self) -> Offsets:
+        """The vertical offsets."""
+        return useful_offsets(self.height, self.margins[0])
 
     @property
     def expanded(self) -> bool:
@@ -731,7 +717,8 @@ def finish_layer(
     *begun, total = begun
     if layer.folded:
         operations.pop(0)
-        nngp, angle = duals.arc_cosine(f, begun, duals.middle(layer.folded), layer.scale)
+        _, middle = layer.folded.arcsine
+        nngp, angle = duals.arc_cosine(f, begun, middle, layer.scale)
         k, theta = factors.product(f, 0) * nngp, _biased(total, layer) * angle
     else:
         (k,), theta = begun, f.affine(total, layer.w2, layer.b2)

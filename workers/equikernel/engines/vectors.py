@@ -307,14 +307,13 @@ class Function:
 
     def intrinsic(self, name: str, *arguments: Operand) -> Vector:
         """An LLVM intrinsic of vectors."""
-        return Vector(self, self._call_intrinsic(f"llvm.{name}.v{self.lanes}f{8 * self.dtype.itemsize}", arguments))
+        values = [self.vector(argument).value for argument in arguments]
+        return self._call(f"llvm.{name}.v{self.lanes}f{8 * self.dtype.itemsize}", values)
 
-    def _call_intrinsic(self, name: str, arguments: Sequence[Operand]) -> ir.Value:
+    def _call(self, name: str, values: list[ir.Value]) -> Vector:
         module = self.module.module
-        found = module.globals.get(name)
-        if found is None:
-            found = ir.Function(module, ir.FunctionType(self.type, [self.type] * len(arguments)), name)
-        return self.builder.call(found, [self.vector(argument).value for argument in arguments])
+        kind = ir.FunctionType(self.type, [value.type for value in values])
+        return Vector(self, self.builder.call(module.globals.get(name) or ir.Function(module, kind, name), values))
 
     def fused(self, a: Operand, b: Operand, c: Operand) -> Vector:
         """``a b + c``, rounded once where the processor has such an instruction."""
@@ -352,14 +351,11 @@ class Function:
 
     def inverse_root_estimate(self, a: Vector) -> Vector:
         """``1/√a`` to 14 bits, with AVX-512."""
-        bits, flags = 8 * self.dtype.itemsize, ir.IntType(self.lanes)
-        name = f"llvm.x86.avx512.rsqrt14.p{'s' if bits == 32 else 'd'}.512"
-        module = self.module.module
-        estimate = module.globals.get(name) or ir.Function(
-            module, ir.FunctionType(self.type, [self.type, self.type, flags]), name
+        all_lanes = ir.Constant(ir.IntType(self.lanes), -1)
+        kind = "ps" if self.dtype == np.float32 else "pd"
+        return self._call(
+            f"llvm.x86.avx512.rsqrt14.{kind}.512", [a.value, ir.Constant(self.type, ir.Undefined), all_lanes]
         )
-        nothing = ir.Constant(self.type, ir.Undefined)
-        return Vector(self, self.builder.call(estimate, [a.value, nothing, ir.Constant(flags, -1)]))
 
     def maximum(self, a: Operand, b: Operand) -> Vector:
         """The larger one."""

@@ -122,7 +122,8 @@ class XlaEngine:
         steps, padding = self.network.steps, self.network.padding
         height, width = block1.packed.shape[2:]
         down, across = (
-            useful_offsets(side, margin) for side, margin in zip((height, width), self.network.margin, strict=True)
+            np.sort(useful_offsets(side, margin).numbers)
+            for side, margin in zip((height, width), self.network.margin, strict=True)
         )
         blocks = block_shape(
             (len(rows), len(across)),

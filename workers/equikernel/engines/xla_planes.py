@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from equikernel.engines.decoupled import rounding
 from equikernel.engines.functions import FUNCTIONS
 from equikernel.geometry import margin
 from equikernel.layers import Branch, Convolution, Nonlinearity, convolutions
@@ -46,8 +47,6 @@ def plane_sums(steps: tuple[Step, ...], padding: Padding, channels: int, platfor
     and returns the sums of K and Θ over all pixel pairs with these offsets, ``(2, D, P)`` float64.
     """
     radii = [step.radii for step in convolutions(steps)]
-    # How close to ±1 a correlation is taken as ±1; sums over larger filters round more.
-    rounding = max(1, *(max(radius) for radius in radii))
     circular = padding == "CIRCULAR"
 
     def sums(x: Array, y: Array, down: Array, across: Array, begin: Array, end: Array, true: Array) -> Array:
@@ -63,7 +62,7 @@ def plane_sums(steps: tuple[Step, ...], padding: Padding, channels: int, platfor
             circular,
             {r: _links(down, height, r).transpose(2, 0, 1)[..., None, None].astype(x.dtype) for r, _ in radii},
             {r: jnp.repeat(_links(across, width, r), pairs, axis=2)[:, None].astype(x.dtype) for _, r in radii},
-            float(jnp.finfo(x.dtype).eps) * rounding,
+            float(jnp.finfo(x.dtype).eps) * rounding(steps),
             platform,
             true,
         )
