@@ -112,6 +112,18 @@ def test_every_activation(activation: str, dtype: str, device: Lockstep) -> None
 
 
 @pytest.mark.parametrize("padding", ["SAME", "CIRCULAR"])
+@pytest.mark.parametrize("width", [9, 11])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_what_does_not_count_may_be_infinite(dtype: str, width: int, padding: Any, device: Lockstep) -> None:
+    """Between two planes, and in lanes that no row needs, covariances may belong to no images, and grow."""
+    x = images(2, (6, width, 1))
+    x[:, 2] *= 255
+    x[:, :, 0] *= 255
+    net = GroupCNN(group="C1", depth=12, activation="gelu", padding=padding)
+    assert_close(net.kernel(x, engine="gpu", dtype=dtype), net.kernel(x, engine="cpu", dtype="float64"), dtype)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "CIRCULAR"])
 def test_branches_with_filters_of_any_shape(padding: Any, device: Lockstep) -> None:
     check(GroupCNN(group="D2", layers=RESNET, padding=padding, b_std=0.1), (7, 6, 2))
 

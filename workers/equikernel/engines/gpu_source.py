@@ -439,20 +439,26 @@ class _Rows:
         return _Planes(planes.behind + rows, *late)
 
     def add_up(self, planes: _Planes) -> None:
-        """Add a row to the sums over all rows, which keep what rounding cuts off."""
-        weight = Value("weight", self.code)
+        """Add a row to the sums over all rows, which keep what rounding cuts off.
+
+        What does not count is passed over, not multiplied with 0: rows that mix two planes may be infinite or NaN.
+        """
         for values in (planes.k, planes.theta):
             row: Any = 0.0
             for k, value in enumerate(values):
-                row = row + (value * Value(f"inside{k}", self.code) if self.partial else value)
+                row = row + (self.only_if(f"inside{k}", value) if self.partial else value)
             total, low = self.keep(1)[0], self.keep(1)[0]
-            more = row * weight - low
+            more = self.only_if("counts", row) - low
             new = total + more
             self.shift([low], (new - total) - more)
             self.shift([total], new)
             self.sums.append((total.name, low.name))
 
     # What the recursion is written in
+
+    def only_if(self, condition: str, value: Any) -> Value:
+        """A value where a condition holds, else 0."""
+        return self.code.call("select", Value(condition, self.code), value, 0.0)
 
     def load(self, image: str, plane: int, behind: int, column: int) -> str:
         """An entry of a row of one of the images."""
@@ -495,10 +501,11 @@ class _Rows:
             "image2 = cols[start + pair]",
             f"lane = thread % {WARP}",
             f"part = lane % {plan.lanes}",
-            f"slot = lane // {plan.lanes}",
+            # Lanes beyond the last whole row do what its lanes do, with the same neighbours.
+            f"slot = smaller(lane // {plan.lanes}, {slots - 1})",
             f"number = task % {plan.groups} * {slots} + slot",
             f"chunk = task // {plan.groups}",
-            f"active = (slot < {slots}) & (number < {len(plan.across)}) & (chunk < {plan.chunks})",
+            f"active = (lane < {slots * plan.lanes}) & (number < {len(plan.across)}) & (chunk < {plan.chunks})",
             f"offset = across[smaller(number, {len(plan.across) - 1})]",
             f"column = part * {plan.columns}",
             f"other = (column + offset) % {self.width}",
@@ -510,7 +517,7 @@ class _Rows:
                 left, right = f"({left}) % {plan.lanes}", f"({right}) % {plan.lanes}"
             else:
                 left, right = f"larger({left}, 0)", f"smaller({right}, {plan.lanes - 1})"
-            head += [f"left{distance} = lane - part + {left}", f"right{distance} = lane - part + {right}"]
+            head += [f"left{distance} = slot * {plan.lanes} + {left}", f"right{distance} = slot * {plan.lanes} + {right}"]
         if not circular:
             for j in range(2 * self.reach + plan.columns - 1):
                 here = f"column + {j + 1 - self.reach}"
@@ -518,8 +525,7 @@ class _Rows:
                 head.append(f"side{j} = select({linked}, {one}, {zero})")
         if self.partial:
             for k in range(plan.columns):
-                inside = _inside(f"(column + {k})", self.width, margin_x)
-                head.append(f"inside{k} = select({inside}, {one}, {zero})")
+                head.append(f"inside{k} = {_inside(f'(column + {k})', self.width, margin_x)}")
         if self.shared:
             threads = plan.warps * WARP
             head += [
@@ -548,7 +554,7 @@ class _Rows:
             f"x0 = narrow(row * {plan.stride} + column)",
             f"y0 = narrow(moved * {plan.stride} + other + {second})",
             *([] if circular else [f"link0 = select((phase > 0) & (moved > 0), {one}, {zero})"]),
-            f"weight = select({counts}, {one}, {zero})",
+            f"counts = {counts}",
             *code.lines,
             *(f"{name} = {value}" for name, value in self.moves),
             *(f"{name}{j} = {name}{j - 1}" for name, count, _ in self.lines_of_rows() for j in range(count, 0, -1)),
