@@ -517,7 +517,7 @@ class _Rows:
                 left, right = f"({left}) % {plan.lanes}", f"({right}) % {plan.lanes}"
             else:
                 left, right = f"larger({left}, 0)", f"smaller({right}, {plan.lanes - 1})"
-            head += [f"left{distance} = slot * {plan.lanes} + {left}", f"right{distance} = slot * {plan.lanes} + {right}"]
+            head += [f"{side}{distance} = slot * {plan.lanes} + {part}" for side, part in (("left", left), ("right", right))]
         if not circular:
             for j in range(2 * self.reach + plan.columns - 1):
                 here = f"column + {j + 1 - self.reach}"
