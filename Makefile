@@ -11,7 +11,7 @@ SOURCES := service workers tests benchmarks examples docs deploy
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test browser docs load soak storage scaling speed bench bench-run bench-gpu lint format lock clean
+.PHONY: help install demo test browser docs load soak storage scaling speed bench bench-run bench-gpu gpu-code lint format lock clean
 
 help:           ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,13 @@ bench-gpu: $(if $(PYTHON_GPU),,$(STAMP))  ## the engine gpu: whether it is right
 	PYTHONPATH=service:workers $(or $(PYTHON_GPU),$$(test -x .venv-cuda/bin/python && echo .venv-cuda || echo $(VENV))/bin/python) \
 	  benchmarks/gpu.py $(BENCH)
 
+# NVIDIA's compiler is packaged for Linux; elsewhere there is nothing to check.
+gpu-code: | $(UV)  ## the kernels of the engine gpu, compiled without a GPU: registers, instructions, the floor
+	@test "$$(uname)" = Linux || { echo "gpu-code: NVIDIA's compiler runs on Linux only; nothing is checked"; exit 0; }; \
+	  test -x .venv-nvcc/bin/python || $(UV) venv --quiet --python $(PYTHON) .venv-nvcc; \
+	  $(UV) pip install --quiet --python .venv-nvcc/bin/python --require-hashes --no-deps -r requirements-nvcc.txt && \
+	  PYTHONPATH=workers .venv-nvcc/bin/python benchmarks/gpu_code.py
+
 lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -79,10 +86,12 @@ lock: $(UV)  ## renew the locks; excludes.txt keeps TensorFlow out
 	  --excludes excludes.txt pyproject.toml --extra s3 --extra cluster --extra cuda -c requirements.txt --upgrade \
 	  -o requirements-cuda.txt
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	  --group nvcc -c requirements-cuda.txt --upgrade -o requirements-nvcc.txt
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
 	  --excludes excludes.txt pyproject.toml --extra s3 --extra service --group dev -c requirements.txt --upgrade -o requirements-dev.txt
 
 clean:          ## remove the environment and everything generated
-	rm -rf $(VENV) .venv-cuda .uv runs plots examples/data docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-cuda .venv-nvcc .uv runs plots examples/data docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(STAMP): requirements-dev.txt pyproject.toml | $(UV)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \

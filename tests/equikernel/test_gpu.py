@@ -1,18 +1,12 @@
-"""The GPU engine: the source of its kernels run on the CPU in lockstep, and compiled for a GPU that is not here."""
+"""The GPU engine: the source of its kernels run on the CPU in lockstep; ``make gpu-code`` compiles it."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import re
-import shutil
-import subprocess
-import sys
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import gpu as bench
 import numpy as np
 import pytest
 from lockstep import Lockstep
@@ -302,57 +296,38 @@ def test_auto_takes_another_engine_for_images_that_are_too_wide(
 def test_without_a_gpu_the_engine_says_what_is_missing() -> None:
     if not kernels.why_no_gpu():
         pytest.skip("there is a GPU")
-    with pytest.raises(EngineError, match=r"the engine 'gpu' has no device: numba-cuda .*; use engine='xla' or 'cpu'"):
+    with pytest.raises(EngineError, match=r"the engine 'gpu' has no device: .* (not installed|found).*; use engine='xla' or 'cpu'"):
         KernelFunction(GroupCNN(), ("C4",), "gpu")
 
 
-COMPILE = """
-import sys
-from types import SimpleNamespace
-import numba.cuda.dispatcher
-from numba import cuda
-from equikernel import GroupCNN
-from equikernel.engines import gpu_device, gpu_source
+def test_the_benchmark_finds_what_is_wrong(device: Lockstep, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: bench.SMALL[name] for name in ("one pixel", "VALID leaky_relu(0.2)")}
+    assert bench.compare(few, "reference") == []
+    assert bench.compare(bench.BRIGHT, "cpu", 255) == []
+    pairs = GpuEngine.pairs
 
-numba.cuda.dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=(9, 0))
-dtype, shared, activation = sys.argv[1], sys.argv[2] == "shared", sys.argv[3]
-net = GroupCNN(depth=3, activation=activation)
-source = gpu_source.kernel_source(net.steps, net.padding, (32, 32, 3), dtype, shared)
-for name, function in gpu_device.functions_of(source, dtype).items():
-    ptx, _ = cuda.compile_ptx(function, gpu_device.signatures(dtype)[name], cc=(9, 0))
-    print(ptx if name == "kernel" else "")
-"""
+    def almost(engine: GpuEngine, *arguments: Any) -> Any:
+        return {name: type(found)(*(1.0001 * each for each in found)) for name, found in pairs(engine, *arguments).items()}
+
+    monkeypatch.setattr(GpuEngine, "pairs", almost)
+    wrong = bench.compare(few, "reference")
+    assert len(wrong) == 4
+    assert "one pixel, float32: 1.0e-04 from 'reference', allowed 5e-06" in wrong
 
 
-def assembler() -> str:
-    """NVIDIA's assembler, of the package nvidia-cuda-nvcc or on the path; empty without."""
-    found = importlib.util.find_spec("nvidia")
-    for place in (found.submodule_search_locations or []) if found else []:
-        for path in Path(place).glob("*/bin/ptxas"):
-            return str(path)
-    return shutil.which("ptxas") or ""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
 @pytest.mark.parametrize(
-    "arguments", ["float32 shared relu", "float32 global relu", "float64 global relu", "float32 shared gelu"]
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 67.0),
+        ("NVIDIA H200", 67.0),
+        ("NVIDIA H100 PCIe", 51.0),
+        ("NVIDIA L40", 90.5),
+        ("NVIDIA L4", 30.3),
+        ("NVIDIA A100-SXM4-40GB", 19.5),
+        ("NVIDIA RTX A1000", 0.0),
+    ],
 )
-def test_the_compiled_kernel_keeps_its_rows_in_registers(arguments: str, tmp_path: Path) -> None:
-    """With registers for 16 warps per processor; in a process of its own, which takes the GPU for granted."""
-    command = [sys.executable, "-c", COMPILE, *arguments.split()]
-    ptx = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    assert "shfl.sync.idx" in ptx
-    if not assembler():
-        pytest.skip("ptxas is not installed; the kernel compiles, but its registers are not counted")
-    path = tmp_path / "kernel.ptx"
-    path.write_text(ptx)
-    done = subprocess.run(
-        [assembler(), "-arch=sm_90", "-maxrregcount=128", "-v", str(path), "-o", os.devnull],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    spilled = [int(size) for size in re.findall(r"(\d+) bytes spill", done.stderr)]
-    assert spilled
-    assert max(spilled) <= 64  # bytes, of 512 that a thread has: what is used once per plane or task
+def test_the_floor_is_of_the_gpu_with_that_name(kind: str, peak: float) -> None:
+    floor = bench.Case(32, 3, "SAME", "float32").floor(kind)
+    operations = 2 * 32**4 * 3 * bench.ARITHMETIC["float32"]
+    assert floor == pytest.approx(operations / (1e12 * peak) if peak else 0.0)

@@ -182,16 +182,24 @@ def why_no_gpu() -> str:
     if find_spec("numba_cuda") is None:
         return "numba-cuda is not installed (as with `pip install 'numba-cuda[cu13]'`)"
     try:
-        from numba import cuda
-
-        if not cuda.is_available():
-            return "numba-cuda finds no NVIDIA GPU with a driver"
+        if not _driver_finds_gpu():
+            return "no NVIDIA GPU with a driver is found"
         from equikernel.engines.gpu_device import device
 
         device()  # needs more than a driver
         return ""
     except Exception as error:  # whatever is wrong with a driver, other engines work
         return f"numba-cuda fails ({type(error).__name__})"
+
+
+def _driver_finds_gpu() -> bool:
+    """Whether there is a GPU; the driver itself is asked, because importing numba takes more than a second."""
+    from cuda.bindings import driver
+
+    try:
+        return not driver.cuInit(0)[0] and driver.cuDeviceGetCount()[1] > 0
+    except RuntimeError:  # there is no driver
+        return False
 
 
 @cache

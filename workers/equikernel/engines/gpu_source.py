@@ -119,6 +119,7 @@ class Source:
       shared: whether the threads of a block share both images of its pair.
       registers: of a thread at most.
       instructions: of all warps for a pair, roughly.
+      unrolled: rows that a turn of the inner loop streams.
     """
 
     text: str
@@ -127,6 +128,7 @@ class Source:
     shared: bool
     registers: int
     instructions: float
+    unrolled: int
 
 
 def kept_per_column(steps: tuple[Step, ...]) -> tuple[int, int]:
@@ -517,7 +519,8 @@ class _Rows:
                 left, right = f"({left}) % {plan.lanes}", f"({right}) % {plan.lanes}"
             else:
                 left, right = f"larger({left}, 0)", f"smaller({right}, {plan.lanes - 1})"
-            head += [f"{side}{distance} = slot * {plan.lanes} + {part}" for side, part in (("left", left), ("right", right))]
+            begin = f"slot * {plan.lanes}"
+            head += [f"left{distance} = {begin} + {left}", f"right{distance} = {begin} + {right}"]
         if not circular:
             for j in range(2 * self.reach + plan.columns - 1):
                 here = f"column + {j + 1 - self.reach}"
@@ -614,6 +617,7 @@ class _Rows:
             shared=self.shared,
             registers=FEW_REGISTERS if few else REGISTERS,
             instructions=plan.tasks * plan.chunk * plan.period * plan.columns * self.layers * INSTRUCTIONS,
+            unrolled=unrolled,
         )
 
     def lines_of_rows(self) -> list[tuple[str, int, str]]:
