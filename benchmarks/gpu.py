@@ -43,8 +43,8 @@ PEAK = {
     "V100": (15.7, 7.8),
     "T4": (8.1, 0.253),
 }
-"""TFLOPS of float32 and float64 without tensor cores, of data sheets, where a fused multiply-add is two, by words in the
-GPU's name."""
+"""TFLOPS of float32 and float64 without tensor cores, of data sheets, where a fused multiply-add is two; by
+words in the name of the GPU."""
 
 ARITHMETIC = {"float32": 28.3, "float64": 57.0}
 """Arithmetic instructions per plane entry and layer, of ReLU and 3x3 filters, in the compiled kernels of depth 3."""

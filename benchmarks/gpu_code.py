@@ -2,10 +2,11 @@
 
     python benchmarks/gpu_code.py
 
-One line per kind of kernel: how long it takes to compile; its registers, and the bytes that do not fit in them; and what
-a turn of its inner loop executes for each entry of the covariance (all layers together), by the unit of a multiprocessor
-that does it: arithmetic, special functions, exchange with memory and other lanes. From the rates of these units follows
-the time that each of them takes for a pair and rotation if it is never idle, of which the longest is the *floor*. ``docs/performance.md`` says what follows.
+One line per kind of kernel: how long it takes to compile; its registers, and the bytes that do not fit in them; and
+what a turn of its inner loop executes for each entry of the covariance (all layers together), by the unit of a
+multiprocessor that does it: arithmetic, special functions, exchange with memory and other lanes. From the rates of
+these units follows the time that each of them takes for a pair and rotation if it is never idle, of which the longest
+is the *floor*. ``docs/performance.md`` says what follows.
 
 Needs numba-cuda with NVIDIA's compiler, assembler and disassembler (``make gpu-code`` installs them), and no GPU. Exit
 code 1: a kernel does not compile, or keeps rows in memory.
