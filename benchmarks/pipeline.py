@@ -73,7 +73,7 @@ class Times:
     Attributes:
       stages: one after the other, from the start of Python to its end.
       workers: how many computed.
-      read, prepare, kernels, write: of all workers for the tiles; they read and write while they compute another one.
+      read, prepare, kernels, write: of all workers for the tiles; all but kernels while they compute another one.
       driver: processor time of the driver meanwhile.
     """
 
@@ -235,19 +235,19 @@ def show_workers(console: Console, times: Times) -> None:
         f"2. {times.workers} workers, from the first tile to the last",
         ("what",),
         ("s", "% tiles", "% run"),
-        f"% tiles: of the time of {times.workers} workers while there are tiles; % run: of all stages; loading and "
-        "writing go on while another tile is computed",
+        f"% tiles: of the time of {times.workers} workers while there are tiles; % run: of all stages; "
+        "meanwhile: while another tile is computed",
     )
-    rest = times.workers * times.tiles - times.kernels - times.prepare
+    rest = times.workers * times.tiles - times.kernels
     for name, seconds in (
         ("kernels", times.kernels),
-        ("self-kernels and rotation", times.prepare),
-        ("neither: hand-over, others' last tiles", rest),
+        ("hand-over, others' last tiles", rest),
     ):
         out.add_row(name, f"{seconds:.2f}", f"{times.of_workers(seconds):.2%}", f"{times.of_run(seconds):.2%}")
     out.add_section()
     for name, seconds in (
         ("meanwhile: loading blocks", times.read),
+        ("meanwhile: self-kernels, rotation", times.prepare),
         ("meanwhile: writing tiles", times.write),
         ("meanwhile: the driver, processor time", times.driver),
     ):

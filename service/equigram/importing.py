@@ -13,7 +13,6 @@ from equigram.errors import DataError, EquigramError
 from equigram.events import Progress
 from equigram.plan import SplitName, Tile, is_diagonal, row_split
 from equigram.verify import TOLERANCE
-from equikernel.kernel import KernelFunction
 from equikernel.memory import available_memory, format_bytes
 
 if TYPE_CHECKING:
@@ -228,7 +227,7 @@ def _values(store: GramStore, arrays: _Source, tile: Tile, group: str, kernel: s
 def _compare(store: GramStore, one: Pass, tiles: list[Tile], arrays: _Source, listener: Listener) -> None:
     """Raise unless tiles of a source hold what is computed here, up to rounding."""
     spec = store.info.spec
-    function = KernelFunction(spec.network, one.groups, spec.engine_here(one.groups), spec.gram.dtype)
+    function = spec.function_here(one.groups, store.info.image_shape)
     for done, tile in enumerate(tiles):
         listener(Progress("comparing tiles", done, len(tiles)))
         row = function.prepare(store.block(row_split(tile.part), tile.row))

@@ -63,7 +63,6 @@ from equigram.solve.stage import (
     check_memory,
     check_solvable,
     choose_method,
-    kernel_function,
     solve_run,
     targets_of,
 )
@@ -73,7 +72,7 @@ from equigram.store import SAME_SOFTWARE, GramStore, free_space, versions
 from equikernel.errors import EquikernelError, NetworkError
 from equikernel.groups import keeps_rectangles, union
 from equikernel.images import Labels, check_pixels
-from equikernel.kernel import KernelFunction, available_cores
+from equikernel.kernel import available_cores
 from equikernel.memory import available_memory, format_bytes
 from equikernel.worker import CACHED_BLOCKS, TileReport, TileWorker, measure_pair_seconds
 
@@ -251,8 +250,9 @@ def check_kernels(spec: JobSpec, passes: Iterable[Pass], split: Split, which: st
     """
     dtype: np.dtype[Any] = np.dtype(spec.gram.dtype)
     for one in passes:
-        function = KernelFunction(spec.network, one.groups, spec.engine_here(one.groups), spec.gram.dtype)
-        step = max(1, CHECKED_BYTES // function.engine.image_bytes(*split.images.shape[1:]))
+        _, *shape = split.images.shape
+        function = spec.function_here(one.groups, (shape[0], shape[1], shape[2]))
+        step = max(1, CHECKED_BYTES // function.engine.image_bytes(*shape))
         for start in range(0, len(split.images), step):
             listener(Progress("checking images", start, len(split.images)))
             images = split.images[start : start + step]
@@ -308,7 +308,7 @@ def needs_square(spec: JobSpec) -> bool:
 def worker_memory(spec: JobSpec, groups: tuple[str, ...], tiling: Tiling, image_shape: tuple[int, int, int]) -> int:
     """Bytes that a worker needs at most for a pass over ``groups``, for images of ``(H, W, C)``."""
     gram, threads = spec.gram, spec.resources.cpus_per_worker
-    engine = KernelFunction(spec.network, groups, spec.engine_here(groups), gram.dtype, threads).engine
+    engine = spec.function_here(groups, image_shape, threads).engine
     blocks = worker_bytes(
         tiling.edge,
         engine.image_bytes(*image_shape),
@@ -852,7 +852,7 @@ def predict(
     new = load_images(images, info.preprocessing)
     if variances:
         _check_room_for_variances(info.train, len(new.images))
-    function = kernel_function(store, group, kernel)
+    function = info.spec.function_here((group,), info.image_shape)
     crosses = np.empty((len(new.images), info.train if variances else 0))
     itself = np.empty(len(new.images))
     values = np.tile(arrays["offset"].astype(np.float64), (len(new.images), 1))

@@ -16,7 +16,7 @@ from equikernel.activations import Custom
 from equikernel.errors import EngineError
 from equikernel.fields import describe
 from equikernel.groups import on_grid
-from equikernel.kernel import EngineName, choose_engine, engine_here
+from equikernel.kernel import EngineName, KernelFunction, choose_engine, why_no_gpu
 from equikernel.network import Architecture, GroupCNN, GroupName
 
 KernelName = Literal["nngp", "ntk"]
@@ -306,8 +306,20 @@ class JobSpec(_Section):
         return choose_engine(self.network, groups, self.gram.engine, gpu=self.resources.gpus_per_worker > 0)[0]
 
     def engine_here(self, groups: tuple[str, ...]) -> str:
-        """The engine of a pass where it is planned, checked or compared: on this machine, which may have no GPU."""
-        return engine_here(self.engine_for(groups))
+        """The engine of a pass on this machine, which may have no GPU: where it is planned, checked or compared."""
+        return "xla" if self.engine_for(groups) == "gpu" and why_no_gpu() else self.engine_of_workers(groups)
+
+    def function_here(
+        self, groups: tuple[str, ...], image_shape: tuple[int, int, int], threads: int | None = None
+    ) -> KernelFunction:
+        """The kernels of groups that share a pass, as this machine computes them, for images ``(H, W, C)``.
+
+        Raises:
+          ImageError, NetworkError: the network is not defined on such images.
+        """
+        function = KernelFunction(self.network, groups, self.engine_here(groups), self.gram.dtype, threads)
+        function.check_shape(*image_shape[:2])
+        return function
 
     def engine_of_workers(self, groups: tuple[str, ...]) -> str:
         """The engine of a pass as workers are told: ``auto`` for GPUs, of which each takes the best that it can use."""

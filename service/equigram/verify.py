@@ -26,7 +26,6 @@ from equigram.events import Progress
 from equigram.plan import Part, SplitName, Tile, TileSet, is_diagonal, row_split, tile_of
 from equigram.store import SAME_SOFTWARE, versions
 from equikernel.errors import EquikernelError, NonFiniteKernelError
-from equikernel.kernel import KernelFunction
 from equikernel.worker import processor_kind
 
 if TYPE_CHECKING:
@@ -177,13 +176,11 @@ class _Verification:
         self._chunks = 0
         spec, processors = self._info.spec, set(self._info.processors)
         self._dtype, self._tolerance = spec.gram.dtype, TOLERANCE[spec.gram.dtype]
-        engine = spec.engine_here(one.groups)
-        self._function = KernelFunction(spec.network, one.groups, engine, self._dtype)
+        self._function = spec.function_here(one.groups, self._info.image_shape)
         now = versions(SAME_SOFTWARE)
         same_software = all(now.items() <= one.items() for one in self._info.all_versions)
-        self._to_the_bit = (
-            same_software and processors <= {processor_kind(engine)} and self._function.engine.name in SAME_BITS
-        )
+        engine = self._function.engine.name
+        self._to_the_bit = same_software and processors <= {processor_kind(engine)} and engine in SAME_BITS
 
     @property
     def _allowed(self) -> float:

@@ -6,6 +6,7 @@ import pickle
 import runpy
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,13 @@ import pytest
 from pydantic import BaseModel
 
 from equigram import cli
+from equigram import spec as specs
 from equigram.errors import SpecError
 from equigram.spec import DataSpec, GramSpec, JobSpec, ResourceSpec, SolveSpec
 from equigram.yamlfile import read_yaml
-from equikernel import Architecture, AvgPool, Conv, Custom, GroupCNN, Residual
+from equikernel import Architecture, AvgPool, Conv, Custom, EngineError, GroupCNN, Residual
+from equikernel import kernel as kernels
+from equikernel.engines.gpu import GpuEngine
 
 TOP = Path(__file__).parents[2]
 SMALLEST = "store: runs/mine\ndata: {train: images}\n"
@@ -385,3 +389,29 @@ def test_every_wrong_field_is_named_in_a_line_of_its_own(tmp_path: Path) -> None
 def test_the_engine_depends_on_the_job_alone(sections: dict[str, Any], engine: str) -> None:
     spec = JobSpec.parse({"store": "runs/x", "data": {"train": "x.npz"}, **sections})
     assert spec.engine_for(spec.gram.passes[0].groups) == engine
+
+
+@pytest.mark.parametrize(("width", "name"), [(8, "gpu"), (300, "xla")])
+def test_what_plans_and_checks_takes_another_engine_where_workers_do(
+    width: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here as if there were a GPU: rows of 300 pixels are too wide for its engine."""
+    chosen = kernels._engine
+    monkeypatch.setattr(specs, "why_no_gpu", str)
+    monkeypatch.setattr(kernels, "why_no_gpu", str)
+    monkeypatch.setattr(kernels, "_free_memory", lambda _: 10**10)
+    monkeypatch.setattr(
+        kernels,
+        "_engine",
+        lambda name, network, groups, dtype, threads, memory: (
+            GpuEngine(network, groups, dtype, memory, SimpleNamespace())
+            if name == "gpu"
+            else chosen(name, network, groups, dtype, threads, memory)
+        ),
+    )
+    spec = JobSpec.parse({"store": "x", "data": {"train": "x.npz"}, "resources": {"gpus_per_worker": 1}})
+    assert spec.function_here(("C1",), (8, width, 1)).engine.name == name
+    asked = spec.model_copy(update={"gram": GramSpec(engine="gpu")})
+    if name == "xla":
+        with pytest.raises(EngineError, match="rows of 300 pixels do not fit in a warp; use engine='xla'"):
+            asked.function_here(("C1",), (8, width, 1))

@@ -255,6 +255,30 @@ def test_a_tile_is_finished_while_the_next_one_is_computed(device: Lockstep, mon
     assert set(store.tiles) == {Tile(0, 1), Tile(1, 1)}
 
 
+def test_images_are_prepared_while_another_tile_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store()
+    worker = TileWorker(store, GroupCNN(group="C1", depth=1), ("C1",), "cpu", "float32", 1)
+    begin, prepare, prepared = KernelFunction.begin, KernelFunction.prepare, threading.Event()
+
+    def prepare_and_tell(function: KernelFunction, images: Any, *names: Any) -> Any:
+        if np.array_equal(images, store.block("train", 2)):
+            prepared.set()
+        return prepare(function, images, *names)
+
+    def begin_late(function: KernelFunction, *blocks: Any) -> Any:
+        assert prepared.wait(timeout=60)
+        return begin(function, *blocks)
+
+    monkeypatch.setattr(KernelFunction, "prepare", prepare_and_tell)
+    monkeypatch.setattr(KernelFunction, "begin", begin_late)
+    threads = [threading.Thread(target=worker.compute, args=(tile,)) for tile in (Tile(0, 1), Tile(1, 2))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=100)
+    assert set(store.tiles) == {Tile(0, 1), Tile(1, 2)}
+
+
 @pytest.mark.parametrize(
     ("missing", "jax", "engine", "reason"),
     [

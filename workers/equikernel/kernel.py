@@ -166,11 +166,6 @@ def choose_engine(
     return ("gpu", "offsets decouple, and there is a GPU") if gpu else ("cpu", "offsets decouple, and there is no GPU")
 
 
-def engine_here(engine: str) -> str:
-    """The engine of a job, or ``"xla"`` for ``"gpu"`` on machines without: what plans it, and checks its tiles."""
-    return "xla" if engine == "gpu" and why_no_gpu() else engine
-
-
 def has_gpu() -> bool:
     """Whether an engine computes on a GPU here."""
     return not why_no_gpu() or jax_has_gpu()

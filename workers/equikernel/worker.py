@@ -62,7 +62,7 @@ class TileStore(Protocol):
 class Spent(NamedTuple):
     """Seconds that a worker spends on a tile, without waiting for another tile of the same worker.
 
-    It reads and writes while it computes another tile.
+    It reads, prepares and writes while it computes another tile.
     """
 
     read: float
@@ -93,7 +93,7 @@ class TileReport:
 
 
 class TileWorker:
-    """Computes tiles of one run; several threads may, one of which computes while others read and write.
+    """Computes tiles of one run; several threads may, one of which computes while others read, prepare and write.
 
     Args:
       store: where images come from and tiles go.
@@ -110,6 +110,7 @@ class TileWorker:
         self._function = KernelFunction(network, groups, engine, dtype, threads)
         self.processor = processor_kind(self._function.engine.name)
         self._blocks: OrderedDict[tuple[str, int], Block] = OrderedDict()
+        self._preparing = threading.Lock()
         self._computing = threading.Lock()
 
     def compute(self, tile: TileLike, read: Callable[[str, int], NDArray[Any]] | None = None) -> TileReport:
@@ -128,11 +129,11 @@ class TileWorker:
         with clock.adding_to("read"):
             images = {side: _patiently(side, read or self._store.block) for side in self._unknown(sides)}
         try:
-            with self._computing:
+            with self._preparing:  # while another tile is computed
                 row, col = (self._block(side, images, read or self._store.block, clock) for side in sides)
-                pairs = row.count * (row.count + 1) // 2 if row is col else row.count * col.count
-                with clock.adding_to("kernels"):
-                    end = self._function.begin(row) if row is col else self._function.begin(row, col)
+            pairs = row.count * (row.count + 1) // 2 if row is col else row.count * col.count
+            with self._computing, clock.adding_to("kernels"):
+                end = self._function.begin(row) if row is col else self._function.begin(row, col)
             with clock.adding_to("kernels"):  # while the device computes another tile
                 kernels = end()
         except EquikernelError as error:

@@ -39,7 +39,6 @@ from equigram.solve.targets import Targets, class_targets, nested_subset, real_t
 from equigram.solve.tiled import least_memory, solve_tiled
 from equigram.spec import ResourceSpec, SolveSpec
 from equigram.store import GramStore
-from equikernel.kernel import KernelFunction
 from equikernel.memory import available_memory, format_bytes
 
 Labels = NDArray[Any] | None
@@ -237,13 +236,6 @@ def solve_run(
         results += some
         listener(Progress("solve", (index + 1) * stage.regressions, len(pairs) * stage.regressions))
     return results
-
-
-def kernel_function(store: GramStore, group: str, kernel: str) -> KernelFunction:
-    """The kernels of a group, computed as in the tiles of a run."""
-    info = store.info
-    together = next(one.groups for one in info.passes if (group, kernel) in one.matrices)
-    return KernelFunction(info.spec.network, (group,), info.spec.engine_here(together), info.spec.gram.dtype)
 
 
 def _asked(spec: SolveSpec) -> dict[str, Any]:
@@ -453,7 +445,7 @@ class _Stage:
     def _queries(self) -> Iterator[tuple[NDArray[Any], Float64s]]:
         """The test images, a block at a time: their kernels with the training images, and with themselves."""
         tiling, (group, kernel) = self._info.tiling, self._names
-        function = kernel_function(self._store, group, kernel)
+        function = self._info.spec.function_here((group,), self._info.image_shape)
         for block in range(tiling.test_blocks):
             rows = tiling.rows(Tile("cross", block, 0))
             images = function.prepare(self._store.block("test", block), "the test images", rows.start)
