@@ -2,6 +2,8 @@
 
     python benchmarks/floor.py
 
+on an x86-64 processor with AVX2 or AVX-512, whose instructions it can count.
+
 The CPU engine spends its time in one loop per kind of layer. Here the same code is compiled without its loads and
 stores, on registers, several entries at a time so that none waits for another: nothing that computes these instructions
 can be faster on this processor. The sum over all entries and layers is the *floor* of a pair of images and one element
@@ -11,13 +13,18 @@ of the group. ``docs/performance.md`` says what follows.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import platform
 import re
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -25,6 +32,7 @@ from rich.console import Console
 from tables import table
 
 from equikernel import GroupCNN
+from equikernel.engines import cpu
 from equikernel.engines.cpu import CpuEngine
 from equikernel.engines.planes import Layer, begin_layer, finish_layer, layers_of
 from equikernel.engines.vectors import Function, Module, Target, Variable, Vector, aligned, host
@@ -119,6 +127,11 @@ class Registers:
         return self._x * self._y
 
 
+def is_counted() -> bool:
+    """Whether the instructions of this processor are known here, without which there is no floor."""
+    return platform.machine() in ("x86_64", "AMD64") and host().vector_bytes >= 32
+
+
 def floor(
     network: GroupCNN, channels: int, dtype: Any = np.float32, target: Target | None = None, rounds: int = ROUNDS
 ) -> Floor:
@@ -205,8 +218,6 @@ def _instructions(kind: Callable[..., None], dtype: np.dtype[Any], target: Targe
     f.store(both.get(), memory + f.lanes)
     f.end()
     found = [loop.arithmetic for loop in loops(module.compile("turns").assembly)]
-    if not found:
-        raise SystemExit("instructions are counted in the code of x86-64 processors with AVX2 or AVX-512 only")
     return max(found, key=Counter.total)
 
 
@@ -287,6 +298,17 @@ def without_avx512() -> Target:
     return Target("haswell", ",".join(allowed), 32)
 
 
+@contextlib.contextmanager
+def restricted_to_avx2() -> Iterator[None]:
+    """Without AVX-512, as on other processors: the CPU engine, the floor, and XLA if it has not started yet."""
+    with (
+        mock.patch.object(cpu, "host", without_avx512),
+        mock.patch.object(sys.modules[__name__], "host", without_avx512),
+        mock.patch.dict(os.environ, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa=AVX2"),
+    ):
+        yield
+
+
 def targets() -> dict[str, Target]:
     """What to measure here, by name."""
     names = {64: "AVX-512", 32: "AVX2", 16: "vectors of 16 bytes"}
@@ -299,6 +321,8 @@ def targets() -> dict[str, Target]:
 def main() -> None:
     """Print the instructions and the floor of ReLU networks of depth 3."""
     argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
+    if not is_counted():
+        raise SystemExit("instructions are counted in the code of x86-64 processors with AVX2 or AVX-512 only")
     console = Console()
     network = GroupCNN(depth=3)
     for name, target in targets().items():
