@@ -14,7 +14,7 @@ from equikernel.engines.cpu import CpuEngine
 
 
 def test_where_instructions_are_not_counted_there_is_no_share_of_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(floor.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
     case = bench.Case(8, 1)
     assert all(math.isnan(least) for least in case.floors().values())
     assert bench.percent(math.nan) == ""
