@@ -97,7 +97,7 @@ def begin_arc_cosine(f: Function, c: Vector, scale: float, branch: float) -> lis
     if _slow_roots(f):
         return [c, gap, root]
     unit = (scale / math.pi) ** 2 if is_moderate(scale) else 1 / math.pi**2
-    return [f.with_sign(1 - gap, f.sign(c)), f.sqrt_of_moderate(f.fused(gap, -unit, 2 * unit)), root]
+    return [c, gap, root, f.sqrt_of_moderate(f.fused(gap, -unit, 2 * unit))]
 
 
 def arc_cosine(f: Function, begun: list[Vector], middle: float, scale: float) -> Kernels:
@@ -109,7 +109,11 @@ def arc_cosine(f: Function, begun: list[Vector], middle: float, scale: float) ->
         c >= 0:  A = middle + 1/2 - α  and  √(1-c²)/π + c A = g + a (middle + 1/2),
         c < 0:   A = middle - 1/2 + α  and  √(1-c²)/π + c A = g - a (middle - 1/2),
 
-    or with another root, of ``1 + a``, only ``α`` is a polynomial, of fewer terms. The scale is part of all constants.
+    or with another root, of ``1 + a``, only ``α`` is a polynomial, of fewer terms: with ``P = 1/2 - α ± middle``,
+
+        A = ± P  and  √(1-c²)/π + c A = √(1-a) √(1+a)/π + a P.
+
+    The scale is part of all constants.
 
     Args:
       f: the function under construction.
@@ -118,20 +122,20 @@ def arc_cosine(f: Function, begun: list[Vector], middle: float, scale: float) ->
       scale: of the result.
     """
     unit = scale if is_moderate(scale) else 1.0
-    if _slow_roots(f):
-        c, gap, root = begun
-        positive = c >= 0
-        upper, lower = unit * (middle + 0.5), unit * (middle - 0.5)
+    upper, lower = unit * (middle + 0.5), unit * (middle - 0.5)
+    c, gap, root, *other = begun
+    positive = c >= 0
+    if not other:
         angle = root * f.polynomial(gap, [unit * p for p in ARCCOS])
         rest = root * gap * f.polynomial(gap, [unit * p for p in ARCCOS_REST])
         nngp = rest + f.where(positive, f.fused(gap, -upper, upper), f.fused(gap, lower, -lower) if lower else 0)
         angle = f.where(positive, upper - angle, lower + angle if lower else angle)
     else:
-        c, other, root = begun
         powers = enumerate(ARCCOS_OF_ROOT[f.dtype.name])
-        angle = root * f.polynomial(other, [unit ** (1 - n) * p for n, p in powers])
-        angle = unit * middle + f.with_sign(unit / 2 - angle, f.sign(c))
-        nngp = root * other + angle * c
+        arc = f.polynomial(other[0], [unit ** (1 - n) * p for n, p in powers])
+        p = f.fused(-root, arc, f.where(positive, upper, 0.0 - lower))
+        nngp = f.fused(-gap, p, f.fused(root, other[0], p))
+        angle = abs(p) if lower >= 0 else f.where(positive, p, -p)
     return (nngp, angle) if unit == scale else (scale * nngp, scale * angle)
 
 
