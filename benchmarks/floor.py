@@ -4,10 +4,10 @@
 
 on an x86-64 processor with AVX2 or AVX-512, whose instructions it can count.
 
-The CPU engine spends its time in one loop per kind of layer. Here the same code is compiled without its loads and
-stores, on registers, several entries at a time so that none waits for another: nothing that computes these instructions
-can be faster on this processor. The sum over all entries and layers is the *floor* of a pair of images and one element
-of the group. ``docs/performance.md`` says what follows.
+The CPU engine spends its time in one loop per kind of layer. The instructions of such a loop that compute are counted
+in its machine code, without loads and stores; then a loop with as many of each kind is timed, on registers, where none
+waits for another: nothing that computes these instructions can be faster on this processor. The sum over all entries
+and layers is the *floor* of a pair of images and one element of the group. ``docs/performance.md`` says what follows.
 """
 
 from __future__ import annotations

@@ -28,6 +28,9 @@ ALL = 0xFFFFFFFF
 SHARED = 48 * 1024
 """Bytes that the threads of a block may share without asking."""
 
+PROGRAMS = 64
+"""Compiled sources that are kept."""
+
 CYCLES = 1.2e9
 """In which a scheduler issues an instruction, per second, roughly; it only says how large a batch is."""
 
@@ -90,6 +93,8 @@ class Cuda:
             }
             if shared > SHARED:
                 allow_shared(compiled["kernel"], shared)
+            while len(self._programs) >= PROGRAMS:
+                del self._programs[next(iter(self._programs))]
             self._programs[key] = {"kernel": (compiled["kernel"], shared), "finish": (compiled["finish"], 0)}
         return self._programs[key]
 
