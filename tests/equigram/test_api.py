@@ -833,6 +833,8 @@ def pickled(kind: str = "npy") -> bytes:
             422,
             "that can be read: Array can't be memory-mapped: Python objects",
         ),
+        ("x.npy", b"PK\x03\x04 and no archive", 422, "the upload is no .npy file that can be read: the magic string"),
+        ("x.npy", archive("a.npy"), 422, "the upload is no .npy file that can be read: the magic string"),
         ("x.npz", archive("a.png"), 422, "'a.png' in it is no array"),
         ("x.npz", pickled("npz"), 422, "the upload holds Python objects, in 'x.npy'"),
         ("x.zip", archive("a/1.png", "a/2.png", "a/3.png"), 413, "the upload holds 3 files"),
