@@ -48,7 +48,7 @@ RATES = {"float32": 128, "float64": 64, "special": 16, "exchange": 32, "issue": 
 """Threads of a multiprocessor of compute capability 9.0 whose instruction a unit takes in a cycle (CUDA C++ Programming
 Guide, throughput of native arithmetic instructions); ``issue`` is what the schedulers hand out in all."""
 
-MOST_SPILLED = 64
+MOST_SPILLED = 128
 """Bytes of a thread outside its registers that are what it needs once per plane; rows of planes would be more."""
 
 

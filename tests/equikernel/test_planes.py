@@ -15,11 +15,12 @@ from floor import without_avx512
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from equikernel import Activation as Nonlinear
 from equikernel import Conv, Custom, GroupCNN, NetworkError, Residual
 from equikernel.activations import NAMED, RELU, Activation, Homogeneous, parse
 from equikernel.engines import duals
 from equikernel.engines.cpu import CpuEngine
-from equikernel.engines.decoupled import Offsets, useful_offsets
+from equikernel.engines.decoupled import Offsets, nonnegative_inputs, useful_offsets
 from equikernel.engines.duals import Factors
 from equikernel.engines.vectors import CACHE_LINE, Module, Target, aligned, host
 from equikernel.images import Labels
@@ -64,7 +65,14 @@ def test_layers_that_are_alike_share_code() -> None:
 
 
 def one_vector(
-    activation: Activation, k: Any, q1: Any, q2: Any, dtype: type[np.floating], target: Target
+    activation: Activation,
+    k: Any,
+    q1: Any,
+    q2: Any,
+    dtype: type[np.floating],
+    target: Target,
+    *,
+    nonnegative: bool = False,
 ) -> tuple[Any, Any]:
     """K and K̇ of covariances ``k`` and variances ``q1``, ``q2``, ``(n,)`` each, in vectors of ``target``."""
     module = Module(np.dtype(dtype), target)
@@ -76,7 +84,8 @@ def one_vector(
         here = i * f.lanes
         factors = Factors(x + i, y + here, len(k), len(k) * f.lanes, aligned=True)
         k_in, theta = f.load(values + here), f.vector(1)
-        nngp, slope = duals.emit(f, activation, k_in, theta, factors, 4 * float(np.finfo(dtype).eps))
+        branch = 4 * float(np.finfo(dtype).eps)
+        nngp, slope = duals.emit(f, activation, k_in, theta, factors, branch, nonnegative=nonnegative)
         f.store(nngp, values + here)
         f.store(slope, derivatives + here)
     f.end()
@@ -111,6 +120,44 @@ def test_relu_is_the_arc_cosine_kernel(dtype: type[np.floating], tolerance: floa
     np.testing.assert_allclose(derivative, angle / (2 * np.longdouble(np.pi)), atol=tolerance, rtol=0)
     assert nngp[2048] == derivative[2048] == 0.5
     assert nngp[0] == derivative[0] == 0
+
+
+@pytest.mark.parametrize("target", narrower(), ids=lambda target: f"{target.vector_bytes} bytes")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu(0.1)", "leaky_relu(-2)", "abs"])
+def test_the_sign_of_a_correlation_that_is_not_negative_may_be_left_out(
+    activation: str, dtype: type[np.floating], target: Target
+) -> None:
+    """Also where rounding errors have made it negative."""
+    eps = np.finfo(dtype).eps
+    c = np.concatenate([np.linspace(0, 1, 2049), [-0.0, -eps / 8, -100 * eps, 1 + eps]]).astype(dtype)
+    ones = np.ones(len(c))
+    usual = one_vector(parse(activation), c, ones, ones, dtype, target)
+    found = one_vector(parse(activation), c, ones, ones, dtype, target, nonnegative=True)
+    for values, expected in zip(found, usual, strict=True):
+        np.testing.assert_allclose(values, expected, atol=8 * eps * expected.max(), rtol=0)
+        assert values[2048] == values[-1] == expected[2048]
+
+
+def test_which_covariances_cannot_be_negative() -> None:
+    deep, residual = GroupCNN(depth=3), GroupCNN(layers=[Conv(3), Residual([Conv(3), Conv(1)]), Conv(3)])
+    assert nonnegative_inputs(deep.steps) == (False, True, True)
+    assert nonnegative_inputs(residual.steps) == (False, True, True)
+    mixed = [Conv(3, activation=name) for name in ("leaky_relu(0.1)", "relu", "leaky_relu(-2)", "identity", "gelu")]
+    assert nonnegative_inputs(GroupCNN(layers=[*mixed, Conv(3)]).steps) == (False, False, True, True, False)
+    # The sum with what went past the branch has its sign, too.
+    past = [Conv(3, activation="identity"), Residual([Nonlinear("relu"), Conv(3)]), Nonlinear("relu"), Conv(3)]
+    assert nonnegative_inputs(GroupCNN(layers=past).steps) == (False, False, True)
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu(0.1)", "leaky_relu(-0.5)", "leaky_relu(-2)", "abs", "identity"])
+def test_dual_kernels_are_not_negative_where_that_is_relied_on(name: str) -> None:
+    activation = parse(name)
+    assert isinstance(activation, Homogeneous)
+    c, ones = np.linspace(-1, 1, 1001), np.ones(1001)
+    nngp, _ = activation.dual(c, ones, ones)
+    assert nngp[c >= 0].min() >= 0
+    assert (nngp.min() >= 0) == activation.has_one_sign
 
 
 @pytest.mark.parametrize("target", narrower(), ids=lambda target: f"{target.vector_bytes} bytes")

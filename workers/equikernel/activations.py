@@ -177,6 +177,11 @@ class Homogeneous(Activation):
         return nngp, factor * angle
 
     @property
+    def has_one_sign(self) -> bool:
+        """Whether ``σ`` is nowhere negative, or nowhere positive."""
+        return abs(self.beta) >= abs(self.alpha)
+
+    @property
     def arc_cosine(self) -> tuple[float, float]:
         """``(f, s)`` with ``K̇ = f (π - arccos c + s)`` and ``E[σσ] = f √(q1 q2) (√(1-c²) + c (π - arccos c + s))``."""
         factor = 2 * self.beta**2 / math.pi

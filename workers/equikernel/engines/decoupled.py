@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from equikernel.activations import EPS
+from equikernel.activations import EPS, Homogeneous
 from equikernel.errors import ImageError
 from equikernel.images import Labels, in_range
 from equikernel.layers import Branch, Convolution, Nonlinearity, convolutions
@@ -69,6 +69,28 @@ def useful_offsets(side: int, margin: int) -> Offsets:
 def rounding(steps: tuple[Step, ...]) -> int:
     """How many machine epsilons the relative rounding error of a covariance is, roughly: larger filters sum more."""
     return max(1, *(max(step.radii) for step in convolutions(steps)))
+
+
+def nonnegative_inputs(steps: tuple[Step, ...]) -> tuple[bool, ...]:
+    """Of each nonlinearity, whether the covariances that it is applied to cannot be negative.
+
+    Those of pixels may be. After ``σ >= 0`` none is, and homogeneous activations leave it so: the coefficients of their
+    dual kernels, series in ``c``, are squares.
+    """
+    found = []
+
+    def run(steps: tuple[Step, ...], before: bool) -> bool:
+        for step in steps:
+            match step:
+                case Nonlinearity(activation):
+                    found.append(before)
+                    before = isinstance(activation, Homogeneous) and (before or activation.has_one_sign)
+                case Branch():
+                    before = run(step.steps, before) and before
+        return before
+
+    run(steps, before=False)
+    return tuple(found)
 
 
 def factor_planes(network: Architecture) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -90,17 +90,25 @@ class Factors:
         return x * y
 
 
-def begin_arc_cosine(f: Function, c: Vector, scale: float, branch: float) -> list[Vector]:
-    """The roots that :func:`arc_cosine` needs; ``c`` is taken as ``±1`` from ``1 - branch`` on."""
-    _, gap = _gap(f, c, branch)
-    root = f.sqrt(gap)
-    if _slow_roots(f):
-        return [c, gap, root]
-    unit = (scale / math.pi) ** 2 if is_moderate(scale) else 1 / math.pi**2
-    return [c, gap, root, f.sqrt_of_moderate(f.fused(gap, -unit, 2 * unit))]
+def begin_arc_cosine(f: Function, c: Vector, scale: float, branch: float, *, nonnegative: bool) -> list[Vector]:
+    """What :func:`arc_cosine` begins with: ``1 - |c|``, roots, and ``c`` if its sign counts.
+
+    Args:
+      f: the function under construction.
+      c: correlations, which are taken as ``±1`` from ``1 - branch`` on.
+      scale: of the result of :func:`arc_cosine`.
+      branch: see above.
+      nonnegative: whether ``c >= 0``, but for rounding errors.
+    """
+    gap = f.where(c <= 1 - branch, 1 - c, 0) if nonnegative else _gap(f, c, branch)[1]
+    begun = [gap, f.sqrt(gap)]
+    if not _slow_roots(f):
+        unit = (scale / math.pi) ** 2 if is_moderate(scale) else 1 / math.pi**2
+        begun.append(f.sqrt_of_moderate(f.fused(gap, -unit, 2 * unit)))
+    return begun if nonnegative else [c, *begun]
 
 
-def arc_cosine(f: Function, begun: list[Vector], middle: float, scale: float) -> Kernels:
+def arc_cosine(f: Function, begun: list[Vector], middle: float, scale: float, *, nonnegative: bool) -> Kernels:
     """``scale · (√(1-c²)/π + c A, A)`` with ``A = middle + arcsin(c)/π``.
 
     Divided by π because then ``A`` is exactly 1 for a ReLU at ``c = 1``: a rounding error there would grow with every
@@ -120,22 +128,26 @@ def arc_cosine(f: Function, begun: list[Vector], middle: float, scale: float) ->
       begun: what :func:`begin_arc_cosine` returned for ``c`` and the same scale.
       middle: see above.
       scale: of the result.
+      nonnegative: whether ``c >= 0``, but for rounding errors.
     """
     unit = scale if is_moderate(scale) else 1.0
     upper, lower = unit * (middle + 0.5), unit * (middle - 0.5)
-    c, gap, root, *other = begun
-    positive = c >= 0
+    gap, root, *other = begun if nonnegative else begun[1:]
+
+    def by_sign(above: Any, below: Any) -> Any:
+        return above if nonnegative else f.where(begun[0] >= 0, above, below)
+
     if not other:
         angle = root * f.polynomial(gap, [unit * p for p in ARCCOS])
         rest = root * gap * f.polynomial(gap, [unit * p for p in ARCCOS_REST])
-        nngp = rest + f.where(positive, f.fused(gap, -upper, upper), f.fused(gap, lower, -lower) if lower else 0)
-        angle = f.where(positive, upper - angle, lower + angle if lower else angle)
+        nngp = rest + by_sign(f.fused(gap, -upper, upper), f.fused(gap, lower, -lower) if lower else 0)
+        angle = by_sign(upper - angle, lower + angle if lower else angle)
     else:
         powers = enumerate(ARCCOS_OF_ROOT[f.dtype.name])
         arc = f.polynomial(other[0], [unit ** (1 - n) * p for n, p in powers])
-        p = f.fused(-root, arc, f.where(positive, upper, 0.0 - lower))
+        p = f.fused(-root, arc, by_sign(upper, 0.0 - lower))
         nngp = f.fused(-gap, p, f.fused(root, other[0], p))
-        angle = abs(p) if lower >= 0 else f.where(positive, p, -p)
+        angle = abs(p) if lower >= 0 and not nonnegative else by_sign(p, -p)
     return (nngp, angle) if unit == scale else (scale * nngp, scale * angle)
 
 
@@ -149,7 +161,16 @@ def _slow_roots(f: Function) -> bool:
     return f.dtype == np.float32 and f.module.target.vector_bytes == 64
 
 
-def emit(f: Function, activation: Activation, k: Vector, theta: Vector, factors: Factors, branch: float) -> Kernels:
+def emit(
+    f: Function,
+    activation: Activation,
+    k: Vector,
+    theta: Vector,
+    factors: Factors,
+    branch: float,
+    *,
+    nonnegative: bool,
+) -> Kernels:
     """K and Θ after an activation.
 
     Args:
@@ -158,6 +179,7 @@ def emit(f: Function, activation: Activation, k: Vector, theta: Vector, factors:
       k, theta: the kernels before.
       factors: of the activation.
       branch: correlations with ``1 - |c| < branch`` are taken as ``±1``.
+      nonnegative: whether ``k >= 0``, but for rounding errors.
     """
     match activation:
         case Homogeneous(_, _, 0.0):
@@ -165,7 +187,8 @@ def emit(f: Function, activation: Activation, k: Vector, theta: Vector, factors:
         case Homogeneous():
             c = k * factors.product(f, 1)
             scale, middle = activation.arcsine
-            nngp, angle = arc_cosine(f, begin_arc_cosine(f, c, scale, branch), middle, scale)
+            begun = begin_arc_cosine(f, c, scale, branch, nonnegative=nonnegative)
+            nngp, angle = arc_cosine(f, begun, middle, scale, nonnegative=nonnegative)
             return factors.product(f, 0) * nngp, theta * angle
         case Erf():
             return _erf(f, k, theta, factors, branch)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from equikernel.activations import BRANCH_POINT, Homogeneous
-from equikernel.engines.decoupled import rounding, useful_offsets
+from equikernel.engines.decoupled import nonnegative_inputs, rounding, useful_offsets
 from equikernel.engines.gpu_code import Code, Value, functions, horner
 from equikernel.engines.series import ARCCOSINE
 from equikernel.geometry import margin
@@ -271,6 +271,7 @@ class _Rows:
         self.code = Code(dtype)
         self.duals: dict[str, str] = {}
         """The functions that nonlinearities are, without and with their names."""
+        self.signs = iter(nonnegative_inputs(steps))
         radii = [step.radii for step in convolutions(steps)]
         self.layers = len(radii)
         self.eps = float(np.finfo(dtype).eps) * rounding(steps)
@@ -398,7 +399,7 @@ class _Rows:
 
     def nonlinearity(self, activation: Activation, planes: _Planes, scale: float) -> _Planes:
         """``K ← E[σσ]`` and ``Θ ← K̇ Θ``, times ``scale``: for each column a call of a function in the source."""
-        name = self.dual(activation, scale)
+        name = self.dual(activation, scale, nonnegative=next(self.signs))
         places = range(self.place, self.place + activation.planes)
         self.place += activation.planes
         new = []
@@ -408,7 +409,7 @@ class _Rows:
             new.append(self.code.let_two(f"{name}({arguments})"))
         return _Planes(planes.behind, [k for k, _ in new], [theta for _, theta in new])
 
-    def dual(self, activation: Activation, scale: float) -> str:
+    def dual(self, activation: Activation, scale: float, *, nonnegative: bool) -> str:
         """The name of the function of K, Θ and the factors of both images that an activation is in the source."""
         code = self.code.apart()
         names = [f"{image}{index}" for image in "xy" for index in range(activation.planes)]
@@ -417,7 +418,7 @@ class _Rows:
         k: Any = Value("k", code)
         derivative: Any = scale
         if isinstance(activation, Homogeneous) and activation.beta:
-            k, derivative = arc_cosine(activation, k, x, y, scale, self.eps, code)
+            k, derivative = arc_cosine(activation, k, x, y, scale, self.eps, code, nonnegative=nonnegative)
         elif isinstance(activation, Homogeneous):
             k = k * scale
         else:
@@ -631,18 +632,32 @@ class _Rows:
 
 
 def arc_cosine(
-    activation: Homogeneous, k: Any, x: tuple[Value, ...], y: tuple[Value, ...], scale: float, eps: float, code: Code
+    activation: Homogeneous,
+    k: Any,
+    x: tuple[Value, ...],
+    y: tuple[Value, ...],
+    scale: float,
+    eps: float,
+    code: Code,
+    *,
+    nonnegative: bool,
 ) -> tuple[Any, Any]:
-    """Both dual kernels of ``α u + β |u|``, from ``A = middle ± (1/2 - arccos|c|/π)`` and ``√(1-c²)/π + c A``."""
+    """Both dual kernels of ``α u + β |u|``, from ``A = middle ± (1/2 - arccos|c|/π)`` and ``√(1-c²)/π + c A``.
+
+    Where ``c`` is not negative, but for rounding errors, its sign is left out.
+    """
     where, root = functions(code).where, functions(code).sqrt
     arc_scale, middle = activation.arcsine
     scale *= arc_scale
     c: Any = k * (x[1] * y[1])
-    size: Any = abs(c)
+    size: Any = c if nonnegative else abs(c)
     size = where(size > 1 - BRANCH_POINT * eps, 1.0, size)
-    c, gap = code.call("copysign", size, c), 1 - size
+    gap = 1 - size
     arc = root(gap) * horner(tuple(scale * p for p in ARCCOSINE[code.dtype]), gap)
-    angle = code.call("copysign", scale / 2 - arc, c) + scale * middle
+    if nonnegative:
+        c, angle = size, scale * (middle + 0.5) - arc
+    else:
+        c, angle = code.call("copysign", size, c), code.call("copysign", scale / 2 - arc, c) + scale * middle
     sine = root(gap * (2 - gap)) * (scale / math.pi)
     return x[0] * y[0] * (c * angle + sine), angle
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from equikernel.activations import Activation, Homogeneous
 from equikernel.engines import duals
-from equikernel.engines.decoupled import Offsets, useful_offsets
+from equikernel.engines.decoupled import Offsets, nonnegative_inputs, useful_offsets
 from equikernel.engines.duals import Factors, Kernels
 from equikernel.engines.vectors import Compiled, Function, Index, Module, Pointer, Target, Variable, Vector
 from equikernel.errors import NetworkError
@@ -49,10 +49,17 @@ LARGEST_BIAS = 1e12
 
 @dataclass(frozen=True)
 class Activate:
-    """An activation whose factors begin ``place`` planes after the first ones of its layer."""
+    """An activation.
+
+    Attributes:
+      activation: which.
+      place: the planes between the first factors of its layer and its own.
+      nonnegative: whether the covariances that it is applied to cannot be negative.
+    """
 
     activation: Activation
     place: int
+    nonnegative: bool
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,14 @@ class Layer:
         return None
 
     @property
+    def nonnegative(self) -> bool:
+        """Whether its covariances cannot be negative; only told where an activation follows at once."""
+        match self.operations[:1]:
+            case (Activate(nonnegative=nonnegative),):
+                return nonnegative
+        return False
+
+    @property
     def scale(self) -> float:
         """What a folded arc cosine is multiplied by; the first factors are divided by ``w2``."""
         return self.folded.arcsine[0] * self.w2 if self.folded else 1.0
@@ -107,6 +122,7 @@ def layers_of(steps: tuple[Step, ...], channels: int) -> tuple[Layer, ...]:
     """The layers of a network for images of ``channels`` channels."""
     found: list[Layer] = []
     place = channels
+    signs = iter(nonnegative_inputs(steps))
 
     def add(operation: Operation) -> None:
         found[-1] = replace(found[-1], operations=(*found[-1].operations, operation))
@@ -119,7 +135,7 @@ def layers_of(steps: tuple[Step, ...], channels: int) -> tuple[Layer, ...]:
                     inputs = math.prod(2 * radius + 1 for radius in radii) * (1 if found else channels)
                     found.append(Layer(radii, step.w2 / inputs, step.b2, (), place))
                 case Nonlinearity(activation):
-                    add(Activate(activation, place - found[-1].place))
+                    add(Activate(activation, place - found[-1].place, next(signs)))
                     place += activation.planes
                 case Branch():
                     add(Save(slot))
@@ -694,7 +710,8 @@ class _Generator:
 def begin_layer(f: Function, layer: Layer, total: Vector, factors: Factors, branch: float) -> list[Vector]:
     """The first half of a layer at one entry, from the sum of K over its filter."""
     if layer.folded:
-        return duals.begin_arc_cosine(f, _biased(total, layer) * factors.product(f, 1), layer.scale, branch)
+        c = _biased(total, layer) * factors.product(f, 1)
+        return duals.begin_arc_cosine(f, c, layer.scale, branch, nonnegative=layer.nonnegative)
     rounded = float(f.dtype.type(layer.w2))
     rest = layer.w2 - rounded  # without it, each layer would move c by the same error in the same direction
     return [f.fused(total, rounded, f.affine(total, rest, layer.b2)) if rest else f.affine(total, rounded, layer.b2)]
@@ -718,14 +735,14 @@ def finish_layer(
     if layer.folded:
         operations.pop(0)
         _, middle = layer.folded.arcsine
-        nngp, angle = duals.arc_cosine(f, begun, middle, layer.scale)
+        nngp, angle = duals.arc_cosine(f, begun, middle, layer.scale, nonnegative=layer.nonnegative)
         k, theta = factors.product(f, 0) * nngp, _biased(total, layer) * angle
     else:
         (k,), theta = begun, f.affine(total, layer.w2, layer.b2)
     for operation in operations:
         match operation:
-            case Activate(activation, place):
-                k, theta = duals.emit(f, activation, k, theta, factors.after(place), branch)
+            case Activate(activation, place, nonnegative):
+                k, theta = duals.emit(f, activation, k, theta, factors.after(place), branch, nonnegative=nonnegative)
             case Save(slot):
                 f.store(k, saved[2 * slot])
                 f.store(theta, saved[2 * slot + 1])
