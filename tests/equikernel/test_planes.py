@@ -297,3 +297,67 @@ print("done")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "done\n"
+
+
+GUARDED = """
+import ctypes, mmap, sys
+import numpy as np
+from equikernel import Conv, GroupCNN, Residual
+from equikernel.engines import cpu
+from equikernel.images import Labels
+
+PAGE = mmap.PAGESIZE
+protect = ctypes.CDLL(None, use_errno=True).mprotect
+protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+kept, at_the_end = [], sys.argv[1] == "end"
+
+def guarded(count, dtype):
+    size = count * np.dtype(dtype).itemsize
+    inner = -(-size // PAGE) * PAGE
+    memory = mmap.mmap(-1, inner + 2 * PAGE)
+    kept.append(memory)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (address, address + PAGE + inner):
+        assert protect(page, PAGE, 0) == 0
+    return np.frombuffer(memory, dtype, count, PAGE + (inner - size if at_the_end else 0))
+
+def copy(array, room):
+    found = guarded(array.size + room, array.dtype)[: array.size].reshape(array.shape)
+    found[...] = array
+    return found
+
+def aligned(count, dtype):
+    entries = 64 // np.dtype(dtype).itemsize
+    return guarded(-(-count // entries) * entries, dtype)
+
+cpu.aligned = aligned
+nets = [
+    dict(depth=2), dict(depth=2, padding="VALID"), dict(depth=2, padding="CIRCULAR"), dict(depth=1, filter_size=5),
+    dict(layers=[Conv((1, 5)), Residual([Conv((3, 1)), Conv(3)])], activation="gelu"), dict(depth=2, activation="sin"),
+]
+for fields in nets:
+    for dtype in (np.float32, np.float64):
+        for shape in ((5, 7, 1), (6, 16, 2), (5, 32, 1), (7, 33, 3), (5, 48, 1), (33, 5, 1)):
+            net = GroupCNN(group="C2", **fields)
+            engine = cpu.CpuEngine(net, ("C2",), np.dtype(dtype), 1, 2**30)
+            x = np.random.default_rng(0).normal(size=(3, *shape)).astype(dtype)
+            images = engine.prepare(x, Labels("x"))
+            usual = engine.pairs(images, images, *np.triu_indices(3))["C2"]
+            room = engine.target.lanes(np.dtype(dtype))
+            for element, packed in images.packed.items():
+                images.packed[element] = copy(packed, room)
+            found = engine.pairs(images, images, *np.triu_indices(3))["C2"]
+            assert all(np.array_equal(a, b) for a, b in zip(found, usual)), (fields, shape)
+            kept.clear()
+print("touched nothing else")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the C library for pages that nobody may touch")
+@pytest.mark.parametrize("where", ["begin", "end"])
+def test_the_code_touches_only_its_memory(where: str) -> None:
+    """Images and scratch memory lie between pages that end the process; uninitialized memory would show as well."""
+    done = subprocess.run(
+        [sys.executable, "-c", GUARDED, where], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.stdout == "touched nothing else\n", f"exit code {done.returncode}: {done.stderr}"

@@ -40,6 +40,10 @@ ones would leave the L2 cache; there, lanes are neighbouring offsets of one imag
 COLUMNS_AT_ONCE = 32
 """Entries that are summed in the precision of the computation before they are added in float64."""
 
+WIDE = 32
+"""Columns from which on the first stage of a column is computed two columns ahead, with vectors of 64 bytes: narrower
+rows would lose more at their end, and narrower vectors have not enough registers."""
+
 LAYERS_IN_LINE = 6
 """Layers up to which a plane is one piece of code, a few percent faster; more would take long to compile."""
 
@@ -226,6 +230,11 @@ class Layout:
         return sum(layer.radii[0] for layer in self.layers)
 
     @property
+    def ahead(self) -> int:
+        """Columns by which the first stage of an entry goes before the second."""
+        return 2 if self.width >= WIDE and self.lanes * self.itemsize == 64 else 1
+
+    @property
     def rows(self) -> int:
         """Rows of a plane, with room for the shifts and for rows below that CIRCULAR padding repeats."""
         return self.height + self.shift + max(layer.radii[0] for layer in self.layers)
@@ -267,7 +276,7 @@ class Layout:
             "links": self.linked * (self.width + self.linked) * self.lanes,
             "inside": self.width * self.lanes,
             "twice": twice,
-            "second": self.planes * self.height * self.second_row + self.lanes,
+            "second": self.planes * self.height * self.second_row + self.ahead * self.lanes,
         }
 
     def start(self, part: str) -> int:
@@ -314,7 +323,7 @@ class _Stages(NamedTuple):
     """What computes the entries of a column in two stages.
 
     Attributes:
-      begin: emits the first; its vectors go on to the second. Of the column behind the last it is never used.
+      begin: emits the first; its vectors go on to the second. Of columns behind the last they are never used.
       finish: emits the second.
     """
 
@@ -580,15 +589,18 @@ class _Generator:
     ) -> Iterator[tuple[Index, tuple[Vector, ...]]]:
         """A loop over columns; yields each with its entries.
 
-        While the second stage of a column is computed, so is the first of the next one: a processor looks ahead a
+        While the second stage of a column is computed, so is the first of a later one: a processor looks ahead a
         limited number of operations that wait for others, and here few do.
         """
-        begun = [Variable(f, vector) for vector in stages.begin(start)]
+        ahead = self.layout.ahead
+        begun = [[Variable(f, vector) for vector in stages.begin(start + n)] for n in range(ahead)]
         with f.loop(stop, start=start) as x:
-            values = [variable.get() for variable in begun]
-            for variable, vector in zip(begun, stages.begin(x + 1), strict=True):
-                variable.set(vector)
-            yield x, stages.finish(x, values)
+            columns = [[variable.get() for variable in column] for column in begun]
+            columns.append(stages.begin(x + ahead))
+            for variables, vectors in zip(begun, columns[1:], strict=True):
+                for variable, vector in zip(variables, vectors, strict=True):
+                    variable.set(vector)
+            yield x, stages.finish(x, columns[0])
 
     def write_row(
         self,
