@@ -222,8 +222,11 @@ def against_neural_tangents(console: Console, cases: Sequence[Case]) -> tuple[bo
     return agree, ratios
 
 
-GROWTH = (Case(8, 3, 64), Case(16, 3, 32), Case(32, 3), Case(64, 3, 2), Case(96, 3, 1), Case(32, 21, 4))
-"""The cases of the third table."""
+GROWTH = (
+    Case(8, 3, 64), Case(16, 3, 32), Case(32, 3), Case(64, 3, 2), Case(96, 3, 1),
+    Case(33, 3), Case(49, 3, 4), Case(65, 3, 2), Case(20, 21, 8), Case(32, 21, 4), Case(33, 21, 4),
+)  # fmt: skip
+"""The cases of the third table; those of odd widths do not fill all lanes of vectors where images are large."""
 
 
 def check(console: Console) -> bool:
@@ -239,7 +242,12 @@ def check(console: Console) -> bool:
         f"{LEAST_RATIO} wanted); {alone if is_counted() else 'its instructions are not counted on this processor'}",
         soft_wrap=True,
     )
-    return tangents / ours >= LEAST_RATIO and not share < LEAST_SHARE
+    return is_fast(tangents / ours, share)
+
+
+def is_fast(ratio: float, share: float) -> bool:
+    """Whether a commit passes; where the share of the floor is not known, NaN, the ratio decides alone."""
+    return ratio >= LEAST_RATIO and not share < LEAST_SHARE
 
 
 def networks() -> dict[str, GroupCNN]:

@@ -43,8 +43,9 @@ BRANCH = 4.8e-7
 REPEATS = 20_000
 """Turns of a loop that is timed."""
 
-CHAINS, ROOT_CHAINS = (8, 10, 12), 4
-"""Numbers that the instructions of a timed loop change in turn; the fastest counts: none waits, all in registers."""
+CHAINS = ((12, 4), (10, 4), (8, 4), (10, 2), (9, 2), (8, 3), (8, 2))
+"""Vectors that the instructions of a timed loop change in turn, those that roots are taken of apart: few wait for one
+another. The fastest loop counts of those that keep all in registers."""
 
 ROUNDS = 5
 """Times that each is timed; the fastest counts."""
@@ -152,7 +153,7 @@ def floor(
     dtype, target = np.dtype(dtype), target or host()
     counts = {kind: _instructions(kind, dtype, target) for _, kind in kinds}
     peaks = {
-        kind: min(_peak(count, dtype, target, rounds, chains) for chains in CHAINS) for kind, count in counts.items()
+        kind: min(_peak(count, dtype, target, rounds, *chains) for chains in CHAINS) for kind, count in counts.items()
     }
     return Floor(
         network,
@@ -221,21 +222,30 @@ def _instructions(kind: Callable[..., None], dtype: np.dtype[Any], target: Targe
     return max(found, key=Counter.total)
 
 
-def _peak(instructions: Counter[str], dtype: np.dtype[Any], target: Target, rounds: int, chains: int) -> float:
-    """Nanoseconds that so many instructions of each class take if none waits for another."""
+def _peak(
+    instructions: Counter[str], dtype: np.dtype[Any], target: Target, rounds: int, chains: int, root_chains: int
+) -> float:
+    """Nanoseconds that so many instructions of each class take if none waits for another.
+
+    Infinite if the compiler makes other ones of them, or has not enough registers.
+    """
     module = Module(dtype, target)
     f = module.function("turns", "pi")
     memory, turns = f.parameters
     x, y = f.load(memory), f.load(memory + f.lanes)
     sums = [Variable(f, f.load(memory + (2 + n) * f.lanes)) for n in range(chains)]
-    roots = [Variable(f, f.load(memory + (2 + n) * f.lanes)) for n in range(ROOT_CHAINS)]
+    roots = [Variable(f, f.load(memory + (2 + n) * f.lanes)) for n in range(root_chains)]
     emit: dict[str, Callable[[Vector], Vector]] = {
         "fused": lambda a: f.fused(a, x, y),
         "multiply": lambda a: a * x,
-        "add": lambda a: a + x,
+        "add": lambda a: Vector(f, f.builder.fadd(a.value, x.value)),  # which is not fused with a product before it
         "logic": lambda a: f.with_sign(a, x),
-        "compare": lambda a: f.where(a <= x, a, y),  # the selection is counted with "logic", or part of another
+        "compare": lambda a: f.where(a <= x, a, 0),
     }
+    chosen = "logic"  # what selects by a comparison: in AVX-512 another operation does, under a mask
+    if target.vector_bytes == 64:
+        chosen = "add"
+        emit["compare"] = lambda a: f.where(a <= x, emit["add"](a), 0)
     with f.loop(turns):
         turn = 0
         for root in roots:  # each is one entry
@@ -244,7 +254,7 @@ def _peak(instructions: Counter[str], dtype: np.dtype[Any], target: Target, roun
                 root.set(f.sqrt(root.get()))
             for _ in range(left.pop("estimate", 0)):
                 root.set(f.inverse_root_estimate(root.get()))
-            left["logic"] = max(0, left["logic"] - left["compare"])
+            left[chosen] -= left["compare"]
             for name in left.elements():
                 sums[turn % chains].set(emit[name](sums[turn % chains].get()))
                 turn += 1
@@ -252,14 +262,18 @@ def _peak(instructions: Counter[str], dtype: np.dtype[Any], target: Target, roun
         f.store(variable.get(), memory + (2 + place) * f.lanes)
     f.end()
     compiled = module.compile("turns")
-    numbers = aligned((2 + chains + ROOT_CHAINS) * f.lanes, dtype)
+    timed = max(loops(compiled.assembly), key=lambda loop: loop.arithmetic.total())
+    wanted = Counter({name: count * root_chains for name, count in instructions.items() if count})
+    if timed != Loop(wanted, loads=0, stores=0):
+        return float("inf")
+    numbers = aligned((2 + chains + root_chains) * f.lanes, dtype)
     numbers[:] = np.random.default_rng(0).uniform(0.5, 1, len(numbers))
     best = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
         compiled.call(numbers.ctypes.data, REPEATS)
         best = min(best, time.perf_counter() - start)
-    return 1e9 * best / (REPEATS * ROOT_CHAINS)
+    return 1e9 * best / (REPEATS * root_chains)
 
 
 def loops(assembly: str) -> list[Loop]:
@@ -324,6 +338,7 @@ def main() -> None:
     if not is_counted():
         raise SystemExit("instructions are counted in the code of x86-64 processors with AVX2 or AVX-512 only")
     console = Console()
+    console.width = max(console.width, 110)
     network = GroupCNN(depth=3)
     for name, target in targets().items():
         for dtype in (np.float32, np.float64):

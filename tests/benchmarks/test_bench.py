@@ -32,3 +32,28 @@ def test_engine_and_floor_may_be_kept_from_avx512() -> None:
         assert floor.floor(GroupCNN(depth=1), 1, rounds=1).lanes == 8
         assert "zmm" not in engine().program(8, 8, 1).compiled.assembly
     assert engine().target.vector_bytes == usual
+
+
+@pytest.mark.parametrize(
+    ("ratio", "share", "fast"),
+    [(41, 0.36, True), (39, 0.9, False), (90, 0.34, False), (41, math.nan, True), (39, math.nan, False)],
+)
+def test_a_commit_passes_with_both_a_ratio_and_a_share(ratio: float, share: float, fast: bool) -> None:
+    assert bench.is_fast(ratio, share) == fast
+
+
+@pytest.mark.skipif(not floor.is_counted(), reason="counts instructions of x86-64")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", floor.targets())
+def test_the_floor_times_the_instructions_that_the_engine_has(name: str, dtype: str) -> None:
+    """Some loop has exactly those that were counted, on registers; and the engine's own loops have as many."""
+    net, target = GroupCNN(depth=3), floor.targets()[name]
+    measured = floor.floor(net, 3, dtype, target, rounds=1)
+    assert all(0 < nanoseconds < 1000 for nanoseconds in measured.nanoseconds)
+    assert measured.milliseconds(64) == pytest.approx(16 * measured.milliseconds(32))
+    code = CpuEngine(net, ("C4",), np.dtype(dtype), 1, 2**30, target).program(32, 32, 3).compiled
+    engine = [loop.arithmetic.total() for loop in floor.loops(code.assembly) if loop.arithmetic["root"]]
+    assert len(engine) == 3
+    for count, own in zip(measured.instructions[1:], engine, strict=True):
+        assert count["root"]
+        assert abs(count.total() - own) <= 1

@@ -33,9 +33,10 @@ from equikernel.engines.vectors import Compiled, Function, Index, Module, Pointe
 from equikernel.errors import NetworkError
 from equikernel.layers import Branch, Convolution, Nonlinearity, Padding, Step
 
-EXPANDED_BYTES = 2**20
-"""Size up to which the second images are laid out lane by lane, so that lanes may belong to different images. Larger
-ones would leave the L2 cache; there, lanes are neighbouring offsets of one image, which overlap in memory."""
+EXPANDED_PLANE, EXPANDED_BYTES = 2**17, 2**22
+"""Sizes of a plane of the second images, and of all, up to which these are laid out lane by lane, so that lanes may
+belong to different images. Of larger ones, what a layer needs would leave the L2 cache; there, lanes are neighbouring
+offsets of one image, which overlap in memory."""
 
 COLUMNS_AT_ONCE = 32
 """Entries that are summed in the precision of the computation before they are added in float64."""
@@ -210,8 +211,9 @@ class Layout:
     @property
     def expanded(self) -> bool:
         """Whether lanes may belong to different images."""
-        size = self.planes * self.height * self.width * self.lanes * self.itemsize
-        return self.across.count % self.lanes != 0 and size <= EXPANDED_BYTES
+        plane = self.height * self.width * self.lanes * self.itemsize
+        fits = plane <= EXPANDED_PLANE and self.planes * plane <= EXPANDED_BYTES
+        return self.across.count % self.lanes != 0 and fits
 
     def blocks(self, images: int) -> int:
         """Vectors of lanes that so many second images take."""
