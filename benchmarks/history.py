@@ -21,7 +21,7 @@ RESULTS = HERE / "results"
 PACKAGES = ("jax", "llvmlite", "neural-tangents", "numpy")
 """Those that decide the speed."""
 
-SAME = 0.02
+SAME = 0.04
 """Relative change that is no more than noise."""
 
 

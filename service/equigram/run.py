@@ -69,6 +69,7 @@ from equigram.solve.stage import (
 from equigram.spec import JobSpec, KernelName
 from equigram.storage import configure
 from equigram.store import SAME_SOFTWARE, GramStore, free_space, versions
+from equikernel.engines.decoupled import pack_bytes
 from equikernel.errors import EquikernelError, NetworkError
 from equikernel.groups import keeps_rectangles, union
 from equikernel.images import Labels, check_pixels
@@ -318,7 +319,8 @@ def worker_memory(spec: JobSpec, groups: tuple[str, ...], tiling: Tiling, image_
         len(groups),
         np.dtype(gram.dtype).itemsize,
     )
-    return WORKER_BYTES + engine.working_bytes(*image_shape) + blocks
+    preparing = pack_bytes(spec.network, *image_shape)  # while pairs are computed
+    return WORKER_BYTES + engine.working_bytes(*image_shape) + preparing + blocks
 
 
 def check_solver(spec: JobSpec, found: Survey, tile: int) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import gpu as bench
@@ -295,6 +297,21 @@ def test_the_engine_is_chosen_by_what_the_machine_has(
     name, why = choose_engine(GroupCNN(), ("C4",), "auto")
     assert name == engine
     assert why.endswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("init", "count", "found"), [(0, 2, True), (0, 0, False), (100, 1, False), (RuntimeError("no driver"), 0, False)]
+)
+def test_the_driver_is_asked_for_gpus(init: Any, count: int, found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def initialise(flags: int) -> tuple[int]:
+        if isinstance(init, Exception):
+            raise init
+        return (init,)
+
+    driver = SimpleNamespace(cuInit=initialise, cuDeviceGetCount=lambda: (0, count))
+    monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
+    assert kernels._driver_finds_gpu() == found
 
 
 def test_auto_takes_another_engine_for_images_that_are_too_wide(

@@ -171,7 +171,8 @@ class TileWorker:
             return self._function.prepare(images)
         except MemoryLimitError:
             self._blocks.clear()  # a GPU may have no room for so many
-            return self._function.prepare(images)
+            with self._computing:  # nor for these beside a tile that is computed
+                return self._function.prepare(images)
 
     def _blame(self, tile: TileLike, split: str, index: int) -> None:
         """Raise an error that names the first image of a block that has no kernel with itself, if there is one.
