@@ -118,13 +118,15 @@ def compile_case(case: Case) -> Compiled:
     net = GroupCNN(depth=case.depth, activation=case.activation, padding=case.padding)
     shape = (case.side, case.side, 3)
     source = gpu_source.kernel_source(net.steps, net.padding, shape, case.dtype, case.shared)
+    major, minor = ARCHITECTURE
     start = time.perf_counter()
     function = gpu_device.functions_of(source, case.dtype)["kernel"]
     code, _ = cuda.compile_ptx(function, gpu_device.signatures(case.dtype)["kernel"], cc=ARCHITECTURE)
     with tempfile.TemporaryDirectory() as folder:
         text, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         text.write_text(code)
-        said = _run("ptxas", "-arch=sm_90", f"-maxrregcount={source.registers}", "-v", text, "-o", binary).stderr
+        options = f"-arch=sm_{major}{minor}", f"-maxrregcount={source.registers}", "-v"
+        said = _run("ptxas", *options, text, "-o", binary).stderr
         seconds = time.perf_counter() - start
         listing = _run("nvdisasm", "-c", binary).stdout
     counted = inner_loop(listing)

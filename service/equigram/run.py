@@ -250,10 +250,10 @@ def check_kernels(spec: JobSpec, passes: Iterable[Pass], split: Split, which: st
       EquikernelError: of the same class as the kernel's own, naming the first image that has none.
     """
     dtype: np.dtype[Any] = np.dtype(spec.gram.dtype)
+    _, height, width, channels = split.images.shape
     for one in passes:
-        _, *shape = split.images.shape
-        function = spec.function_here(one.groups, (shape[0], shape[1], shape[2]))
-        step = max(1, CHECKED_BYTES // function.engine.image_bytes(*shape))
+        function = spec.function_here(one.groups, (height, width, channels))
+        step = max(1, CHECKED_BYTES // function.engine.image_bytes(height, width, channels))
         for start in range(0, len(split.images), step):
             listener(Progress("checking images", start, len(split.images)))
             images = split.images[start : start + step]

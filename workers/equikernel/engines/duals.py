@@ -100,7 +100,7 @@ def begin_arc_cosine(f: Function, c: Vector, scale: float, branch: float, *, non
       branch: see above.
       nonnegative: whether ``c >= 0``, but for rounding errors.
     """
-    gap = f.where(c <= 1 - branch, 1 - c, 0) if nonnegative else _gap(f, c, branch)[1]
+    gap = _gap(f, c if nonnegative else abs(c), branch)
     begun = [gap, f.sqrt(gap)]
     if not _slow_roots(f):
         unit = (scale / math.pi) ** 2 if is_moderate(scale) else 1 / math.pi**2
@@ -203,10 +203,9 @@ def emit(
     raise NotImplementedError(f"the activation {activation} has no code for vectors")
 
 
-def _gap(f: Function, correlation: Vector, branch: float) -> tuple[Vector, Vector]:
-    """``|c|`` and ``1 - |c|``, which is 0 near ``c = ±1``."""
-    a = abs(correlation)
-    return a, f.where(a <= 1 - branch, 1 - a, 0)
+def _gap(f: Function, a: Vector, branch: float) -> Vector:
+    """``1 - a`` for ``a = |c|``, and 0 near ``c = ±1``."""
+    return f.where(a <= 1 - branch, 1 - a, 0)
 
 
 def _clamped(f: Function, c: Vector, branch: float) -> Vector:
@@ -227,7 +226,8 @@ def _arcsine(f: Function, z: Vector, rest: Vector) -> Vector:
 
 def _erf(f: Function, k: Vector, theta: Vector, factors: Factors, branch: float) -> Kernels:
     """``(2/π) arcsin z`` with ``z = 2 k e e'``, and its derivative; the third factors are ``e = 1/√(1+2q)``."""
-    a, gap = _gap(f, k * factors.product(f, 1), branch)
+    a = abs(k * factors.product(f, 1))
+    gap = _gap(f, a, branch)
     e1, e2 = factors(f, 2)
     both = e1 * e2
     z = 2 * (k * both)
@@ -238,7 +238,8 @@ def _erf(f: Function, k: Vector, theta: Vector, factors: Factors, branch: float)
 
 def _gelu(f: Function, k: Vector, theta: Vector, factors: Factors, branch: float) -> Kernels:
     """The third factors are ``g = 1/√(1+q)``."""
-    a, gap = _gap(f, k * factors.product(f, 1), branch)
+    a = abs(k * factors.product(f, 1))
+    gap = _gap(f, a, branch)
     g1, g2 = factors(f, 2)
     both = g1 * g2
     z = k * both
@@ -258,7 +259,8 @@ def _gelu(f: Function, k: Vector, theta: Vector, factors: Factors, branch: float
 def _wave(f: Function, k: Vector, theta: Vector, factors: Factors, branch: float, *, cosine: bool) -> Kernels:
     """``sin``, or ``cos``; the third factors are ``e^{-q/2}``."""
     c = k * factors.product(f, 1)
-    a, gap = _gap(f, c, branch)
+    a = abs(c)
+    gap = _gap(f, a, branch)
     r1, r2 = factors(f, 0)
     product, apart = r1 * r2, r1 - r2
     apart = 0.5 * apart * apart

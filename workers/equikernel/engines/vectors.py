@@ -327,18 +327,11 @@ class Function:
         """The square root."""
         return self.intrinsic("sqrt", a)
 
-    def sign(self, a: Vector) -> Vector:
-        """The sign bits."""
-        return self._bitwise("and_", a, self.vector(-0.0))
-
     def with_sign(self, a: Vector, sign: Vector) -> Vector:
-        """Numbers that are not negative, with these sign bits."""
-        return self._bitwise("or_", a, sign)
-
-    def _bitwise(self, operation: str, a: Vector, b: Vector) -> Vector:
+        """Numbers that are not negative, with the sign bits of numbers that are 0 but for these."""
         integers = ir.VectorType(ir.IntType(8 * self.dtype.itemsize), self.lanes)
-        values = (self.builder.bitcast(vector.value, integers) for vector in (a, b))
-        return Vector(self, self.builder.bitcast(getattr(self.builder, operation)(*values), self.type))
+        both = self.builder.or_(*(self.builder.bitcast(vector.value, integers) for vector in (a, sign)))
+        return Vector(self, self.builder.bitcast(both, self.type))
 
     def sqrt_of_moderate(self, a: Vector) -> Vector:
         """The square root of moderate numbers; in AVX-512 from an estimate, because its divider is slow."""
