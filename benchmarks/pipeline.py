@@ -114,7 +114,7 @@ def times_of(events: list[dict[str, Any]], began: float, ended: float) -> Times:
     marks = {
         "": began,
         "start Python": first("Note", text="imported")["at"],
-        "look at the files, measure a pair": first("Progress")["at"],
+        "look at the files, measure a pair": first("Progress", what="reading training images")["at"],
         "read, resize and check images": first("Note", text="prepared")["at"],
         "start Ray": first("ComputationStarted")["at"],
         "start workers": first_tile["at"],

@@ -163,7 +163,7 @@ def plan(
     with Screen(err) as screen:
         store = open_store(spec, screen) if GramStore.exists(spec.store) else None
         if store is None:
-            found = look_at_images(spec)
+            found = look_at_images(spec, screen)
         else:
             found = stored_survey(store)
             check_solver(spec, found, store.info.tile)

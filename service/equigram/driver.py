@@ -86,7 +86,7 @@ def ray_session(resources: ResourceSpec) -> Iterator[None]:
             options |= {"object_store_memory": LOCAL_OBJECT_STORE, "_temp_dir": stack.enter_context(folder)}
         stack.enter_context(_last_words())
         stack.enter_context(_quiet_ray())
-        stack.callback(ray.shutdown)
+        stack.callback(_shutdown)
         terminate = signal.getsignal(signal.SIGTERM)
         try:
             _init(options)
@@ -121,6 +121,16 @@ def _init(options: dict[str, Any]) -> None:
                 node.kill_all_processes(check_alive=False, wait=True)
         ray.shutdown()
         ray.init(**options)
+
+
+def _shutdown() -> None:
+    """``ray.shutdown``; it alone would wait a second for the autoscaler of a local cluster, which has nothing to do."""
+    import ray
+    from ray._private import worker
+
+    if worker._global_node is not None:
+        worker._global_node.kill_monitor(check_alive=False)
+    ray.shutdown()
 
 
 @contextlib.contextmanager

@@ -226,14 +226,12 @@ def create_store(
     spec: JobSpec, listener: Listener, allow: Callable[[Survey], None]
 ) -> tuple[GramStore, dict[Pass, float]]:
     """A new store with the images of a job, after everything that can be refused was; and the costs of its pairs."""
-    found = look_at_images(spec)
+    found = look_at_images(spec, listener)
     allow(found)
     GramStore(spec.store).check_writable()
     plan = make_plan(spec, found, None, listener)
     check_disk(spec, plan)
-    dataset = load_dataset(
-        spec.data, square=needs_square(spec), progress=lambda what, done, total: listener(Progress(what, done, total))
-    )
+    dataset = load_dataset(spec.data, square=needs_square(spec), progress=_progress(listener), surveyed=found)
     for note in dataset.notes:
         listener(Note(note))
     check_kernels(spec, spec.gram.passes, dataset.train, "training", listener)
@@ -272,8 +270,17 @@ def check_kernels(spec: JobSpec, passes: Iterable[Pass], split: Split, which: st
         listener(Progress("checking images", len(split.images), len(split.images)))
 
 
-def look_at_images(spec: JobSpec) -> Survey:
+def _progress(listener: Listener) -> Callable[[str, int, int], None]:
+    """Tells a listener how far the reading of images is."""
+    return lambda what, done, total: listener(Progress(what, done, total))
+
+
+def look_at_images(spec: JobSpec, listener: Listener = nobody) -> Survey:
     """The number, shape and labels of the images of a job without a store, without decoding them.
+
+    Args:
+      spec: the job.
+      listener: told how many were looked at.
 
     Raises:
       DataError: the images cannot be used, or their labels not solved with.
@@ -289,7 +296,7 @@ def look_at_images(spec: JobSpec) -> Survey:
         )
     store.check_free()
     store.check_place()
-    found = survey(spec.data, square=needs_square(spec))
+    found = survey(spec.data, square=needs_square(spec), progress=_progress(listener))
     spec.network.check_images(found.height, found.width, *spec.gram.groups)
     check_solver(spec, found, SMALLEST_TILE if spec.gram.tile == "auto" else spec.gram.tile)
     return found
@@ -633,8 +640,7 @@ def extend(
     info = store.info
     kept = store.labels("train")
     more = load_more(
-        data, labels, split, info.preprocessing, kept, info.classes,
-        progress=lambda what, done, total: listener(Progress(what, done, total)),
+        data, labels, split, info.preprocessing, kept, info.classes, progress=_progress(listener),
     )  # fmt: skip
     if more.labels is None and (kept if split == "train" else store.labels(split)) is not None:
         raise DataError(
@@ -742,11 +748,8 @@ def load_again(store: GramStore, names: Iterable[str], listener: Listener) -> No
       StoreMismatchError: they are not what they were when the run was made; nothing was changed.
     """
     info = store.info
-
-    def told(what: str, done: int, total: int) -> None:
-        listener(Progress(what, done, total))
-
-    dataset = load_dataset(info.spec.data, square=needs_square(info.spec), progress=told)
+    progress = _progress(listener)
+    dataset = load_dataset(info.spec.data, square=needs_square(info.spec), progress=progress)
     splits: dict[SplitName, Split] = {"train": dataset.train}
     if dataset.test is not None:
         splits["test"] = dataset.test
@@ -754,7 +757,7 @@ def load_again(store: GramStore, names: Iterable[str], listener: Listener) -> No
         split: SplitName = added["split"]
         more = load_more(
             added["source"], added["labels"], split, info.preprocessing, dataset.train.labels, info.classes,
-            progress=told,
+            progress=progress,
         )  # fmt: skip
         splits[split] = splits[split].joined(more) if split in splits else more
     store.restore(names, splits)

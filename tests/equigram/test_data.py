@@ -1038,6 +1038,21 @@ def test_progress_counts_every_image(tmp_path: Path) -> None:
     ]
 
 
+def test_what_a_survey_has_looked_at_is_not_looked_at_again(tmp_path: Path) -> None:
+    class_folders(tmp_path, {"a": 4})
+    spec = DataSpec(train=str(tmp_path), test_fraction=0.25)
+    calls: list[str] = []
+
+    def told(what: str, done: int, total: int) -> None:
+        calls.append(what)
+
+    found = survey(spec, square=True, progress=told)
+    assert calls == ["checking training images"] * 3 + ["checking test images"]
+    dataset = load_dataset(spec, square=True, progress=told, surveyed=found)
+    assert calls[4:] == ["reading training images"] * 3 + ["reading test images"]
+    assert_array_equal(dataset.train.images, load_dataset(spec, square=True).train.images)
+
+
 @pytest.mark.parametrize("name", ["photos", "photos.npz"])
 def test_a_server_that_does_not_answer_is_not_called_an_absence(name: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -77,6 +77,8 @@ class Survey:
     """Of the training images, as in :class:`Split`."""
     classes: tuple[str, ...] | None
     """As in :class:`Dataset`."""
+    found: _Found | None = field(default=None, compare=False, repr=False)
+    """What :func:`load_dataset` need not look for again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +126,9 @@ class _Found:
         return (self.train,) if self.test is None else (self.train, self.test)
 
 
-def load_dataset(spec: DataSpec, *, square: bool, progress: Progress | None = None) -> Dataset:
+def load_dataset(
+    spec: DataSpec, *, square: bool, progress: Progress | None = None, surveyed: Survey | None = None
+) -> Dataset:
     """Read the images and labels of a job.
 
     Pixels stored as integers are scaled to 0..1 (uint8 by 255, uint16 by 65535), floats are taken as they are; then
@@ -134,6 +138,7 @@ def load_dataset(spec: DataSpec, *, square: bool, progress: Progress | None = No
       spec: what to read and choose.
       square: whether images must be square, as groups with quarter turns need.
       progress: called with what is being done, how many images are done, and of how many.
+      surveyed: what :func:`survey` has found with the same arguments, whose headers are not read again.
 
     Returns:
       The images as (n, H, W, C) float32 with everything needed to treat new ones alike.
@@ -143,7 +148,7 @@ def load_dataset(spec: DataSpec, *, square: bool, progress: Progress | None = No
       DataError: a source, image or label cannot be used; the message names it and the remedy.
       ResourceError: the images need more memory than there is.
     """
-    found = _look(spec, square, progress)
+    found = surveyed.found if surveyed is not None and surveyed.found is not None else _look(spec, square, progress)
     images, transparent = found.train.read(found.preprocessing, progress)
     preprocessing, constant = found.preprocessing.fitted(images, per_channel=spec.normalize == "per_channel")
     preprocessing.normalise(images)
@@ -175,9 +180,8 @@ def survey(spec: DataSpec, *, square: bool, progress: Progress | None = None) ->
     found = _look(spec, square, progress)
     plan = found.preprocessing
     test = 0 if found.test is None else len(found.test.indices)
-    return Survey(
-        len(found.train.indices), test, plan.height, plan.width, plan.channels, found.train.labels, found.classes
-    )
+    labels, classes = found.train.labels, found.classes
+    return Survey(len(found.train.indices), test, plan.height, plan.width, plan.channels, labels, classes, found)
 
 
 def load_images(url: str, preprocessing: Preprocessing, *, progress: Progress | None = None) -> Split:
