@@ -49,8 +49,8 @@ bench-run: $(STAMP)  ## a whole run, 1,000 images from files to accuracies: wher
 
 # With the packages of requirements-cuda.txt in .venv-cuda, or those of another interpreter: PYTHON_GPU=python3
 bench-gpu: $(if $(PYTHON_GPU),,$(STAMP))  ## the engine gpu: whether it is right on a GPU, and how fast; BENCH=--quick
-	@test -n "$(PYTHON_GPU)" || test -x .venv-cuda/bin/python || ! nvidia-smi >/dev/null 2>&1 || { \
-	  $(UV) venv --quiet --python $(PYTHON) .venv-cuda && \
+	@test -n "$(PYTHON_GPU)" || ! nvidia-smi >/dev/null 2>&1 || { \
+	  { test -x .venv-cuda/bin/python || $(UV) venv --quiet --python $(PYTHON) .venv-cuda; } && \
 	  $(UV) pip install --quiet --python .venv-cuda/bin/python --require-hashes --no-deps -r requirements-cuda.txt; }
 	PYTHONPATH=service:workers $(or $(PYTHON_GPU),$$(test -x .venv-cuda/bin/python && echo .venv-cuda || echo $(VENV))/bin/python) \
 	  benchmarks/gpu.py $(BENCH)

@@ -161,9 +161,9 @@ class Case:
         rows.append(Row((*labels, "equikernel, xla", "C1", "float32"), call, pairs))
         return rows
 
-    def floors(self) -> dict[str, float]:
-        """Milliseconds that a pair takes at least with one element of the group, by precision; NaN if not known."""
-        return {dtype: least_milliseconds(GroupCNN(depth=self.depth), self.size, 1, dtype) for dtype in DTYPES}
+    def least(self, dtype: str) -> float:
+        """Milliseconds that a pair takes at least with one element of the group; NaN if that is not known."""
+        return least_milliseconds(GroupCNN(depth=self.depth), self.size, 1, dtype)
 
 
 def least_milliseconds(net: GroupCNN, size: int, elements: int, dtype: str) -> float:
@@ -179,11 +179,12 @@ def percent(share: float) -> str:
 def against_neural_tangents(console: Console, cases: Sequence[Case]) -> tuple[bool, dict[str, float]]:
     """The first table; returns whether the two programs agree, and ratios of C4."""
     by_case = [case.rows() for case in cases]
-    floors = [case.floors() for case in cases]
+    floors = [{dtype: case.least(dtype) for dtype in DTYPES} for case in cases]
     measure([row for rows in by_case for row in rows], rounds=3)
     # Again, because what else the machine does changes.
     floors = [
-        {k: min(v, before[k]) for k, v in case.floors().items()} for case, before in zip(cases, floors, strict=True)
+        {dtype: min(least, case.least(dtype)) for dtype, least in before.items()}
+        for case, before in zip(cases, floors, strict=True)
     ]
     out = table(
         "1. NNGP and NTK of pairs of RGB images, 3x3 filters, SAME, ReLU, each program in blocks that suit it",
@@ -230,13 +231,15 @@ GROWTH = (
 
 
 def check(console: Console) -> bool:
-    """Whether C4 is as much faster than neural-tangents as it must be; seconds, for every commit."""
+    """Whether C4 is as much faster than neural-tangents as it must be; for every commit."""
     case = Case(16, 3, 32)
     rows = [row for row in case.rows() if row.labels[2:] in ((NEURAL_TANGENTS, "C1", "float32"), C4)]
     measure(rows, rounds=5)
     tangents, ours = (min(row.seconds) / row.pairs for row in rows)
-    share = case.floors()["float32"] * order("C4") / (1e3 * ours)
+    share = case.least("float32") * order("C4") / (1e3 * ours)
     alone = f"its instructions alone take {share:.0%} of its time (at least {LEAST_SHARE:.0%})"
+    if math.isnan(share):
+        alone = "its floor is not known, because no loop has exactly its instructions (see benchmarks/floor.py)"
     console.print(
         f"C4 at 16x16, depth 3, is {tangents / ours:.0f} times faster than neural-tangents' plain CNN (at least "
         f"{LEAST_RATIO} wanted); {alone if is_counted() else 'its instructions are not counted on this processor'}",
@@ -246,8 +249,8 @@ def check(console: Console) -> bool:
 
 
 def is_fast(ratio: float, share: float) -> bool:
-    """Whether a commit passes; where the share of the floor is not known, NaN, the ratio decides alone."""
-    return ratio >= LEAST_RATIO and not share < LEAST_SHARE
+    """Whether a commit passes; where instructions are not counted, the ratio decides alone."""
+    return ratio >= LEAST_RATIO and (share >= LEAST_SHARE or not is_counted())
 
 
 def networks() -> dict[str, GroupCNN]:
@@ -310,7 +313,7 @@ def growth(console: Console, cases: Sequence[Case]) -> dict[str, float]:
     )
     shares = {}
     for row, case in zip(rows, cases, strict=True):
-        share = case.floors()["float32"] * order("C4") / row.milliseconds_per_pair
+        share = case.least("float32") * order("C4") / row.milliseconds_per_pair
         shares[f"floor over time, {case.size}x{case.size}, depth {case.depth}"] = share
         each = 1e6 * row.milliseconds_per_pair / case.size**4
         out.add_row(*row.labels, f"{row.milliseconds_per_pair:.3g}", f"{each:.2f}", percent(share))
@@ -385,7 +388,7 @@ def main() -> int:
     """Measure, print, and return 1 when the programs disagree."""
     parser = argparse.ArgumentParser(description="Compare the kernels of one pair with those of neural-tangents.")
     parser.add_argument("--quick", action="store_true", help="no large images, about two minutes")
-    parser.add_argument("--check", action="store_true", help="only whether C4 is fast enough, a few seconds")
+    parser.add_argument("--check", action="store_true", help="only whether C4 is fast enough, half a minute")
     parser.add_argument("--avx2", action="store_true", help="forbid both programs AVX-512")
     parser.add_argument("--record", action="store_true", help="append the ratios to benchmarks/results")
     options = parser.parse_args()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import platform
 import re
@@ -28,6 +29,7 @@ from unittest import mock
 
 import llvmlite.binding as llvm
 import numpy as np
+from llvmlite import ir
 from rich.console import Console
 from tables import table
 
@@ -144,6 +146,9 @@ def floor(
       dtype: precision.
       target: compile for another processor, of which this one has all instructions.
       rounds: times that each loop is timed.
+
+    Returns:
+      The floor; its times are NaN where no loop has exactly the instructions that were counted.
     """
     layers = layers_of(network.steps, channels)
     kinds: list[tuple[str, Callable[..., None]]] = [("input", _input(channels, layers[0].radii[1]))]
@@ -152,9 +157,7 @@ def floor(
         kinds.append((f"layer {number + 1}", _layer(layer, following, first=number == 0)))
     dtype, target = np.dtype(dtype), target or host()
     counts = {kind: _instructions(kind, dtype, target) for _, kind in kinds}
-    peaks = {
-        kind: min(_peak(count, dtype, target, rounds, *chains) for chains in CHAINS) for kind, count in counts.items()
-    }
+    peaks = {kind: _peak(count, dtype, target, rounds) for kind, count in counts.items()}
     return Floor(
         network,
         target.lanes(dtype),
@@ -222,12 +225,18 @@ def _instructions(kind: Callable[..., None], dtype: np.dtype[Any], target: Targe
     return max(found, key=Counter.total)
 
 
-def _peak(
+def _peak(instructions: Counter[str], dtype: np.dtype[Any], target: Target, rounds: int) -> float:
+    """Nanoseconds that so many instructions of each class take if none waits for another; NaN if that is not known."""
+    found = [_timed(instructions, dtype, target, rounds, *chains) for chains in CHAINS]
+    return min((one for one in found if not math.isnan(one)), default=math.nan)
+
+
+def _timed(
     instructions: Counter[str], dtype: np.dtype[Any], target: Target, rounds: int, chains: int, root_chains: int
 ) -> float:
-    """Nanoseconds that so many instructions of each class take if none waits for another.
+    """Nanoseconds that they take in so many chains, of which each waits only for itself.
 
-    Infinite if the compiler makes other ones of them, or has not enough registers.
+    NaN if the compiler makes other ones of them, or has not enough registers.
     """
     module = Module(dtype, target)
     f = module.function("turns", "pi")
@@ -239,7 +248,7 @@ def _peak(
         "fused": lambda a: f.fused(a, x, y),
         "multiply": lambda a: a * x,
         "add": lambda a: Vector(f, f.builder.fadd(a.value, x.value)),  # which is not fused with a product before it
-        "logic": lambda a: f.with_sign(a, x),
+        "logic": lambda a: _bits_of_either(f, a, x),
         "compare": lambda a: f.where(a <= x, a, 0),
     }
     chosen = "logic"  # what selects by a comparison: in AVX-512 another operation does, under a mask
@@ -265,7 +274,7 @@ def _peak(
     timed = max(loops(compiled.assembly), key=lambda loop: loop.arithmetic.total())
     wanted = Counter({name: count * root_chains for name, count in instructions.items() if count})
     if timed != Loop(wanted, loads=0, stores=0):
-        return float("inf")
+        return math.nan
     numbers = aligned((2 + chains + root_chains) * f.lanes, dtype)
     numbers[:] = np.random.default_rng(0).uniform(0.5, 1, len(numbers))
     best = float("inf")
@@ -274,6 +283,13 @@ def _peak(
         compiled.call(numbers.ctypes.data, REPEATS)
         best = min(best, time.perf_counter() - start)
     return 1e9 * best / (REPEATS * root_chains)
+
+
+def _bits_of_either(f: Function, a: Vector, b: Vector) -> Vector:
+    """What has the bits that one of two vectors has."""
+    integers = ir.VectorType(ir.IntType(8 * f.dtype.itemsize), f.lanes)
+    both = f.builder.or_(*(f.builder.bitcast(vector.value, integers) for vector in (a, b)))
+    return Vector(f, f.builder.bitcast(both, f.type))
 
 
 def loops(assembly: str) -> list[Loop]:

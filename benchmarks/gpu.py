@@ -76,6 +76,10 @@ SMALL: dict[str, tuple[GroupCNN, tuple[int, int, int]]] = {
             ("SAME", "VALID", "CIRCULAR"), ("relu", "leaky_relu(0.2)", "abs", "erf", "gelu", "sin", "cos", "hermite(4)")
         )
     },
+    "other numbers in the same layers": (
+        GroupCNN(group="C2", depth=2, activation="leaky_relu(0.3)", w_std=1.2, b_std=0.2),
+        (7, 9, 2),
+    ),
     "residual": (GroupCNN(group="D2", layers=RESNET), (8, 7, 2)),
     "residual, periodic": (GroupCNN(group="D2", layers=RESNET, padding="CIRCULAR"), (8, 6, 2)),
     "wide filters": (GroupCNN(group="C2", layers=[Conv((3, 5)), Conv((5, 7))], padding="VALID"), (8, 13, 1)),

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from equikernel.engines.vectors import host
 from equikernel.kernel import available_cores
 
 HERE = Path(__file__).resolve().parent
@@ -101,7 +102,5 @@ def machine() -> str:
 
 
 def vector_extension() -> str:
-    """The widest vector instructions of x86, where they are known."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
-    return next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "")
+    """The widest vector instructions of x86 that the engine uses here."""
+    return {64: "AVX-512", 32: "AVX2"}.get(host().vector_bytes, "")

@@ -338,7 +338,7 @@ def main() -> int:
         figures, agree = benchmark(console, Path(folder), *((50, 10, 8) if asked.quick else (1000, 200, 16)))
     if not asked.quick:
         console.print(*compare(NAME, figures), sep="\n", soft_wrap=True)
-    if asked.record:
+    if asked.record and agree:
         record(NAME, figures)
     if not agree:
         console.print("The programs disagree: their times are those of different results.")

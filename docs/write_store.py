@@ -44,7 +44,8 @@ print(store.info.classes, store.names("train")[:2], theta.shape, cross.shape)
 
 - Rows and columns of all matrices are the images in the order of `names/train` and `names/test`.
 - A matrix is symmetric to the bit: a tile and its transpose are written together.
-- The bits of a tile depend on the job, the versions of the software and the kind of processor only.
+- The bits of a tile depend on the job, the versions of the software and the kind of processor only: its model, and the
+  width of its vectors.
   [Long runs](runs.md) says what checksums, claims and retries there are; `equigram verify STORE` looks at all of it.
 - A store belongs to one job; what can be added to it is in [Extend a run](howto/extend.md).
 """

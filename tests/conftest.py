@@ -155,7 +155,8 @@ def compute() -> Callable[..., None]:
         chosen = list(store.info.tiling.tiles() if tiles is None else tiles)
         for one, part in store.passes():
             engine = spec.engine_for(one.groups)
-            worker = TileWorker(part, spec.network, one.groups, engine, spec.gram.dtype, threads=1)
+            size = store.info.image_shape[:2]
+            worker = TileWorker(part, spec.network, one.groups, engine, spec.gram.dtype, threads=1, size=size)
             for tile in chosen:
                 worker.compute(tile)
 

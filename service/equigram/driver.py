@@ -470,6 +470,7 @@ class OnRay:
             self._spec.engine_of_workers(self._groups),
             gram.dtype,
             resources.cpus_per_worker,
+            self._store.info.image_shape[:2],
         )
         number, self._started = self._started, self._started + 1
         self._actors[number] = handle

@@ -550,8 +550,8 @@ def compute_tiles(
 
 def _here(store: GramStore, spec: JobSpec, one: Pass) -> Executor:
     """A worker of a pass in this process, on all cores."""
-    engine = spec.engine_of_workers(one.groups)
-    return InProcess(TileWorker(store, spec.network, one.groups, engine, spec.gram.dtype, available_cores()))
+    engine, size = spec.engine_of_workers(one.groups), store.info.image_shape[:2]
+    return InProcess(TileWorker(store, spec.network, one.groups, engine, spec.gram.dtype, available_cores(), size))
 
 
 def _compute_pass(

@@ -16,7 +16,7 @@ from equikernel.activations import Custom
 from equikernel.errors import EngineError
 from equikernel.fields import describe
 from equikernel.groups import on_grid
-from equikernel.kernel import EngineName, KernelFunction, choose_engine, why_no_gpu
+from equikernel.kernel import EngineName, KernelFunction, check_gpu, choose_engine, jax_has_gpu, why_no_gpu
 from equikernel.network import Architecture, GroupCNN, GroupName
 
 KernelName = Literal["nngp", "ntk"]
@@ -307,7 +307,9 @@ class JobSpec(_Section):
 
     def engine_here(self, groups: tuple[str, ...]) -> str:
         """The engine of a pass on this machine, which may have no GPU: where it is planned, checked or compared."""
-        return "xla" if self.engine_for(groups) == "gpu" and why_no_gpu() else self.engine_of_workers(groups)
+        if self.engine_for(groups) == "gpu" and why_no_gpu():
+            return "xla" if jax_has_gpu() else "cpu"
+        return self.engine_of_workers(groups)
 
     def function_here(
         self, groups: tuple[str, ...], image_shape: tuple[int, int, int], threads: int | None = None
@@ -316,7 +318,10 @@ class JobSpec(_Section):
 
         Raises:
           ImageError, NetworkError: the network is not defined on such images.
+          EngineError: ``gram.engine`` cannot do it for them.
         """
+        if self.gram.engine == "gpu":  # perhaps not here
+            check_gpu(self.network, image_shape[1], self.gram.dtype)
         function = KernelFunction(self.network, groups, self.engine_here(groups), self.gram.dtype, threads)
         function.check_shape(*image_shape[:2])
         return function

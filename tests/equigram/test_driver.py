@@ -73,8 +73,8 @@ def executor(request: pytest.FixtureRequest) -> Callable[..., Executor]:
 
     def here(store: GramStore, count: int = 1) -> Executor:
         spec = store.info.spec
-        groups = spec.gram.groups
-        return InProcess(TileWorker(store, spec.network, groups, spec.engine_for(groups), spec.gram.dtype, 1))
+        groups, size = spec.gram.groups, store.info.image_shape[:2]
+        return InProcess(TileWorker(store, spec.network, groups, spec.engine_for(groups), spec.gram.dtype, 1, size))
 
     return here
 
@@ -314,7 +314,7 @@ def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def computing(storage: Storage) -> TileReport:
-    return TileWorker(storage, Architecture(depth=1), ("C1",), "reference", "float64", 1).compute(VICTIM)
+    return TileWorker(storage, Architecture(depth=1), ("C1",), "reference", "float64", 1, (4, 4)).compute(VICTIM)
 
 
 def test_a_worker_is_patient_with_its_storage(without_pauses: None) -> None:

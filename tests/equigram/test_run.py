@@ -170,7 +170,8 @@ def test_options_of_storage_come_from_the_job_and_are_not_kept(
     files = fsspec.filesystem("s3")
     assert "hush" not in files.cat_file(f"{bucket}/run/zarr.json").decode()
     assert all("hush" not in text.decode() for text in files.cat(f"{bucket}/run/history/events/*").values())
-    TileActor({"s3": {"secret": "other"}}, GramStore(spec.store), spec.network, ("C1",), "reference", "float64", 1)
+    store = GramStore(spec.store)
+    TileActor({"s3": {"secret": "other"}}, store, spec.network, ("C1",), "reference", "float64", 1, (4, 4))
     assert fsspec.config.conf["s3"] == {**options["s3"], "secret": "other"}
 
 

@@ -391,7 +391,7 @@ def test_the_engine_depends_on_the_job_alone(sections: dict[str, Any], engine: s
     assert spec.engine_for(spec.gram.passes[0].groups) == engine
 
 
-@pytest.mark.parametrize(("width", "name"), [(8, "gpu"), (300, "xla")])
+@pytest.mark.parametrize(("width", "name"), [(8, "gpu"), (300, "cpu")])
 def test_what_plans_and_checks_takes_another_engine_where_workers_do(
     width: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -412,6 +412,21 @@ def test_what_plans_and_checks_takes_another_engine_where_workers_do(
     spec = JobSpec.parse({"store": "x", "data": {"train": "x.npz"}, "resources": {"gpus_per_worker": 1}})
     assert spec.function_here(("C1",), (8, width, 1)).engine.name == name
     asked = spec.model_copy(update={"gram": GramSpec(engine="gpu")})
-    if name == "xla":
-        with pytest.raises(EngineError, match="rows of 300 pixels do not fit in a warp; use engine='xla'"):
+    if name == "cpu":
+        with pytest.raises(EngineError, match="rows of 300 pixels are too wide, the most is 256; use engine='auto'"):
             asked.function_here(("C1",), (8, width, 1))
+
+
+@pytest.mark.parametrize(("jax", "name"), [(True, "xla"), (False, "cpu")])
+@pytest.mark.parametrize("engine", ["auto", "gpu"])
+def test_a_machine_without_the_gpus_of_the_workers_takes_the_best_that_it_has(
+    jax: bool, name: str, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(specs, "why_no_gpu", lambda: "there is none")
+    monkeypatch.setattr(specs, "jax_has_gpu", lambda: jax)
+    gram, resources = {"engine": engine}, {"gpus_per_worker": 1}
+    spec = JobSpec.parse({"store": "x", "data": {"train": "x.npz"}, "gram": gram, "resources": resources})
+    assert spec.engine_here(("C1",)) == name
+    if engine == "gpu":
+        with pytest.raises(EngineError, match="rows of 300 pixels are too wide, the most is 256"):
+            spec.function_here(("C1",), (8, 300, 1))

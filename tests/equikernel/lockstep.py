@@ -28,6 +28,8 @@ class Lockstep:
         self.rate = rate
         self.launches: list[tuple[str, int, int]] = []
         """The function, blocks and threads of each."""
+        self.programs: dict[tuple[str, str], dict[str, Any]] = {}
+        """What is compiled is kept, as on a GPU."""
 
     def free(self) -> int:
         return 10**12
@@ -51,13 +53,14 @@ class Lockstep:
         pass
 
     def compile(self, source: Source, dtype: str) -> dict[str, Any]:
-        number = np.dtype(dtype).type
-        names: dict[str, Any] = {name: number(value) for name, value in source.constants.items()}
-        names |= {name: globals()[name] for name in PRIMITIVES}
-        names["source"] = source
-        names["real"] = number
-        exec(source.text, names)
-        return names
+        key = source.text, dtype
+        if key not in self.programs:
+            number = np.dtype(dtype).type
+            names: dict[str, Any] = {name: globals()[name] for name in PRIMITIVES}
+            names |= {"constant": number, "real": number, "source": source}
+            exec(source.text, names)
+            self.programs[key] = names
+        return self.programs[key]
 
     def launch(
         self, program: dict[str, Any], name: str, blocks: int, threads: int, stream: None, *arguments: Any

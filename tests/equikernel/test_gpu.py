@@ -21,7 +21,7 @@ from equikernel.engines import gpu, gpu_source
 from equikernel.engines.gpu import GpuEngine
 from equikernel.engines.gpu_source import choose_columns, kernel_source, layout, why_not
 from equikernel.kernel import Kernel, KernelFunction, choose_engine
-from equikernel.worker import TileWorker
+from equikernel.worker import TileWorker, processor_kind
 
 RESNET = (
     Conv(3, activation="identity"),
@@ -170,8 +170,10 @@ def test_the_bits_of_a_pair_do_not_depend_on_what_else_is_computed(
 def test_a_row_that_no_warp_holds_is_refused() -> None:
     net = GroupCNN(group="C1", depth=2)
     assert not why_not(net.steps, net.padding, 224, "float32")
-    assert why_not(net.steps, net.padding, 300, "float32") == "rows of 300 pixels do not fit in a warp"
-    assert why_not(net.steps, "CIRCULAR", 251, "float32") == "rows of 251 pixels do not fit in a warp"
+    assert why_not(net.steps, net.padding, 300, "float32") == "rows of 300 pixels are too wide, the most is 256"
+    prime = why_not(net.steps, "CIRCULAR", 251, "float32")
+    assert prime.startswith("rows of 251 pixels do not divide into at most 32 equal parts of up to 8, as CIRCULAR")
+    assert not why_not(net.steps, "CIRCULAR", 248, "float32")
     deep = GroupCNN(group="C1", depth=200)
     assert "keeps 1596 numbers per thread, and" in why_not(deep.steps, deep.padding, 64, "float32")
 
@@ -190,6 +192,15 @@ def test_a_network_has_one_source_for_all_groups_and_calls() -> None:
         for net in (GroupCNN(group="C1"), GroupCNN(group="D4"))
     }
     assert len(shapes) == 1
+
+
+def test_networks_with_other_numbers_have_other_sources() -> None:
+    networks = (
+        *(GroupCNN(activation="leaky_relu(0.2)", w_std=w_std, b_std=b_std) for w_std in (1, 1.5) for b_std in (0, 0.3)),
+        GroupCNN(activation="leaky_relu(0.3)"),
+    )
+    sources = {kernel_source(net.steps, net.padding, (9, 9, 3), "float32", False).text for net in networks}
+    assert len(sources) == len(networks)
 
 
 @dataclass(frozen=True)
@@ -217,7 +228,7 @@ class Store:
 
 def test_a_worker_whose_gpu_is_full_forgets_its_blocks(device: Lockstep, monkeypatch: pytest.MonkeyPatch) -> None:
     store, net = Store(), GroupCNN(group="C1", depth=1)
-    worker = TileWorker(store, net, ("C1",), "gpu", "float32", 1)
+    worker = TileWorker(store, net, ("C1",), "gpu", "float32", 1, (7, 7))
     worker.compute(Tile(0, 1))
     assert len(worker._blocks) == 2
     refused = iter([True])
@@ -234,9 +245,32 @@ def test_a_worker_whose_gpu_is_full_forgets_its_blocks(device: Lockstep, monkeyp
     np.testing.assert_array_equal(store.tiles[Tile(1, 2)]["C1"].ntk, exact.ntk)
 
 
+def test_a_worker_whose_gpu_has_no_room_for_sums_forgets_its_blocks(
+    device: Lockstep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, net = Store(), GroupCNN(group="C1", depth=1)
+    worker = TileWorker(store, net, ("C1",), "gpu", "float32", 1, (7, 7))
+    worker.compute(Tile(0, 1))
+    empty, refused = device.empty, iter([True])
+
+    def room(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        if next(refused, False):
+            raise MemoryLimitError("the GPU is full")
+        return empty(shape, dtype)
+
+    monkeypatch.setattr(device, "empty", room)
+    worker.compute(Tile(1, 2))
+    assert not worker._blocks
+    exact = net.kernel(store.block("train", 1), store.block("train", 2), engine="gpu")
+    np.testing.assert_array_equal(store.tiles[Tile(1, 2)]["C1"].ntk, exact.ntk)
+    monkeypatch.setattr(device, "empty", lambda *_: (_ for _ in ()).throw(MemoryLimitError("the GPU is full")))
+    with pytest.raises(MemoryLimitError, match=r"tile .*image 0 of block 0: the GPU is full"):
+        worker.compute(Tile(0, 3))
+
+
 def test_a_tile_is_finished_while_the_next_one_is_computed(device: Lockstep, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store()
-    worker = TileWorker(store, GroupCNN(group="C1", depth=1), ("C1",), "gpu", "float32", 1)
+    worker = TileWorker(store, GroupCNN(group="C1", depth=1), ("C1",), "gpu", "float32", 1, (7, 7))
     begin, other = KernelFunction.begin, threading.Barrier(2)
 
     def begin_and_wait(function: KernelFunction, *blocks: Any) -> Any:
@@ -259,7 +293,7 @@ def test_a_tile_is_finished_while_the_next_one_is_computed(device: Lockstep, mon
 
 def test_images_are_prepared_while_another_tile_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store()
-    worker = TileWorker(store, GroupCNN(group="C1", depth=1), ("C1",), "cpu", "float32", 1)
+    worker = TileWorker(store, GroupCNN(group="C1", depth=1), ("C1",), "cpu", "float32", 1, (7, 7))
     begin, prepare, prepared = KernelFunction.begin, KernelFunction.prepare, threading.Event()
 
     def prepare_and_tell(function: KernelFunction, images: Any, *names: Any) -> Any:
@@ -314,23 +348,28 @@ def test_the_driver_is_asked_for_gpus(init: Any, count: int, found: bool, monkey
     assert kernels._driver_finds_gpu() == found
 
 
+@pytest.mark.parametrize("jax", [True, False])
 def test_auto_takes_another_engine_for_images_that_are_too_wide(
-    device: Lockstep, monkeypatch: pytest.MonkeyPatch
+    device: Lockstep, monkeypatch: pytest.MonkeyPatch, jax: bool
 ) -> None:
+    monkeypatch.setattr(kernels, "jax_has_gpu", lambda: jax)
     monkeypatch.setattr(kernels, "choose_engine", lambda *_: ("gpu", "it is chosen"))
     monkeypatch.setattr(kernels, "_free_memory", lambda _: 10**10)
     net = GroupCNN(group="C1", depth=1)
     assert net.explain((4, 250, 1)).engine == "gpu"
-    with pytest.raises(EngineError, match=r"'gpu' cannot do this network: rows of 300 pixels do not fit .*use engine="):
+    with pytest.raises(EngineError, match=r"'gpu' cannot do this network: rows of 300 .* 256; use engine='auto'"):
         net.explain((4, 300, 1), engine="gpu")
     monkeypatch.setattr(kernels, "choose_engine", lambda *args: (("gpu" if args[2] == "auto" else args[2]), "so"))
     explanation = net.explain((4, 300, 1))
-    assert explanation.engine == "xla"
-    assert explanation.reason.endswith("not 'gpu', because rows of 300 pixels do not fit in a warp")
+    assert explanation.engine == ("xla" if jax else "cpu")
+    why = "there is a GPU; not 'gpu', because rows of 300 pixels are too wide, the most is 256"
+    assert explanation.reason.endswith(why if jax else f"{why}, and not 'xla', because JAX has no GPU")
     images = np.random.default_rng(0).normal(size=(2, 2, 300, 1))
     function = KernelFunction(net, ("C1",), "auto")  # as workers have it
     ours = function(function.prepare(images))["C1"]
-    assert function.engine.name == "xla"
+    assert function.engine.name == explanation.engine
+    worker = TileWorker(Store(), net, ("C1",), "auto", "float32", 1, (2, 300))
+    assert worker.processor == processor_kind("xla" if jax else "cpu")
     np.testing.assert_allclose(np.triu(ours.ntk), np.triu(net.kernel(images, engine="cpu").ntk), rtol=1e-5)
 
 
@@ -355,6 +394,29 @@ def test_the_benchmark_finds_what_is_wrong(device: Lockstep, monkeypatch: pytest
     wrong = bench.compare(few, "reference")
     assert len(wrong) == 4
     assert "VALID leaky_relu(0.2), float32: 1.0e-04 from 'reference', allowed 5e-06" in wrong
+
+
+def test_the_benchmark_ends_with_1_where_the_engine_is_wrong_and_with_2_where_it_is_not(
+    device: Lockstep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    monkeypatch.setattr(bench, "why_no_gpu", lambda: "there is none")
+    assert bench.main() == 2
+    assert "cannot be checked or measured on this machine: there is none." in capsys.readouterr().out
+    monkeypatch.setattr(bench, "why_no_gpu", str)
+    monkeypatch.setitem(sys.modules, "equikernel.engines.gpu_device", SimpleNamespace(device=lambda: device))
+    for name in ("LARGE", "BRIGHT"):
+        monkeypatch.setattr(bench, name, {})
+    monkeypatch.setattr(bench, "SMALL", {"one pixel": bench.SMALL["one pixel"]})
+    monkeypatch.setattr(bench, "repeated", list)
+    measured: list[Any] = []
+    monkeypatch.setattr(bench, "measure", lambda *arguments: measured.append(arguments))
+    assert bench.main() == 0
+    assert "0 of 3 comparisons are wrong" in capsys.readouterr().out
+    assert measured == [("lockstep", (3, 21))]
+    monkeypatch.setattr(bench, "repeated", lambda: ["the bits depend on something"])
+    assert bench.main() == 1
+    assert "WRONG: the bits depend on something\n1 of 3 comparisons are wrong" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

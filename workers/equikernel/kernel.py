@@ -184,7 +184,7 @@ def why_no_gpu() -> str:
         device()  # needs more than a driver
         return ""
     except Exception as error:  # whatever is wrong with a driver, other engines work
-        return f"numba-cuda fails ({type(error).__name__})"
+        return f"numba-cuda fails ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
 
 
 def _driver_finds_gpu() -> bool:
@@ -242,11 +242,17 @@ class KernelFunction:
             )
         name, self.reason = choose_engine(network, groups, engine)
         self._any_engine = engine == "auto"
+        self._threads = threads or available_cores()
+        self._memory_limit = memory_limit
         self.network = network
         self.groups = groups
-        self.memory = int(SHARE * _free_memory(name)) if memory_limit is None else memory_limit
         self.dtype = np.dtype(np.float64) if name == "reference" else _checked_dtype(dtype)
-        self.engine = _engine(name, network, groups, self.dtype, threads or available_cores(), self.memory)
+        self._take(name)
+
+    def _take(self, name: str) -> None:
+        """Take the engine ``name``, and the memory where it computes."""
+        self.memory = int(SHARE * _free_memory(name)) if self._memory_limit is None else self._memory_limit
+        self.engine = _engine(name, self.network, self.groups, self.dtype, self._threads, self.memory)
 
     def prepare(self, images: ArrayLike, name: str = "images", first: int = 0) -> Block:
         """Validate ``(n, H, W, C)`` images and compute what each needs on its own.
@@ -288,14 +294,19 @@ class KernelFunction:
     def check_shape(self, height: int, width: int) -> None:
         """Raise unless the network, and the engine, are defined on images of that size; as :meth:`check_size`.
 
-        Where ``"auto"`` took the engine ``"gpu"``, and it cannot, ``"xla"`` takes its place.
+        Where ``"auto"`` took the engine ``"gpu"``, and it cannot, ``"xla"`` takes its place if JAX has the GPU too,
+        else ``"cpu"``.
         """
         self.network.check_images(height, width, *self.groups)
-        if self.engine.name == "gpu" and (why := _why_not_gpu(self.network, width, self.dtype)):
-            if not self._any_engine:
-                raise EngineError(f"the engine 'gpu' cannot do this network: {why}; use engine='xla'")
-            self.engine = _engine("xla", self.network, self.groups, self.dtype, available_cores(), self.memory)
+        if self.engine.name != "gpu":
+            return
+        if not self._any_engine:
+            check_gpu(self.network, width, self.dtype.name)
+        elif why := _why_not_gpu(self.network, width, self.dtype.name):
+            self._take("xla" if jax_has_gpu() else "cpu")
             self.reason = f"offsets decouple, and there is a GPU; not 'gpu', because {why}"
+            if self.engine.name == "cpu":
+                self.reason += ", and not 'xla', because JAX has no GPU"
 
     def least_bytes(self, image_shape: tuple[int, int, int]) -> int:
         """Bytes that a single pair of images ``(H, W, C)`` takes."""
@@ -480,10 +491,16 @@ def compute(
     return results
 
 
-def _why_not_gpu(network: Architecture, width: int, dtype: np.dtype[Any]) -> str:
+def check_gpu(network: Architecture, width: int, dtype: str) -> None:
+    """Raise :class:`EngineError` if the engine ``"gpu"`` cannot do a network for rows of ``width`` pixels."""
+    if why := _why_not_gpu(network, width, dtype):
+        raise EngineError(f"the engine 'gpu' cannot do this network: {why}; use engine='auto'")
+
+
+def _why_not_gpu(network: Architecture, width: int, dtype: str) -> str:
     from equikernel.engines.gpu_source import why_not
 
-    return why_not(network.steps, network.padding, width, dtype.name)
+    return why_not(network.steps, network.padding, width, dtype)
 
 
 def _free_memory(engine: str) -> int:

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
-import llvmlite.binding
-
+from equikernel.engines.vectors import host
 from equikernel.errors import EquikernelError, MemoryLimitError
 from equikernel.kernel import Block, Kernel, KernelFunction, why_no_gpu
 
@@ -98,16 +97,28 @@ class TileWorker:
     Args:
       store: where images come from and tiles go.
       network, groups, engine, dtype, threads: as in :class:`equikernel.kernel.KernelFunction`.
+      size: rows and columns of the images.
+
+    Raises:
+      EquikernelError: the engine does not exist here, or cannot do this network for such images.
 
     Attributes:
       processor: the kind of processor that it computes on.
     """
 
     def __init__(
-        self, store: TileStore, network: Architecture, groups: tuple[str, ...], engine: str, dtype: str, threads: int
+        self,
+        store: TileStore,
+        network: Architecture,
+        groups: tuple[str, ...],
+        engine: str,
+        dtype: str,
+        threads: int,
+        size: tuple[int, int],
     ) -> None:
         self._store = store
         self._function = KernelFunction(network, groups, engine, dtype, threads)
+        self._function.check_shape(*size)  # may take another engine
         self.processor = processor_kind(self._function.engine.name)
         self._blocks: OrderedDict[tuple[str, int], Block] = OrderedDict()
         self._preparing = threading.Lock()
@@ -132,8 +143,7 @@ class TileWorker:
             with self._preparing:  # while another tile is computed
                 row, col = (self._block(side, images, read or self._store.block, clock) for side in sides)
             pairs = row.count * (row.count + 1) // 2 if row is col else row.count * col.count
-            with self._computing, clock.adding_to("kernels"):
-                end = self._function.begin(row) if row is col else self._function.begin(row, col)
+            end = self._begin(clock, row) if row is col else self._begin(clock, row, col)
             with clock.adding_to("kernels"):  # while the device computes another tile
                 kernels = end()
         except EquikernelError as error:
@@ -173,6 +183,16 @@ class TileWorker:
             self._blocks.clear()  # a GPU may have no room for so many
             with self._computing:  # nor for these beside a tile that is computed
                 return self._function.prepare(images)
+
+    def _begin(self, clock: _Clock, *blocks: Block) -> Callable[[], dict[str, Kernel]]:
+        try:
+            with self._computing, clock.adding_to("kernels"):
+                return self._function.begin(*blocks)
+        except MemoryLimitError:
+            with self._preparing:
+                self._blocks.clear()  # a GPU may have no room for the sums beside so many
+            with self._computing, clock.adding_to("kernels"):
+                return self._function.begin(*blocks)
 
     def _blame(self, tile: TileLike, split: str, index: int) -> None:
         """Raise an error that names the first image of a block that has no kernel with itself, if there is one.
@@ -227,7 +247,7 @@ def processor_kind(engine: str = "cpu") -> str:
 
         if gpu := device_kind():
             return gpu
-    return str(llvmlite.binding.get_host_cpu_name())
+    return host().kind
 
 
 def measure_pair_seconds(

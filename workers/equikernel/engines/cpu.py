@@ -36,7 +36,7 @@ TASKS_PER_THREAD = 8
 """Pieces that the work of a call is cut into, per thread, so that all threads end together."""
 
 MOST_OTHERS = 256
-"""Second images of a piece at most: so the sums over each offset take less memory than the planes."""
+"""Second images of a piece at most, which bounds the memory of the sums over each horizontal offset."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The dual kernels of the activations on vectors: :meth:`equikernel.activations.Activation.combine`, lane by lane.
 
-Polynomials stand in place of the functions that no processor has. Their coefficients are minimax, lowest power first,
-for each precision; the errors that are named are absolute.
+Polynomials stand in place of the functions that no processor has. Their coefficients are minimax, lowest power first;
+the errors that are named are absolute. Those without a precision are of float32.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ARCCOS_OF_ROOT = {
         0.788426788794175,
     ),
 }  # fmt: skip
-"""``arccos(a)/π = √(1-a) U(√(1+a)/π)`` for ``0 <= a <= 1``, to 3e-8 and 9e-17: half of the terms, for another root."""
+"""``arccos(a)/π = √(1-a) U(√(1+a)/π)`` for ``0 <= a <= 1``, to 3.4e-8 and 1.2e-16: half the terms, for another root."""
 
 EXPONENTIAL_TERMS = {"float32": 8, "float64": 14}
 """Terms of the series of ``e^r`` for ``|r| <= log(2)/2``."""

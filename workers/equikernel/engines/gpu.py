@@ -164,7 +164,7 @@ class GpuEngine:
         per_launch = max(1, int(BATCH_SECONDS * device.rate * plan.blocks / source.instructions))
         most = max(1, min(self.memory, 2 * SCRATCH) // (2 * 16 * plan.tasks))
         batch = max(1, min(most, per_launch // plan.blocks, len(rows)))
-        first, second, across, down = (
+        row_images, col_images, across, down = (
             device.put(np.asarray(index, np.int32)) for index in (rows, cols, plan.across, plan.down)
         )
         totals = device.empty((2 * len(elements), len(rows)), np.float64)
@@ -174,10 +174,11 @@ class GpuEngine:
         for turn, (place, start) in enumerate(batches):
             stream, sums = streams[turn % 2]
             count = min(batch, len(rows) - start)
-            images = block1.packed[elements[0]], block2.packed[elements[place]], first, second, across, down
+            images = block1.packed[elements[0]], block2.packed[elements[place]]
+            inputs = *images, row_images, col_images, across, down
             for begin in range(0, count * plan.blocks, per_launch):
                 blocks = min(per_launch, count * plan.blocks - begin)
-                device.launch(program, "kernel", blocks, plan.warps * WARP, stream, *images, start, begin, sums)
+                device.launch(program, "kernel", blocks, plan.warps * WARP, stream, *inputs, start, begin, sums)
                 waiting.append(device.mark(stream))
                 if len(waiting) > WAITING:
                     device.wait(waiting.popleft())

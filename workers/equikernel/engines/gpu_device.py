@@ -281,9 +281,8 @@ def primitives(dtype: str) -> dict[str, Any]:
 
 def functions_of(source: Source, dtype: str) -> dict[str, Any]:
     """``kernel`` and ``finish`` of a source as Python functions of numba-cuda's dialect."""
-    number = np.dtype(dtype).type
-    names: dict[str, Any] = {name: number(value) for name, value in source.constants.items()}
-    names |= {"cuda": cuda, "real": types.float32 if dtype == "float32" else types.float64, **primitives(dtype)}
+    real = types.float32 if dtype == "float32" else types.float64
+    names: dict[str, Any] = {"cuda": cuda, "real": real, "constant": np.dtype(dtype).type, **primitives(dtype)}
     exec(source.text, names)
     names |= {name: cuda.jit(device=True)(names[name]) for name in names if name.startswith("dual")}
     return {name: names[name] for name in ("kernel", "finish")}

@@ -113,8 +113,8 @@ class Source:
     """A kernel.
 
     Attributes:
-      text: Python source of the function ``kernel`` and, for its sums, ``finish``.
-      constants: numbers that it names, in the precision of the computation.
+      text: Python source of the function ``kernel`` and, for its sums, ``finish``: everything about the network. Its
+        numbers are ``constant(…)``, in the precision of the computation.
       layout: the tasks of a pair.
       shared: whether the threads of a block share both images of its pair.
       registers: of a thread at most.
@@ -123,7 +123,6 @@ class Source:
     """
 
     text: str
-    constants: dict[str, float]
     layout: Layout
     shared: bool
     registers: int
@@ -185,8 +184,13 @@ def _columns(padding: Padding, width: int) -> list[int]:
 def why_not(steps: tuple[Step, ...], padding: Padding, width: int, dtype: str) -> str:
     """Why there is no kernel for a network whose offsets decouple, in words; empty if there is one."""
     columns = _columns(padding, width)
+    if width > WARP * MOST_COLUMNS:
+        return f"rows of {width} pixels are too wide, the most is {WARP * MOST_COLUMNS}"
     if not columns:
-        return f"rows of {width} pixels do not fit in a warp"
+        return (
+            f"rows of {width} pixels do not divide into at most {WARP} equal parts of up to {MOST_COLUMNS}, as "
+            "CIRCULAR padding needs"
+        )
     if not choose_columns(steps, padding, width, dtype):
         kept = columns[0] * kept_per_column(steps)[0]
         return (
@@ -512,7 +516,7 @@ class _Rows:
             f"offset = across[smaller(number, {len(plan.across) - 1})]",
             f"column = part * {plan.columns}",
             f"other = (column + offset) % {self.width}",
-            f"seam = {self.width} - offset",
+            f"seam_x = {self.width} - offset",
         ]
         for distance in range(1, -(-self.reach // plan.columns) + 1):
             left, right = f"part - {distance}", f"part + {distance}"
@@ -525,11 +529,11 @@ class _Rows:
         if not circular:
             for j in range(2 * self.reach + plan.columns - 1):
                 here = f"column + {j + 1 - self.reach}"
-                linked = f"({here} > 0) & ({here} < {self.width}) & ({here} != seam)"
+                linked = f"({here} > 0) & ({here} < {self.width}) & ({here} != seam_x)"
                 head.append(f"side{j} = select({linked}, {one}, {zero})")
         if self.partial:
             for k in range(plan.columns):
-                head.append(f"inside{k} = {_inside(f'(column + {k})', self.width, margin_x)}")
+                head.append(f"inside{k} = {_inside(f'(column + {k})', self.width, margin_x, 'seam_x')}")
         if self.shared:
             threads = plan.warps * WARP
             head += [
@@ -552,7 +556,7 @@ class _Rows:
         if circular:
             counts = f"(phase >= {2 * self.behind}) & (step < turns)"
         elif self.padding == "VALID":
-            counts = f"({_inside(f'phase - {self.behind}', self.height, margin_y)}) & (step < turns)"
+            counts = f"({_inside(f'phase - {self.behind}', self.height, margin_y, 'seam_y')}) & (step < turns)"
         second = plan.image if self.shared else 0
         row = [
             f"x0 = narrow(row * {plan.stride} + column)",
@@ -573,7 +577,7 @@ class _Rows:
         second_row = [re.sub(r"\bt(\d+)\b", r"u\1", line).replace("phase", "(phase + 1)") for line in row]
         plane = [
             f"delta = down[smaller(chunk * {plan.chunk} + step, {len(plan.down) - 1})]",
-            *([f"seam = {self.height} - delta"] if self.padding == "VALID" else []),
+            *([f"seam_y = {self.height} - delta"] if self.padding == "VALID" else []),
             f"row = {start}",
             f"moved = ({start} + delta) % {self.height}",
             f"for phase in range(0, {plan.period} if step < {plan.chunk} else {rest}, {unrolled}):",
@@ -587,6 +591,7 @@ class _Rows:
             tail.append(f"put(sums, pair * {plan.tasks} + task, {place}, total, lane == 0)")
         body = [*head, f"for step in range({plan.chunk + (1 if rest else 0)}):", *_indented(plane), *tail]
         lines = [
+            *(f"{name} = constant({float(number)!r})" for name, number in code.constants.items()),
             *(f"def {name}{body}\n" for body, name in self.duals.items()),
             "def kernel(images1, images2, rows, cols, across, down, start, first, sums):",
             *_indented(body),
@@ -613,7 +618,6 @@ class _Rows:
         few = _registers(plan.columns, len(self.kept) // plan.columns, self.behind, words) <= FEW_REGISTERS
         return Source(
             text="\n".join(lines) + "\n",
-            constants=code.constants,
             layout=plan,
             shared=self.shared,
             registers=FEW_REGISTERS if few else REGISTERS,
@@ -666,11 +670,11 @@ def _sum(values: list[Any], others: list[Any]) -> list[Any]:
     return [value + other for value, other in zip(values, others, strict=True)]
 
 
-def _inside(place: str, side: int, margin: int) -> str:
+def _inside(place: str, side: int, margin: int, seam: str) -> str:
     """Source of whether a pixel lies at least ``margin`` away from the ends of its segment."""
     return (
-        f"(({place} >= {margin}) & ({place} < seam - {margin}))"
-        f" | (({place} >= seam + {margin}) & ({place} < {side - margin}))"
+        f"(({place} >= {margin}) & ({place} < {seam} - {margin}))"
+        f" | (({place} >= {seam} + {margin}) & ({place} < {side - margin}))"
     )
 
 

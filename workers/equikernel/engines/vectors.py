@@ -51,6 +51,11 @@ class Target:
     features: str
     vector_bytes: int
 
+    @property
+    def kind(self) -> str:
+        """In words. A name alone does not tell: a virtual machine may hide instructions."""
+        return f"{self.cpu} ({8 * self.vector_bytes} bits)"
+
     def lanes(self, dtype: np.dtype[Any]) -> int:
         """Numbers per vector."""
         return self.vector_bytes // dtype.itemsize
@@ -327,14 +332,8 @@ class Function:
         """The square root."""
         return self.intrinsic("sqrt", a)
 
-    def with_sign(self, a: Vector, sign: Vector) -> Vector:
-        """Numbers that are not negative, with the sign bits of numbers that are 0 but for these."""
-        integers = ir.VectorType(ir.IntType(8 * self.dtype.itemsize), self.lanes)
-        both = self.builder.or_(*(self.builder.bitcast(vector.value, integers) for vector in (a, sign)))
-        return Vector(self, self.builder.bitcast(both, self.type))
-
     def sqrt_of_moderate(self, a: Vector) -> Vector:
-        """The square root of moderate numbers; in AVX-512 from an estimate, because its divider is slow."""
+        """The square root of moderate numbers; float64 in AVX-512 from an estimate, because its divider is slow."""
         if self.module.target.vector_bytes < 64 or self.dtype == np.float32:
             return self.sqrt(a)
         inverse = self.inverse_root_estimate(a)
