@@ -87,9 +87,9 @@ def ray_session(resources: ResourceSpec) -> Iterator[None]:
         stack.enter_context(_last_words())
         stack.enter_context(_quiet_ray())
         stack.callback(_shutdown)
-        terminate = signal.getsignal(signal.SIGTERM)
         try:
-            _init(options)
+            with _handler_of_sigterm_kept():
+                _init(options)
         except Exception as error:
             reason = sentence(error.__cause__ or error)
             if resources.address is None:
@@ -100,9 +100,25 @@ def ray_session(resources: ResourceSpec) -> Iterator[None]:
                 f"no connection to the Ray cluster at resources.address = {resources.address!r}: {reason}; run on a "
                 "machine of that cluster, or leave the address out to start a local one"
             ) from error
-        if callable(terminate) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, terminate)  # Ray would print a stack and end the process
         yield
+
+
+@contextlib.contextmanager
+def _handler_of_sigterm_kept() -> Iterator[None]:
+    """Ray would put its own in place of a handler that is there, and end the process without our words."""
+    from ray._private import utils
+
+    handler, original = signal.getsignal(signal.SIGTERM), utils.set_sigterm_handler
+    if not callable(handler):
+        yield
+        return
+    utils.set_sigterm_handler = lambda _: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = original
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # in C, too, Ray has put one there, which prints a stack
 
 
 def _init(options: dict[str, Any]) -> None:
@@ -112,13 +128,15 @@ def _init(options: dict[str, Any]) -> None:
 
     try:
         ray.init(**options)
-    except Exception as error:
+    except BaseException as error:
         if options["address"] != "local":
             raise
         # Ray forgets the processes that it has started by then: only what raised the error knows them.
         for frame, _ in traceback.walk_tb(error.__traceback__):
             if isinstance(node := frame.f_locals.get("self"), Node):
-                node.kill_all_processes(check_alive=False, wait=True)
+                node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
+        if not isinstance(error, Exception):
+            raise
         ray.shutdown()
         ray.init(**options)
 

@@ -131,6 +131,17 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
             assert_array_equal(store.matrix("cross", group, kernel), getattr(cross, kernel).astype(np.float32))
 
 
+def processes(environment: dict[str, str], name: str) -> list[int]:
+    """Processes of the cluster of a run that have a name."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            command = place.read_text(errors="replace")
+            if environment["RAY_TMPDIR"] in command and name in command:
+                found.append(int(place.parent.name))
+    return found
+
+
 @pytest.mark.parametrize(
     ("number", "said", "code"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
 )
@@ -147,18 +158,33 @@ def test_an_interrupted_run_says_so_and_keeps_its_tiles(
     assert not list(Path(environment["RAY_TMPDIR"]).iterdir())
 
 
+@pytest.mark.parametrize("beginning", ["gcs_server", "raylet/raylet"])
+def test_a_run_that_is_terminated_while_its_cluster_starts_says_so_and_leaves_nothing(
+    slow: JobSpec, tmp_path: Path, environment: dict[str, str], beginning: str
+) -> None:
+    with start(tmp_path, environment) as process:
+        give_up = time.monotonic() + LIMIT
+        while not processes(environment, beginning):
+            assert time.monotonic() < give_up, "the cluster never starts"
+            time.sleep(0.02)
+        process.terminate()
+        out, err = process.communicate(timeout=LIMIT)
+        while processes(environment, ""):
+            assert time.monotonic() < give_up, "processes of the cluster are left"
+            time.sleep(0.1)
+    assert (process.returncode, out) == (143, "")
+    assert err.splitlines()[-1] == "terminated; finished tiles are kept, and the same command goes on from there"
+    assert "Traceback" not in err
+    assert not list(Path(environment["RAY_TMPDIR"]).iterdir())
+
+
 def test_a_cluster_that_dies_ends_the_run_in_words(slow: JobSpec, tmp_path: Path, environment: dict[str, str]) -> None:
     with start(tmp_path, environment) as process:
         give_up = time.monotonic() + LIMIT
         while not (GramStore.exists(slow.store) and len(GramStore(slow.store).finished_tiles()) >= 1):
             assert time.monotonic() < give_up, "no tile is ever stored"
             time.sleep(0.05)
-        nodes = []
-        for place in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):  # it has ended
-                command = place.read_text(errors="replace")
-                if environment["RAY_TMPDIR"] in command and "raylet/raylet" in command:
-                    nodes.append(int(place.parent.name))
+        nodes = processes(environment, "raylet/raylet")
         for node in nodes:
             os.kill(node, signal.SIGKILL)
         out, err = process.communicate(timeout=LIMIT)
