@@ -287,7 +287,7 @@ def efficiency(console: Console, size: int) -> None:
         )
         first = 0.0
         for row, net in zip(rows, nets.values(), strict=True):
-            cost = 1e6 * row.milliseconds_per_pair / (sum(entries(net, size)) * order(net.group))
+            cost = 1e6 * row.milliseconds_per_pair / (sum(entries(net, size)[1:]) * order(net.group))
             first = first or cost
             share = ""
             branches = any(isinstance(step, Branch) for step in net.steps)

@@ -45,7 +45,7 @@ BRANCH = 4.8e-7
 REPEATS = 20_000
 """Turns of a loop that is timed."""
 
-CHAINS = ((12, 4), (10, 4), (8, 4), (10, 2), (9, 2), (8, 3), (8, 2))
+CHAINS = ((12, 4), (10, 4), (8, 4), (10, 2), (9, 2), (8, 3), (8, 2), (8, 1), (7, 2))
 """Vectors that the instructions of a timed loop change in turn, those that roots are taken of apart: few wait for one
 another. The fastest loop counts of those that keep all in registers."""
 
@@ -98,16 +98,22 @@ class Floor:
 
     def milliseconds(self, size: int, elements: int = 1, cores: int = 1) -> float:
         """Of a pair of square images and so many elements of a group, with no lane idle."""
-        vectors = np.array([size**4, *entries(self.network, size)]) / self.lanes
+        vectors = np.array(entries(self.network, size)) / self.lanes
         return float(vectors @ self.nanoseconds) * 1e-6 * elements / cores
 
 
 def entries(network: GroupCNN, size: int) -> list[int]:
-    """Entries of the covariance of a pair of square images after each convolution; fewer with VALID padding."""
-    found = []
-    for step in network.convolutions:
-        size -= 2 * step.radii[0] if network.padding == "VALID" else 0
-        found.append(size**4)
+    """Entries of the covariance of a pair of square images, and after each convolution, that its mean depends on.
+
+    With VALID padding layers have fewer, and none whose two pixels are as far apart as the last layer is wide.
+    """
+    found = [1] * (len(network.convolutions) + 1)
+    for axis in (0, 1):
+        sides = [size]
+        for step in network.convolutions:
+            sides.append(sides[-1] - (2 * step.radii[axis] if network.padding == "VALID" else 0))
+        for number, side in enumerate(sides):
+            found[number] *= sum(side - abs(offset) for offset in range(1 - sides[-1], sides[-1]))
     return found
 
 
@@ -253,8 +259,8 @@ def _timed(
     }
     chosen = "logic"  # what selects by a comparison: in AVX-512 another operation does, under a mask
     if target.vector_bytes == 64:
-        chosen = "add"
-        emit["compare"] = lambda a: f.where(a <= x, emit["add"](a), 0)
+        chosen = "add" if instructions["add"] >= instructions["compare"] else "multiply"
+        emit["compare"] = lambda a: f.where(a <= x, emit[chosen](a), 0)
     with f.loop(turns):
         turn = 0
         for root in roots:  # each is one entry

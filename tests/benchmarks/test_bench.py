@@ -10,7 +10,7 @@ import floor
 import numpy as np
 import pytest
 
-from equikernel import GroupCNN
+from equikernel import Conv, GroupCNN
 from equikernel.engines.cpu import CpuEngine
 from equikernel.engines.vectors import host
 
@@ -45,6 +45,28 @@ def test_a_commit_passes_with_a_ratio_and_where_instructions_are_counted_a_share
 ) -> None:
     monkeypatch.setattr(bench, "is_counted", lambda: counted)
     assert bench.is_fast(ratio, share) == (fast if counted else ratio >= 40)
+
+
+def test_entries_are_those_that_the_kernel_depends_on() -> None:
+    assert floor.entries(GroupCNN(depth=2), 8) == [8**4] * 3
+    sides, rest = (8, 6, 4), 4
+    by_hand = [
+        sum(abs(a - b) < rest for a in range(side) for b in range(side)) ** 2 for side in sides
+    ]  # of pixels in a row, then in a column
+    assert floor.entries(GroupCNN(depth=2, padding="VALID"), 8) == by_hand
+    flat = GroupCNN(layers=[Conv((1, 5))], padding="VALID")
+    assert floor.entries(flat, 8) == [8**2 * sum(abs(a - b) < 4 for a in range(8) for b in range(8)), 8**2 * 4**2]
+
+
+@pytest.mark.skipif(not floor.is_counted(), reason="counts instructions of x86-64")
+@pytest.mark.parametrize("name", floor.targets())
+@pytest.mark.parametrize(
+    "net", [GroupCNN(depth=2, filter_size=7), GroupCNN(layers=[Conv((1, 5))] * 2)], ids=["7x7", "1x5"]
+)
+def test_the_floor_is_known_for_long_filters(name: str, net: GroupCNN) -> None:
+    for dtype in ("float32", "float64"):
+        measured = floor.floor(net, 3, dtype, floor.targets()[name], rounds=1)
+        assert all(0 < nanoseconds < 1000 for nanoseconds in measured.nanoseconds)
 
 
 @pytest.mark.skipif(not floor.is_counted(), reason="counts instructions of x86-64")
