@@ -304,3 +304,19 @@ def test_coefficients_of_an_odd_function_are_exactly_zero_where_they_should_be()
     coefficients = np.array(Custom(np.tanh, 60).factors(np.array([1e-6, 0.1, 1.0, 4.0]))[2:])
     assert (coefficients[::2] == 0).all()
     assert (coefficients[1:16:2, 1:] != 0).all()
+
+
+def gentle(u: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(np.tanh(u / 4) + 0.1)
+
+
+@pytest.mark.parametrize(
+    "activation", [Custom(gentle, 33), Custom(gentle, 12), parse("monomial(3)"), parse("hermite(4)")], ids=str
+)
+def test_factors_of_a_variance_have_the_same_bits_whatever_comes_with_it(activation: Activation) -> None:
+    """A matrix product of another size sums in another order."""
+    q = np.random.default_rng(0).uniform(0.1, 3, 500)
+    whole = np.array(activation.factors(q))
+    for some in (slice(1), slice(3), slice(7, 40), slice(100, 400), slice(None, None, 3)):
+        np.testing.assert_array_equal(np.array(activation.factors(q[some])), whole[:, some])
+    np.testing.assert_array_equal(np.array(activation.factors(q.reshape(2, 50, 5))), whole.reshape(-1, 2, 50, 5))

@@ -15,7 +15,15 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from equikernel import EngineError, GroupCNN, ImageError, MemoryLimitError, NetworkError, NonFiniteKernelError
+from equikernel import (
+    Custom,
+    EngineError,
+    GroupCNN,
+    ImageError,
+    MemoryLimitError,
+    NetworkError,
+    NonFiniteKernelError,
+)
 from equikernel.groups import GRID_GROUPS, keeps_rectangles, symmetries
 from equikernel.kernel import Kernel, KernelFunction
 from equikernel.layers import Padding
@@ -238,6 +246,18 @@ def test_bits_depend_neither_on_the_other_images_nor_on_threads(group: str, padd
         one = net.kernel(x[i : i + 1], x, dtype=dtype)
         np.testing.assert_array_equal(one.ntk[:, i:], whole.ntk[i : i + 1, i:])
         np.testing.assert_array_equal(net.kernel(x[i : i + 1], x[-1:], dtype=dtype).nngp, whole.nngp[i : i + 1, -1:])
+
+
+@pytest.mark.parametrize("side", [1, 7, 15])
+@pytest.mark.parametrize("activation", [Custom(np.tanh, 33), "hermite(3)", "gelu"], ids=["custom", "hermite", "gelu"])
+def test_bits_of_every_activation_are_those_of_the_pair_alone(activation: Any, side: int) -> None:
+    x = images(20, side=side)
+    net = GroupCNN(group="C1", depth=1, activation=activation, w_std=1.2)
+    whole = net.kernel(x[:1], x, dtype="float64")
+    for begin in (19, 16, 7):
+        np.testing.assert_array_equal(net.kernel(x[:1], x[begin:], dtype="float64").ntk, whole.ntk[:, begin:])
+    limit = 2 * net.explain(x.shape[1:], dtype="float64").pair_bytes
+    np.testing.assert_array_equal(net.kernel(x[:1], x, dtype="float64", memory_limit=limit).ntk, whole.ntk)
 
 
 LONG_CALL = """

@@ -55,6 +55,9 @@ the trapezoidal rule has no error of second order from a kink at 0."""
 POINTS_AT_ONCE = 32
 """Points at which the function is evaluated at the same time."""
 
+ROOTS_AT_ONCE = 64
+"""Variances whose coefficients come from one matrix product: whole vectors, too few for several threads."""
+
 POINTS = (2**14, 2**17, 2**21)
 """Points of finer and finer grids on which the second moments of a custom activation and its slope are integrated."""
 
@@ -443,11 +446,11 @@ class Custom(Activation):
     def _series(self, root: NDArray[np.float64]) -> NDArray[np.float64]:
         """The coefficients, of which the last two hold what those of higher order lack: ``(nodes, ...)``."""
         coefficients, square = hermite_coefficients(self, root, self.nodes)
-        lacking = square - np.sum(coefficients**2, axis=0)
+        lacking = square - sum(coefficients**2)  # one after the other: np.sum's order depends on the shape
         lacking = np.where(lacking > ROUNDING * square, lacking, 0)
         # Shared as the last terms are, so that an odd or even function stays one.
         last = coefficients[-2:]
-        size = np.sum(last**2, axis=0)
+        size = sum(last**2)
         share = np.divide(last**2, size, out=np.full_like(last, 0.5), where=size > 0)
         coefficients[-2:] = np.copysign(np.sqrt(last**2 + share * lacking), last)
         return coefficients
@@ -574,18 +577,24 @@ def hermite_coefficients(
     """``b_m = E[σ(√q z) h_m(z)]`` for ``m < count``, ``(count, ...)``, and ``E[σ²]``, of any ``√q``.
 
     What is rounding error alone, as every second one of an odd σ, is 0: products of it would be denormal in float32,
-    with which some processors take a hundred times as long.
+    with which some processors take a hundred times as long. Matrix products are of one size, whatever the number of
+    ``√q``: their bits would depend on it.
     """
     z, basis, weights = quadrature(count)
-    flat = root.reshape(-1)
-    coefficients, square = np.zeros((count, flat.size)), np.zeros(flat.size)
+    products = -(-root.size // ROOTS_AT_ONCE)
+    flat = np.resize(root, products * ROOTS_AT_ONCE)
+    coefficients, square = np.zeros((products, count, ROOTS_AT_ONCE)), np.zeros((products, 1, ROOTS_AT_ONCE))
     for start in range(0, len(z), POINTS_AT_ONCE):
         here = slice(start, start + POINTS_AT_ONCE)
-        values = function(z[here, None] * flat)
+        values = function(z[here, None] * flat).reshape(-1, products, ROOTS_AT_ONCE).swapaxes(0, 1)
         coefficients += basis[here].T @ values
-        square += weights[here] @ values**2
+        square += weights[None, here] @ values**2
     coefficients[abs(coefficients) < 10 * EPS * np.sqrt(square)] = 0
-    return coefficients.reshape(count, *root.shape), square.reshape(root.shape)
+
+    def of_roots(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return values.swapaxes(0, 1).reshape(-1, len(flat))[:, : root.size].reshape(-1, *root.shape)
+
+    return of_roots(coefficients), of_roots(square)[0]
 
 
 @cache
