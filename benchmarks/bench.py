@@ -395,6 +395,8 @@ def main() -> int:
     quick = options.quick
     if options.record and (quick or options.check):
         parser.error("only the full run is recorded")
+    if quick and options.check:
+        parser.error("--check is quicker than --quick; give one of them")
     jax.config.update("jax_platforms", "cpu")
     console = Console()
     console.print(machine() + (", without AVX-512" if options.avx2 else ""), soft_wrap=True)

@@ -14,6 +14,7 @@ code 1: a kernel does not compile, or keeps rows in memory.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -27,8 +28,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numba.cuda.dispatcher
-from numba import cuda
+try:
+    import numba.cuda.dispatcher
+    from numba import cuda
+except ImportError:
+    sys.exit("numba-cuda is not installed in this environment; run `make gpu-code`, which makes one that has it")
 
 from equikernel import GroupCNN
 from equikernel.engines import gpu_device, gpu_source
@@ -172,6 +176,7 @@ def _tools(name: str) -> Iterator[Path]:
 
 def main() -> int:
     """Print a line per kernel."""
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     # Device functions are compiled for the processor of the moment, and there is none.
     numba.cuda.dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=ARCHITECTURE)
     units = ("issue", *UNITS)
