@@ -29,6 +29,8 @@ from equikernel.memory import format_bytes
 from equikernel.worker import CACHED_BLOCKS, Spent, TileReport, tile_sides
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from equigram.dispatch import Answer
     from equigram.plan import Part
     from equigram.spec import JobSpec, ResourceSpec
@@ -88,7 +90,7 @@ def ray_session(resources: ResourceSpec) -> Iterator[None]:
         stack.enter_context(_quiet_ray())
         stack.callback(_shutdown)
         try:
-            with _handler_of_sigterm_kept():
+            with _signals_wait():
                 _init(options)
         except Exception as error:
             reason = sentence(error.__cause__ or error)
@@ -104,21 +106,39 @@ def ray_session(resources: ResourceSpec) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _handler_of_sigterm_kept() -> Iterator[None]:
-    """Ray would put its own in place of a handler that is there, and end the process without our words."""
+def _signals_wait() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until Ray has started: in between they would leave locks taken. A second one does not.
+
+    Ray would also put a handler of its own in place of that of SIGTERM, and end the process without our words.
+    """
     from ray._private import utils
 
-    handler, original = signal.getsignal(signal.SIGTERM), utils.set_sigterm_handler
-    if not callable(handler):
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if callable(handler := signal.getsignal(number)):
+            handlers[number] = handler
+    if not handlers or threading.current_thread() is not threading.main_thread():
         yield
         return
-    utils.set_sigterm_handler = lambda _: None
+    arrived: list[int] = []
+
+    def later(number: int, frame: FrameType | None) -> None:
+        arrived.append(number)
+        if len(arrived) > 1:
+            handlers[number](number, frame)
+
+    for number in handlers:
+        signal.signal(number, later)
+    original = utils.set_sigterm_handler
+    utils.set_sigterm_handler = original if signal.SIGTERM not in handlers else lambda _: None
     try:
         yield
     finally:
         utils.set_sigterm_handler = original
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # in C, too, Ray has put one there, which prints a stack
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # in C, too, Ray has put one there, which prints a stack
+        if len(arrived) == 1:
+            signal.raise_signal(arrived[0])
 
 
 def _init(options: dict[str, Any]) -> None:

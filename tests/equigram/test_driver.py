@@ -534,6 +534,35 @@ with ray_session(ResourceSpec()):
 """
 
 
+class Stopped(BaseException):
+    """What a handler of a signal raises."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_ray_has_started_and_a_second_one_does_not(number: int) -> None:
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    reached: list[int] = []
+
+    def starting(times: int) -> None:
+        with equigram.driver._signals_wait():
+            for _ in range(times):
+                signal.raise_signal(number)
+            reached.append(times)
+
+    before = signal.signal(number, stop)
+    try:
+        starting(0)
+        for times in (1, 2):
+            with pytest.raises(Stopped):
+                starting(times)
+        assert reached == [0, 1]
+        assert signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_local_cluster_that_starts_too_late_is_started_once_more_and_leaves_nothing_behind() -> None:
     done = subprocess.run(
         [sys.executable, "-c", STARTED_LATE], capture_output=True, text=True, check=False, timeout=150
