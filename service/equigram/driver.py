@@ -114,9 +114,9 @@ def _signals_wait() -> Iterator[None]:
     from ray._private import utils
 
     handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if callable(handler := signal.getsignal(number)):
-            handlers[number] = handler
+    for one in (signal.SIGINT, signal.SIGTERM):
+        if callable(handler := signal.getsignal(one)):
+            handlers[one] = handler
     if not handlers or threading.current_thread() is not threading.main_thread():
         yield
         return
