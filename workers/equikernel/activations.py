@@ -581,7 +581,7 @@ def hermite_coefficients(
     ``√q``: their bits would depend on it.
     """
     z, basis, weights = quadrature(count)
-    products = -(-root.size // ROOTS_AT_ONCE)
+    products = max(1, -(-root.size // ROOTS_AT_ONCE))
     flat = np.resize(root, products * ROOTS_AT_ONCE)
     coefficients, square = np.zeros((products, count, ROOTS_AT_ONCE)), np.zeros((products, 1, ROOTS_AT_ONCE))
     for start in range(0, len(z), POINTS_AT_ONCE):
@@ -592,7 +592,8 @@ def hermite_coefficients(
     coefficients[abs(coefficients) < 10 * EPS * np.sqrt(square)] = 0
 
     def of_roots(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return values.swapaxes(0, 1).reshape(-1, len(flat))[:, : root.size].reshape(-1, *root.shape)
+        rows = values.shape[1]
+        return values.swapaxes(0, 1).reshape(rows, -1)[:, : root.size].reshape(rows, *root.shape)
 
     return of_roots(coefficients), of_roots(square)[0]
 
