@@ -342,12 +342,9 @@ class Function:
         return root + (root * rest) * self.horner(rest, (1 / 2, 3 / 8, 5 / 16))
 
     def inverse_root_estimate(self, a: Vector) -> Vector:
-        """``1/√a`` to 14 bits, with AVX-512."""
+        """``1/√a`` of float64 to 14 bits, with AVX-512."""
         all_lanes = ir.Constant(ir.IntType(self.lanes), -1)
-        kind = "ps" if self.dtype == np.float32 else "pd"
-        return self._call(
-            f"llvm.x86.avx512.rsqrt14.{kind}.512", [a.value, ir.Constant(self.type, ir.Undefined), all_lanes]
-        )
+        return self._call("llvm.x86.avx512.rsqrt14.pd.512", [a.value, ir.Constant(self.type, ir.Undefined), all_lanes])
 
     def maximum(self, a: Operand, b: Operand) -> Vector:
         """The larger one."""
