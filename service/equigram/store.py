@@ -957,20 +957,20 @@ class GramStore:
           StoreMismatchError: images were added to the run meanwhile.
         """
         sha256 = {name: _sha256(values) for name, values in arrays.items()}
-        fields = {**attributes, "sha256": sha256}
+        files = _group_files(arrays, _signed({**attributes, "sha256": sha256}))
         fs, path = self._place
         with self._alone(), self._storage("write the solution"):
             if self._is_extended(self._attributes() or {}):
                 raise self._was_extended()
-            name = f"solution/{group}/{kernel}"
+            parent, name = f"solution/{group}", f"solution/{group}/{kernel}"
+            self._root_to_write.require_group(parent)
             beside = f"{name}{PARTIAL}" if _is_local(fs) else name
             try:
-                place = self._root_to_write.create_group(beside, overwrite=True)
-                for key, values in arrays.items():
-                    _add_array(place, key, values, values.shape, overwrite=False)
-                place.attrs.update(_signed(fields))
+                self._delete(beside)
+                for key, content in files.items():
+                    self._put(f"{beside}/{key}", content)
                 if beside != name:
-                    shutil.rmtree(Path(path, name), ignore_errors=True)
+                    self._delete(name)
                     Path(path, beside).rename(Path(path, name))
             except BaseException:
                 if beside != name:
@@ -990,8 +990,12 @@ class GramStore:
     def _delete_solved(self) -> None:
         """Delete all that comes from the matrices, whole or not."""
         for name in SOLVED:
-            with contextlib.suppress(FileNotFoundError):
-                self._call("rm", f"{self._place[1]}/{name}", recursive=True)
+            self._delete(name)
+
+    def _delete(self, name: str) -> None:
+        """Delete a group or an array, whole or not, if there is one."""
+        with contextlib.suppress(FileNotFoundError):
+            self._call("rm", f"{self._place[1]}/{name}", recursive=True)
 
     def has_solution(self, group: str, kernel: str) -> bool:
         """Whether a solution is stored completely."""
@@ -1495,13 +1499,28 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     return found
 
 
-def _add_array(
-    group: zarr.Group, name: str, values: NDArray[Any], chunks: tuple[int, ...], *, overwrite: bool = True
-) -> None:
+def _add_array(group: zarr.Group, name: str, values: NDArray[Any], chunks: tuple[int, ...]) -> None:
     """Store an array of finite floats, class indices or text, a chunk at a time."""
-    array = _make_array(group, name, values.shape, values.dtype, chunks, overwrite=overwrite)
+    array = _make_array(group, name, values.shape, values.dtype, chunks)
     for start in range(0, len(values), array.chunks[0]):
         array[start : start + array.chunks[0]] = values[start : start + array.chunks[0]]
+
+
+def _group_files(arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]) -> dict[str, bytes]:
+    """Contents of the files of a zarr group by name, those that describe the group last.
+
+    Where one file finds no room, zarr still writes those that it began together with it, at a time nobody knows.
+    """
+    import zarr
+    from zarr.storage import MemoryStore
+
+    made: dict[str, Any] = {}
+    group = zarr.create_group(MemoryStore(made))
+    for name, values in arrays.items():
+        _add_array(group, name, values, values.shape)
+    group.attrs.update(attributes)
+    made["zarr.json"] = made.pop("zarr.json")
+    return {name: buffer.to_bytes() for name, buffer in made.items()}
 
 
 def _make_array(
@@ -1510,8 +1529,6 @@ def _make_array(
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
     chunks: tuple[int, ...],
-    *,
-    overwrite: bool = True,
 ) -> Any:
     """An array without chunks. One that is lost later reads as values that cannot be: NaN, -1 or the character 0."""
     from zarr.codecs import Crc32cCodec, ZstdCodec
@@ -1524,7 +1541,7 @@ def _make_array(
         compressors=[ZstdCodec(), Crc32cCodec()],
         fill_value={"f": float("nan"), "i": -1}.get(dtype.kind, 0),
         config={"write_empty_chunks": True},
-        overwrite=overwrite,
+        overwrite=True,
     )
 
 

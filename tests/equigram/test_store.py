@@ -1,5 +1,6 @@
 """The run store: what is in it, who may read it, what becomes of damage, and what it refuses."""
 
+import errno
 import json
 import os
 import pickle
@@ -569,6 +570,33 @@ def test_a_solution_that_finds_no_room_leaves_the_one_before(
         store.write_solution("C1", "ntk", {"ridge": np.arange(9.0)}, {})
     assert_array_equal(store.solution("C1", "ntk")[0]["ridge"], [0.5])
     assert not list(Path(store.url).rglob("*.partial"))
+
+
+@pytest.mark.parametrize("url", [None, "memory://run"])
+def test_a_solution_that_is_interrupted_is_none(
+    url: str | None, job: Job, create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, put = create(job() if url is None else job(url)), GramStore._put
+    arrays = {"ridge": np.arange(9.0), "labels": np.arange(3)}
+
+    def room_for(files: int) -> Callable[[GramStore, str, bytes], None]:
+        left = iter(range(files))
+
+        def put_if_there_is_room(store: GramStore, name: str, content: bytes) -> None:
+            if next(left, None) is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            put(store, name, content)
+
+        return put_if_there_is_room
+
+    for files in range(5):
+        monkeypatch.setattr(GramStore, "_put", room_for(files))
+        with pytest.raises(StoreError, match="cannot write the solution: No space left on device"):
+            store.write_solution("C1", "ntk", arrays, {})
+        assert not store.has_solution("C1", "ntk")
+    monkeypatch.setattr(GramStore, "_put", room_for(5))
+    store.write_solution("C1", "ntk", arrays, {})
+    assert_array_equal(store.solution("C1", "ntk")[0]["ridge"], np.arange(9.0))
 
 
 # Its attributes
