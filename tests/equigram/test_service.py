@@ -263,11 +263,14 @@ def test_jobs_share_the_workers_wait_fail_stop_and_go_on(
         counts = job.refresh().detail.counts
         return counts is not None and counts.finished > 2
 
-    until(lambda: computes(first) and computes(second), "two jobs do not run at the same time")
-    assert wrong.refresh().state == "queued"
-    assert first.detail.share == second.detail.share == 0.5
+    until(lambda: computes(first), "the first job does not compute")
     driver = service.driver("shared0")
+    driver.suspend()  # it cannot end before it is cancelled
+    until(lambda: computes(second), "two jobs do not run at the same time")
+    assert wrong.refresh().state == "queued"
+    assert first.refresh().detail.share == second.detail.share == 0.5
     assert equigram(tmp_path, "cancel", "shared0", "--server", service.url).returncode == 0
+    driver.resume()
     with pytest.raises(JobCancelledError):
         first.wait(timeout=PATIENCE)
     assert equigram(tmp_path, "watch", "shared0", "--server", service.url).returncode == 3
