@@ -23,8 +23,8 @@ TILE_SECONDS = 15.0
 TILES_PER_WORKER = 8
 """Tiles per worker at least, so that all workers end together."""
 
-MORE_TILES_PER_WORKER = 32
-"""Tiles per worker where they are worth it: the end, when some workers have nothing to do, is then about a percent."""
+MORE_TILES_PER_WORKER = 64
+"""Tiles per worker where they are worth it: the end, when some workers have nothing to do, is then half a percent."""
 
 WORTH_SECONDS = 1.0
 """Time that a tile takes at least, where there could be fewer."""

@@ -151,7 +151,7 @@ def test_slow_pairs_make_small_tiles_and_more_images_larger_ones() -> None:
 
 
 def test_short_runs_have_more_tiles_but_none_below_a_second_or_too_many_for_the_driver() -> None:
-    assert choose_edge(1_000, 200, 3.5e-4, workers=2) == 104  # 32 tiles per worker, of 3.8 s
+    assert choose_edge(1_000, 200, 3.5e-4, workers=2) == 72  # 64 tiles per worker, of 1.8 s
     assert choose_edge(1_000, 200, 3.5e-4, workers=16) == 48  # of a second
     assert choose_edge(1_000, 200, 5e-5, workers=16) == 72  # 8 tiles per worker, of a quarter of it
     assert choose_edge(10_000, 0, 2e-4, workers=512) == 96  # of 2 s, so that the driver hands out 256 a second
