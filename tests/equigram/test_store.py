@@ -572,7 +572,7 @@ def test_a_solution_that_finds_no_room_leaves_the_one_before(
     assert not list(Path(store.url).rglob("*.partial"))
 
 
-@pytest.mark.parametrize("url", [None, "memory://run"])
+@pytest.mark.parametrize("url", [None, "memory://interrupted"])
 def test_a_solution_that_is_interrupted_is_none(
     url: str | None, job: Job, create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:
