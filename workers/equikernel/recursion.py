@@ -10,6 +10,7 @@ Notation: ``K[p, r, r', y, x, y', x']`` is the kernel of image pair ``p`` betwee
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-DUAL, SUMS = 13, 9
+DUAL, SUMS = 13, 7
 """Covariances at the same time in a nonlinearity besides K and Θ, and in a sum over the taps of a filter."""
 
 FIXED = 2**14
@@ -69,6 +70,7 @@ def filter_average(k: Array, group: str, step: Convolution, padding: str) -> Arr
         for side, radius in zip(k.shape[3:5], reach(group, step.radii), strict=True)
     ]
 
+    @cache
     def seen(offset: Offset) -> tuple[slice, slice]:
         """The pixels ``t + offset`` for every output pixel ``t``."""
         starts = [side.first + a + b for side, a, b in zip(sides, offset, border, strict=True)]
@@ -89,7 +91,7 @@ def filter_average(k: Array, group: str, step: Convolution, padding: str) -> Arr
             for a, wa in r.splat(v)
             for b, wb in s.splat(v)
         )
-        out[:, i, j] = _sum(terms) / len(taps)
+        out[:, i, j] = _sum(terms, out[:, i, j].shape) / len(taps)
     return out
 
 
@@ -101,19 +103,24 @@ def block_average(k: Array, size: int) -> Array:
     return mean
 
 
-def _sum(terms: Iterable[tuple[float, Array]]) -> Array:
-    """The weighted sum of arrays of one shape, with compensation (Neumaier 1974).
+def _sum(terms: Iterable[tuple[float, Array]], shape: tuple[int, ...]) -> Array:
+    """The weighted sum of arrays of one shape, with compensation (Neumaier 1974; errors as in Knuth's TwoSum).
 
     Plain sums of many equal terms, as constant images have, would put ``c`` further from ``±1`` than the branch point
     allows for.
     """
-    total, lost = np.zeros(()), np.zeros(())
+    total, lost, following, added, term = (np.zeros(shape) for _ in range(5))
     for weight, array in terms:
-        term = array if weight == 1 else weight * array
-        following = total + term
-        lost = lost + np.where(np.abs(total) >= np.abs(term), (total - following) + term, (term - following) + total)
-        total = following
-    return total + lost
+        np.multiply(weight, array, out=term)
+        np.add(total, term, out=following)
+        np.subtract(following, total, out=added)
+        term -= added
+        np.subtract(following, added, out=added)
+        total -= added
+        lost += np.add(total, term, out=term)  # what rounding lost of both
+        total, following = following, total
+    total += lost
+    return total
 
 
 def diagonal(k: Array) -> Array:
