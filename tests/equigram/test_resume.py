@@ -36,7 +36,7 @@ def environment() -> Iterator[dict[str, str]]:
 def slow(job: Callable[..., JobSpec], tmp_path: Path) -> JobSpec:
     """A job of 12 tiles and some seconds, in ``job.yaml``."""
     path = tmp_path / "few.npz"
-    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (9, 10, 10)).astype(np.uint8)
     labels = np.arange(9) % 3
     np.savez(path, x_train=images[:6], y_train=labels[:6], x_test=images[6:], y_test=labels[6:])
     gram = {"groups": ["C1", "C4"], "tile": 2, "engine": "reference"}
