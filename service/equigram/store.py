@@ -957,7 +957,7 @@ class GramStore:
           StoreMismatchError: images were added to the run meanwhile.
         """
         sha256 = {name: _sha256(values) for name, values in arrays.items()}
-        files = _group_files(arrays, _signed({**attributes, "sha256": sha256}))
+        fields = _signed({**attributes, "sha256": sha256})
         fs, path = self._place
         with self._alone(), self._storage("write the solution"):
             if self._is_extended(self._attributes() or {}):
@@ -967,11 +967,15 @@ class GramStore:
             beside = f"{name}{PARTIAL}" if _is_local(fs) else name
             try:
                 self._delete(beside)
-                for key, content in files.items():
+                for key, content in _group_files(arrays, fields):
                     self._put(f"{beside}/{key}", content)
                 if beside != name:
-                    self._delete(name)
+                    before = f"{name}.before{PARTIAL}"
+                    self._delete(before)
+                    with contextlib.suppress(FileNotFoundError):
+                        Path(path, name).rename(Path(path, before))
                     Path(path, beside).rename(Path(path, name))
+                    self._delete(before)
             except BaseException:
                 if beside != name:
                     shutil.rmtree(Path(path, beside), ignore_errors=True)
@@ -993,7 +997,9 @@ class GramStore:
             self._delete(name)
 
     def _delete(self, name: str) -> None:
-        """Delete a group or an array, whole or not, if there is one."""
+        """Delete a group or an array, whole or not, if there is one; interrupted, it is not there either."""
+        with contextlib.suppress(FileNotFoundError):
+            self._call("rm_file", f"{self._place[1]}/{name}/zarr.json")
         with contextlib.suppress(FileNotFoundError):
             self._call("rm", f"{self._place[1]}/{name}", recursive=True)
 
@@ -1506,21 +1512,22 @@ def _add_array(group: zarr.Group, name: str, values: NDArray[Any], chunks: tuple
         array[start : start + array.chunks[0]] = values[start : start + array.chunks[0]]
 
 
-def _group_files(arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]) -> dict[str, bytes]:
-    """Contents of the files of a zarr group by name, those that describe the group last.
+def _group_files(arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the files of a zarr group, the one that makes it a group last.
 
     Where one file finds no room, zarr still writes those that it began together with it, at a time nobody knows.
     """
     import zarr
     from zarr.storage import MemoryStore
 
-    made: dict[str, Any] = {}
-    group = zarr.create_group(MemoryStore(made))
-    for name, values in arrays.items():
-        _add_array(group, name, values, values.shape)
-    group.attrs.update(attributes)
-    made["zarr.json"] = made.pop("zarr.json")
-    return {name: buffer.to_bytes() for name, buffer in made.items()}
+    for key, values in arrays.items():
+        made: dict[str, Any] = {}
+        _add_array(zarr.create_group(MemoryStore(made)), key, values, values.shape)
+        del made["zarr.json"]
+        yield from ((name, buffer.to_bytes()) for name, buffer in made.items())
+    made = {}
+    zarr.create_group(MemoryStore(made), attributes=dict(attributes))
+    yield "zarr.json", made["zarr.json"].to_bytes()
 
 
 def _make_array(

@@ -270,7 +270,8 @@ def test_jobs_share_the_workers_wait_fail_stop_and_go_on(
     assert wrong.refresh().state == "queued"
     assert first.refresh().detail.share == second.detail.share == 0.5
     assert equigram(tmp_path, "cancel", "shared0", "--server", service.url).returncode == 0
-    driver.resume()
+    with contextlib.suppress(psutil.NoSuchProcess):  # killed, where it took longer than Ray waits
+        driver.resume()
     with pytest.raises(JobCancelledError):
         first.wait(timeout=PATIENCE)
     assert equigram(tmp_path, "watch", "shared0", "--server", service.url).returncode == 3

@@ -599,6 +599,28 @@ def test_a_solution_that_is_interrupted_is_none(
     assert_array_equal(store.solution("C1", "ntk")[0]["ridge"], np.arange(9.0))
 
 
+def test_a_solution_that_is_half_deleted_is_none(job: Job, create: Create, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, call = create(job("memory://half")), GramStore._call
+    store.write_solution("C1", "ntk", {"ridge": np.array([0.5])}, {})
+
+    def interrupted(store: GramStore, operation: str, *arguments: Any, **options: Any) -> Any:
+        if operation == "rm":
+            raise OSError(errno.EIO, "Input/output error")
+        return call(store, operation, *arguments, **options)
+
+    monkeypatch.setattr(GramStore, "_call", interrupted)
+    with pytest.raises(StoreError, match="cannot write the solution: Input/output error"):
+        store.write_solution("C1", "ntk", {"ridge": np.array([2.0])}, {})
+    assert not store.has_solution("C1", "ntk")
+
+
+def test_a_new_solution_leaves_nothing_of_the_one_before(store: GramStore) -> None:
+    for arrays in ({"ridge": np.array([0.5]), "beta": np.array([1.0])}, {"ridge": np.array([2.0])}):
+        store.write_solution("C1", "ntk", arrays, {})
+    assert {path.name for path in Path(store.url, "solution/C1").iterdir()} == {"ntk", "zarr.json"}
+    assert {path.name for path in Path(store.url, "solution/C1/ntk").iterdir()} == {"ridge", "zarr.json"}
+
+
 # Its attributes
 
 
