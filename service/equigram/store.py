@@ -962,8 +962,8 @@ class GramStore:
         with self._alone(), self._storage("write the solution"):
             if self._is_extended(self._attributes() or {}):
                 raise self._was_extended()
-            parent, name = f"solution/{group}", f"solution/{group}/{kernel}"
-            self._root_to_write.require_group(parent)
+            name = f"solution/{group}/{kernel}"
+            self._root_to_write.require_group(f"solution/{group}")
             beside = f"{name}{PARTIAL}" if _is_local(fs) else name
             try:
                 self._delete(beside)
@@ -1108,12 +1108,12 @@ class GramStore:
 
     def discard_factor(self, group: str, kernel: str) -> None:
         """Delete a factor, if there is one."""
-        path = f"{self._place[1]}/factor/{group}/{kernel}"
+        name = f"factor/{group}/{kernel}"
         with self._storage("look for a factor"):
-            there = self._call("exists", path)
+            there = self._call("exists", f"{self._place[1]}/{name}")
         if there:
-            with self._alone(), self._storage("delete a factor"), contextlib.suppress(FileNotFoundError):
-                self._call("rm", path, recursive=True)
+            with self._alone(), self._storage("delete a factor"):
+                self._delete(name)
 
     # ------------------------------------------------------------------ iterates
 
@@ -1142,10 +1142,8 @@ class GramStore:
 
     def discard_iterates(self, group: str, kernel: str) -> None:
         """Delete all iterates of a matrix."""
-        path = f"{self._place[1]}/iterate/{group}/{kernel}"
-        with self._storage("delete where the solver was"), contextlib.suppress(FileNotFoundError):
-            if self._call("exists", path):
-                self._call("rm", path, recursive=True)
+        with self._storage("delete where the solver was"):
+            self._delete(f"iterate/{group}/{kernel}")
 
     # ------------------------------------------------------------------ history
 
